@@ -1,0 +1,218 @@
+/* Opening and closing a pager: the arena cut into slots, files, threads, tables. All memory there will ever be. */
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "slots.h"
+
+static uint64_t round_up(uint64_t value, uint64_t step) {
+    return (value + step - 1) / step * step;
+}
+
+enum { ANY_SLOT = 1 << 20 };
+
+static int check_slice(const gp_config *config, const gp_layer_spec *layer, const gp_slice_spec *slice) {
+    const gp_class_spec *c = &config->classes[layer->shape_class];
+    if (slice->file >= config->n_paths || slice->slice_bytes == 0
+        || slice->ne[2] != (int64_t) layer->n_experts || slice->region_at + slice->region_bytes > c->stride_bytes) {
+        return -EINVAL;
+    }
+    const gp_fetch_config fetch = { .direct = config->direct, .offset_align = config->offset_align,
+                                    .memory_align = config->memory_align };
+    for (uint32_t e = 0; e < layer->n_experts; e++) {
+        const gp_read read = {
+            .offset_bytes = slice->offset_bytes + e * slice->slice_bytes,
+            .bytes = slice->slice_bytes,
+            /* Slots begin at multiples of memory_align, so any such address stands for all of them. */
+            .into = (char *) (uintptr_t) (ANY_SLOT + slice->data_at),
+            .region = (char *) (uintptr_t) (ANY_SLOT + slice->region_at),
+            .region_bytes = slice->region_bytes,
+        };
+        if (!gp_fetch_fits(&fetch, &read)) {
+            return -EINVAL;
+        }
+    }
+    return 0;
+}
+
+static int check_config(const gp_config *config) {
+    if (config->n_layers == 0 || config->n_classes == 0 || config->n_paths == 0) {
+        return -EINVAL;
+    }
+    for (uint32_t i = 0; i < config->n_classes; i++) {
+        if (config->classes[i].n_slots == 0 || config->classes[i].stride_bytes == 0
+            || (config->direct && config->classes[i].stride_bytes % config->memory_align != 0)) {
+            return -EINVAL;
+        }
+    }
+    for (uint32_t i = 0; i < config->n_layers; i++) {
+        const gp_layer_spec *layer = &config->layers[i];
+        if (layer->n_slices == 0 || layer->n_slices > GP_MAX_SLICES || layer->shape_class >= config->n_classes
+            || layer->n_experts == 0 || layer->n_used == 0 || layer->n_used > layer->n_experts
+            || layer->n_used > config->classes[layer->shape_class].n_slots) {
+            return -EINVAL;
+        }
+        for (uint32_t s = 0; s < layer->n_slices; s++) {
+            const int error = check_slice(config, layer, &layer->slices[s]);
+            if (error != 0) {
+                return error;
+            }
+        }
+    }
+    return 0;
+}
+
+static int open_arena(gp_pager *p) {
+    const gp_config *config = &p->config;
+    p->classes = calloc(config->n_classes, sizeof *p->classes);
+    if (!p->classes) {
+        return -ENOMEM;
+    }
+    for (uint32_t i = 0; i < config->n_classes; i++) {
+        p->arena_bytes = round_up(p->arena_bytes, 4096);
+        p->arena_bytes += config->classes[i].n_slots * config->classes[i].stride_bytes;
+    }
+    int error = p->os->memory_open((void **) &p->arena, p->arena_bytes);
+    if (error != 0) {
+        return error;
+    }
+    uint64_t at = 0;
+    for (uint32_t i = 0; i < config->n_classes; i++) {
+        at = round_up(at, 4096);
+        p->classes[i] = (gp_class) {
+            .slots = p->arena + at, .stride_bytes = config->classes[i].stride_bytes,
+            .first = p->n_slots, .n_slots = config->classes[i].n_slots, .n_free = config->classes[i].n_slots,
+        };
+        at += p->classes[i].n_slots * p->classes[i].stride_bytes;
+        p->n_slots += p->classes[i].n_slots;
+    }
+    p->slots = calloc(p->n_slots, sizeof *p->slots);
+    p->reads = calloc((size_t) p->n_slots * GP_MAX_SLICES, sizeof *p->reads);
+    p->ahead_reads = calloc((size_t) p->n_slots * GP_MAX_SLICES, sizeof *p->ahead_reads);
+    return p->slots && p->reads && p->ahead_reads ? 0 : -ENOMEM;
+}
+
+static int open_layers(gp_pager *p) {
+    const gp_config *config = &p->config;
+    p->layers = calloc(config->n_layers, sizeof *p->layers);
+    if (!p->layers) {
+        return -ENOMEM;
+    }
+    for (uint32_t i = 0; i < config->n_layers; i++) {
+        gp_layer *l = &p->layers[i];
+        l->spec = config->layers[i];
+        gp_class *c = &p->classes[l->spec.shape_class];
+        l->rank = c->n_layers++;
+        l->slot_of = malloc(l->spec.n_experts * sizeof *l->slot_of);
+        l->uses = calloc(l->spec.n_experts, sizeof *l->uses);
+        l->last_token = calloc(l->spec.n_experts, sizeof *l->last_token);
+        if (!l->slot_of || !l->uses || !l->last_token) {
+            return -ENOMEM;
+        }
+        for (uint32_t e = 0; e < l->spec.n_experts; e++) {
+            l->slot_of[e] = -1;
+        }
+    }
+    for (uint32_t i = 0; i < config->n_layers; i++) {
+        const gp_layer_spec *spec = &p->layers[i].spec;
+        gp_class *c = &p->classes[spec->shape_class];
+        c->share = c->n_slots / c->n_layers;
+        const uint32_t floor = spec->n_used < c->share ? spec->n_used : c->share;
+        c->floor = floor > c->floor ? floor : c->floor;
+        /* One layer's worth for the batch, one for read-ahead. */
+        const uint32_t limit = spec->n_experts * (config->read_ahead ? 2 : 1);
+        c->transient_limit = limit > c->transient_limit ? limit : c->transient_limit;
+    }
+    return 0;
+}
+
+static int open_files(gp_pager *p) {
+    const gp_config *config = &p->config;
+    p->files = calloc(config->n_paths, sizeof *p->files);
+    p->file_ids = calloc(config->n_paths, sizeof *p->file_ids);
+    if (!p->files || !p->file_ids) {
+        return -ENOMEM;
+    }
+    for (uint32_t i = 0; i < config->n_paths; i++) {
+        int error = p->os->file_open(config->paths[i], config->direct, &p->files[i]);
+        if (error != 0) {
+            return error;
+        }
+        p->n_open++;
+        error = p->os->file_identify(p->files[i], &p->file_ids[i]);
+        if (error != 0) {
+            return error;
+        }
+    }
+    return 0;
+}
+
+int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config) {
+    *out = NULL;
+    const gp_policy *policy = gp_policy_find(config->policy);
+    int error = policy ? check_config(config) : -EINVAL;
+    if (error != 0) {
+        return error;
+    }
+    gp_pager *p = calloc(1, sizeof *p);
+    if (!p) {
+        return -ENOMEM;
+    }
+    p->os = os;
+    p->config = *config;
+    p->policy = policy;
+    p->pid = getpid();
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->released, NULL);
+    const gp_fetch_config fetch = { .direct = config->direct, .offset_align = config->offset_align,
+                                    .memory_align = config->memory_align, .n_readers = config->n_readers,
+                                    .piece_bytes = config->piece_bytes };
+    if ((error = open_arena(p)) != 0 || (error = open_layers(p)) != 0 || (error = open_files(p)) != 0
+        || (error = gp_fetch_open(&p->fetch, os, &fetch)) != 0) {
+        goto fail;
+    }
+    /* The caller's arrays may go now; what is needed of them is in layers and classes. */
+    p->config.paths = NULL;
+    p->config.layers = NULL;
+    p->config.classes = NULL;
+    p->config.policy = policy->name;
+    *out = p;
+    return 0;
+fail:
+    gp_pager_close(p);
+    return error;
+}
+
+void gp_pager_close(gp_pager *p) {
+    if (!p) {
+        return;
+    }
+    if (getpid() == p->pid) {
+        gp_fetch_close(p->fetch);
+    } else {
+        gp_fetch_abandon(p->fetch);
+    }
+    for (uint32_t i = 0; i < p->n_open; i++) {
+        (void) p->os->file_close(p->files[i]);
+    }
+    for (uint32_t i = 0; p->layers && i < p->config.n_layers; i++) {
+        free(p->layers[i].slot_of);
+        free(p->layers[i].uses);
+        free(p->layers[i].last_token);
+    }
+    if (p->arena) {
+        p->os->memory_close(p->arena, p->arena_bytes);
+    }
+    free(p->ahead_reads);
+    free(p->reads);
+    free(p->slots);
+    free(p->layers);
+    free(p->classes);
+    free(p->file_ids);
+    free(p->files);
+    pthread_cond_destroy(&p->released);
+    pthread_mutex_destroy(&p->lock);
+    free(p);
+}

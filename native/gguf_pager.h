@@ -1,0 +1,142 @@
+/* gguf_pager: experts of a mixture-of-experts model, kept in a fixed amount of memory.
+ *
+ * The boundary.
+ *   The caller owns the description of the model (gp_config and all it points to; copied at open), the llama.cpp
+ *   contexts, and the choice of every size. It computes all addresses inside a slot: this side only checks them.
+ *   The library owns the arena, the slots in it, the reader threads and the tensors it lends to graph nodes.
+ *
+ * How calls fail.
+ *   Functions return 0 or -errno. Nothing prints, nothing exits. A constructor that fails leaves nothing behind and
+ *   stores NULL; close(NULL) does nothing. What failed while a graph was being computed is kept in the tap as a
+ *   gp_failure until gp_tap_take_failure is called; until then gp_tap_abort tells llama.cpp to stop.
+ *
+ * Who may call when.
+ *   gp_pager_* may be called from any thread. A tap belongs to one llama.cpp context and is called by the thread that
+ *   decodes with it. gp_pager_close comes after gp_tap_close of every tap, and that after the context is freed.
+ *
+ * The way from the router to the matrix multiply allocates nothing, so it cannot fail for want of memory.
+ */
+#ifndef GGUF_PAGER_H
+#define GGUF_PAGER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "os.h"
+
+enum {
+    GP_MAX_SLICES = 4,  /* gate, up, down; or gate_up, down; one to spare */
+    GP_MAX_TAPS = 64,   /* contexts per model: one bit each in a slot's mask of users */
+    GP_MAX_NAME = 64    /* GGML_MAX_NAME */
+};
+
+/* One expert tensor of one layer: the slices of all its experts, one after the other in one file. */
+typedef struct {
+    char     name[GP_MAX_NAME];
+    int32_t  type;          /* ggml_type */
+    int64_t  ne[3];         /* elements; ne[2] is the number of experts */
+    uint32_t file;          /* index into gp_config.paths */
+    uint64_t offset_bytes;  /* of expert 0, from the start of that file */
+    uint64_t slice_bytes;   /* one expert's share */
+    uint64_t data_at;       /* where the slice's first byte lies in a slot, from the slot's start */
+    uint64_t region_at;     /* where the bytes that a read may touch begin in a slot */
+    uint64_t region_bytes;  /* and how many they are */
+} gp_slice_spec;
+
+/* The experts of one block that are routed together. */
+typedef struct {
+    gp_slice_spec slices[GP_MAX_SLICES];
+    uint32_t n_slices;
+    uint32_t n_experts;
+    uint32_t n_used;        /* experts chosen per token */
+    uint32_t shape_class;   /* index into gp_config.classes */
+} gp_layer_spec;
+
+/* A run of slots with one stride, for all layers whose slices have equal sizes. */
+typedef struct {
+    uint64_t stride_bytes;
+    uint32_t n_slots;
+} gp_class_spec;
+
+typedef struct {
+    const char *const   *paths;
+    uint32_t             n_paths;
+    const gp_layer_spec *layers;
+    uint32_t             n_layers;
+    const gp_class_spec *classes;
+    uint32_t             n_classes;
+    const char          *policy;            /* a name that gp_policy_find knows */
+    bool                 direct;            /* O_DIRECT or its like; the caller has asked gp_os.file_alignment first */
+    bool                 read_ahead;        /* in large batches, read the next layer while this one computes */
+    uint32_t             offset_align;      /* of direct reads, in the file */
+    uint32_t             memory_align;      /* of direct reads, in memory */
+    uint32_t             n_readers;         /* threads */
+    uint64_t             piece_bytes;       /* the largest single read */
+} gp_config;
+
+typedef struct {
+    uint64_t hits, misses;      /* distinct experts wanted by one graph node's batch, found or not found */
+    uint64_t bytes_read;
+    uint64_t stall_ns;          /* time the decoding thread waited for reads */
+    uint64_t evictions;
+    uint64_t left_alone;        /* nodes that llama.cpp computed from its own mapping */
+    uint64_t visits;            /* batches routed through this layer */
+    uint64_t tokens;
+    uint32_t resident;          /* experts in slots now */
+} gp_counters;
+
+typedef struct {
+    int      error;             /* -errno; 0: none */
+    uint32_t file;
+    uint64_t offset_bytes;
+} gp_failure;
+
+typedef struct gp_pager gp_pager;
+typedef struct gp_tap gp_tap;
+
+int  gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config);
+void gp_pager_close(gp_pager *pager);
+
+/* counters: one per layer, n_layers of them. */
+void gp_pager_counters(gp_pager *pager, gp_counters *counters);
+
+/* resident: n_experts bytes for `layer`; 1 in a slot, 2 in a slot and pinned, 0 not. */
+int  gp_pager_resident(gp_pager *pager, uint32_t layer, uint8_t *resident);
+
+/* Reads the experts and keeps them until unpinned. -ENOSPC when too few slots would be left to compute with. */
+int  gp_pager_pin(gp_pager *pager, uint32_t layer, const int32_t *experts, uint32_t n_experts, gp_failure *failure);
+void gp_pager_unpin_all(gp_pager *pager);
+
+bool gp_policy_exists(const char *name);
+
+/* What the tap needs of the ggml that computes; addresses of its functions and numbers of its enums. */
+typedef struct {
+    int32_t op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape;
+    int32_t type_i32;
+    bool  (*buffer_is_host)(void *buffer);
+} gp_ggml;
+
+typedef bool (*gp_eval_callback)(void *tensor, bool ask, void *data);
+typedef bool (*gp_abort_callback)(void *data);
+
+/* max_ids: the most ids one router result can hold, n_ubatch * n_used of the widest layer.
+ * The next_* callbacks are the caller's own, called as llama.cpp would have called them; may be NULL. */
+int  gp_tap_open(gp_tap **out, gp_pager *pager, const gp_ggml *ggml, uint32_t max_ids,
+                 gp_eval_callback next_eval, void *next_eval_data,
+                 gp_abort_callback next_abort, void *next_abort_data);
+void gp_tap_close(gp_tap *tap);
+
+bool gp_tap_eval(void *tensor, bool ask, void *tap);    /* llama_context_params.cb_eval */
+bool gp_tap_abort(void *tap);                           /* llama_context_params.abort_callback */
+
+/* Replaces the chained abort callback (llama_set_abort_callback called by the user). */
+void gp_tap_chain_abort(gp_tap *tap, gp_abort_callback next_abort, void *next_abort_data);
+
+/* The context is not computing now: its slots are free for others. */
+void gp_tap_idle(gp_tap *tap);
+
+/* Returns what went wrong since the last call and clears it. */
+gp_failure gp_tap_take_failure(gp_tap *tap);
+
+#endif

@@ -1,0 +1,634 @@
+/* gguf_pager._native: the only file that includes Python.h. It converts arguments and errors, nothing else.
+ * What it offers is described in gguf_pager/_native.pyi. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "ggml_tensor.h"
+#include "gguf_pager.h"
+
+typedef struct {
+    PyObject_HEAD
+    gp_pager *pager;
+    uint32_t  n_layers;
+    uint32_t *n_experts;    /* per layer */
+    uint32_t  n_taps;
+} PagerObject;
+
+typedef struct {
+    PyObject_HEAD
+    gp_tap      *tap;
+    PagerObject *pager;
+} TapObject;
+
+typedef struct {
+    PyObject *tap_type;
+} module_state;
+
+static PyObject *raise_errno(int error) {
+    errno = -error;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static gp_pager *opened(PagerObject *self) {
+    if (!self->pager) {
+        PyErr_SetString(PyExc_ValueError, "the pager is closed");
+    }
+    return self->pager;
+}
+
+/* ---- arguments -------------------------------------------------------------------------------------------------- */
+
+static bool parse_slice(PyObject *item, gp_slice_spec *slice) {
+    const char *name;
+    int type;
+    long long ne[3];
+    unsigned int file;
+    unsigned long long offset, bytes, data_at, region_at, region_bytes;
+    if (!PyArg_ParseTuple(item, "si(LLL)IKKKKK", &name, &type, &ne[0], &ne[1], &ne[2], &file, &offset, &bytes,
+                          &data_at, &region_at, &region_bytes)) {
+        return false;
+    }
+    if (strlen(name) >= GP_MAX_NAME) {
+        PyErr_Format(PyExc_ValueError, "tensor name too long: %s", name);
+        return false;
+    }
+    *slice = (gp_slice_spec) {
+        .type = type, .ne = { ne[0], ne[1], ne[2] }, .file = file, .offset_bytes = offset, .slice_bytes = bytes,
+        .data_at = data_at, .region_at = region_at, .region_bytes = region_bytes,
+    };
+    strcpy(slice->name, name);
+    return true;
+}
+
+static bool parse_layer(PyObject *item, gp_layer_spec *layer) {
+    PyObject *slices;
+    *layer = (gp_layer_spec) { 0 };
+    if (!PyArg_ParseTuple(item, "IIIO", &layer->n_experts, &layer->n_used, &layer->shape_class, &slices)) {
+        return false;
+    }
+    const Py_ssize_t n = PySequence_Size(slices);
+    if (n < 0) {
+        return false;
+    }
+    if (n > GP_MAX_SLICES) {
+        PyErr_SetString(PyExc_ValueError, "too many slices in a layer");
+        return false;
+    }
+    layer->n_slices = (uint32_t) n;
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyObject *slice = PySequence_GetItem(slices, i);
+        const bool is_parsed = slice && parse_slice(slice, &layer->slices[i]);
+        Py_XDECREF(slice);
+        if (!is_parsed) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool parse_class(PyObject *item, gp_class_spec *class) {
+    unsigned long long stride_bytes;
+    if (!PyArg_ParseTuple(item, "KI", &stride_bytes, &class->n_slots)) {
+        return false;
+    }
+    class->stride_bytes = stride_bytes;
+    return true;
+}
+
+/* Owned copies of a config's arrays while it is handed over. */
+typedef struct {
+    PyObject     **path_objects;
+    const char   **paths;
+    gp_layer_spec *layers;
+    gp_class_spec *classes;
+    Py_ssize_t     n_paths, n_layers, n_classes;
+} config_arrays;
+
+static void free_arrays(config_arrays *arrays) {
+    for (Py_ssize_t i = 0; arrays->path_objects && i < arrays->n_paths; i++) {
+        Py_XDECREF(arrays->path_objects[i]);
+    }
+    free(arrays->path_objects);
+    free(arrays->paths);
+    free(arrays->layers);
+    free(arrays->classes);
+}
+
+static bool parse_arrays(config_arrays *arrays, PyObject *paths, PyObject *layers, PyObject *classes) {
+    arrays->n_paths = PySequence_Size(paths);
+    arrays->n_layers = PySequence_Size(layers);
+    arrays->n_classes = PySequence_Size(classes);
+    if (arrays->n_paths < 0 || arrays->n_layers < 0 || arrays->n_classes < 0) {
+        return false;
+    }
+    arrays->path_objects = calloc((size_t) arrays->n_paths + 1, sizeof *arrays->path_objects);
+    arrays->paths = calloc((size_t) arrays->n_paths + 1, sizeof *arrays->paths);
+    arrays->layers = calloc((size_t) arrays->n_layers + 1, sizeof *arrays->layers);
+    arrays->classes = calloc((size_t) arrays->n_classes + 1, sizeof *arrays->classes);
+    if (!arrays->path_objects || !arrays->paths || !arrays->layers || !arrays->classes) {
+        PyErr_NoMemory();
+        return false;
+    }
+    for (Py_ssize_t i = 0; i < arrays->n_paths; i++) {
+        PyObject *item = PySequence_GetItem(paths, i);
+        const int converted = item ? PyUnicode_FSConverter(item, &arrays->path_objects[i]) : 0;
+        Py_XDECREF(item);
+        if (!converted) {
+            return false;
+        }
+        arrays->paths[i] = PyBytes_AsString(arrays->path_objects[i]);
+    }
+    for (Py_ssize_t i = 0; i < arrays->n_layers; i++) {
+        PyObject *item = PySequence_GetItem(layers, i);
+        const bool is_parsed = item && parse_layer(item, &arrays->layers[i]);
+        Py_XDECREF(item);
+        if (!is_parsed) {
+            return false;
+        }
+    }
+    for (Py_ssize_t i = 0; i < arrays->n_classes; i++) {
+        PyObject *item = PySequence_GetItem(classes, i);
+        const bool is_parsed = item && parse_class(item, &arrays->classes[i]);
+        Py_XDECREF(item);
+        if (!is_parsed) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* ---- Pager ------------------------------------------------------------------------------------------------------ */
+
+static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
+    static char *names[] = { "paths", "layers", "classes", "policy", "direct", "read_ahead", "offset_align",
+                             "memory_align", "n_readers", "piece_bytes", NULL };
+    PyObject *paths, *layers, *classes;
+    int direct, read_ahead;
+    unsigned long long piece_bytes;
+    gp_config config = { 0 };
+    config_arrays arrays = { 0 };
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOsppIIIK", names, &paths, &layers, &classes, &config.policy,
+                                     &direct, &read_ahead, &config.offset_align, &config.memory_align,
+                                     &config.n_readers, &piece_bytes)) {
+        return NULL;
+    }
+    PagerObject *self = NULL;
+    uint32_t *n_experts = NULL;
+    if (!parse_arrays(&arrays, paths, layers, classes)) {
+        goto fail;
+    }
+    config.direct = direct;
+    config.read_ahead = read_ahead;
+    config.piece_bytes = piece_bytes;
+    config.paths = arrays.paths;
+    config.n_paths = (uint32_t) arrays.n_paths;
+    config.layers = arrays.layers;
+    config.n_layers = (uint32_t) arrays.n_layers;
+    config.classes = arrays.classes;
+    config.n_classes = (uint32_t) arrays.n_classes;
+    n_experts = calloc((size_t) arrays.n_layers + 1, sizeof *n_experts);
+    allocfunc allocate = (allocfunc) PyType_GetSlot(type, Py_tp_alloc);
+    self = n_experts ? (PagerObject *) allocate(type, 0) : (PagerObject *) PyErr_NoMemory();
+    if (!self) {
+        goto fail;
+    }
+    for (Py_ssize_t i = 0; i < arrays.n_layers; i++) {
+        n_experts[i] = arrays.layers[i].n_experts;
+    }
+    self->n_experts = n_experts;
+    self->n_layers = config.n_layers;
+    n_experts = NULL;
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    error = gp_pager_open(&self->pager, &gp_os_system, &config);
+    Py_END_ALLOW_THREADS
+    if (error != 0) {
+        raise_errno(error);
+        Py_CLEAR(self);
+    }
+fail:
+    free(n_experts);
+    free_arrays(&arrays);
+    return (PyObject *) self;
+}
+
+static PyObject *pager_close(PyObject *object, PyObject *unused) {
+    (void) unused;
+    PagerObject *self = (PagerObject *) object;
+    if (self->n_taps) {
+        PyErr_SetString(PyExc_ValueError, "the pager still has open taps");
+        return NULL;
+    }
+    gp_pager *pager = self->pager;
+    self->pager = NULL;
+    Py_BEGIN_ALLOW_THREADS
+    gp_pager_close(pager);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static void pager_dealloc(PyObject *object) {
+    PagerObject *self = (PagerObject *) object;
+    PyTypeObject *type = Py_TYPE(object);
+    gp_pager_close(self->pager);
+    free(self->n_experts);
+    freefunc release = (freefunc) PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+static PyObject *pager_counters(PyObject *object, PyObject *unused) {
+    (void) unused;
+    PagerObject *self = (PagerObject *) object;
+    gp_pager *pager = opened(self);
+    if (!pager) {
+        return NULL;
+    }
+    gp_counters *counters = calloc(self->n_layers + 1, sizeof *counters);
+    if (!counters) {
+        return PyErr_NoMemory();
+    }
+    gp_pager_counters(pager, counters);
+    PyObject *list = PyList_New(self->n_layers);
+    for (uint32_t i = 0; list && i < self->n_layers; i++) {
+        const gp_counters *c = &counters[i];
+        PyObject *row = Py_BuildValue("(KKKKKKKKI)", c->hits, c->misses, c->bytes_read, c->stall_ns, c->evictions,
+                                      c->left_alone, c->visits, c->tokens, c->resident);
+        if (!row) {
+            Py_CLEAR(list);
+        } else {
+            PyList_SetItem(list, i, row);
+        }
+    }
+    free(counters);
+    return list;
+}
+
+static PyObject *pager_resident(PyObject *object, PyObject *args) {
+    PagerObject *self = (PagerObject *) object;
+    gp_pager *pager = opened(self);
+    unsigned int layer;
+    if (!pager || !PyArg_ParseTuple(args, "I", &layer)) {
+        return NULL;
+    }
+    if (layer >= self->n_layers) {
+        return raise_errno(-EINVAL);
+    }
+    uint8_t *resident = malloc(self->n_experts[layer]);
+    if (!resident) {
+        return PyErr_NoMemory();
+    }
+    const int error = gp_pager_resident(pager, layer, resident);
+    PyObject *result = error == 0
+        ? PyBytes_FromStringAndSize((const char *) resident, self->n_experts[layer]) : raise_errno(error);
+    free(resident);
+    return result;
+}
+
+static PyObject *failure_tuple(const gp_failure *failure) {
+    return Py_BuildValue("(iIK)", -failure->error, failure->file, (unsigned long long) failure->offset_bytes);
+}
+
+static PyObject *pager_pin(PyObject *object, PyObject *args) {
+    PagerObject *self = (PagerObject *) object;
+    gp_pager *pager = opened(self);
+    unsigned int layer;
+    PyObject *sequence;
+    if (!pager || !PyArg_ParseTuple(args, "IO", &layer, &sequence)) {
+        return NULL;
+    }
+    const Py_ssize_t n = PySequence_Size(sequence);
+    if (n < 0) {
+        return NULL;
+    }
+    if (layer >= self->n_layers || n == 0 || (size_t) n > self->n_experts[layer]) {
+        return raise_errno(-EINVAL);
+    }
+    int32_t *experts = malloc((size_t) n * sizeof *experts);
+    if (!experts) {
+        return PyErr_NoMemory();
+    }
+    PyObject *result = NULL;
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyObject *item = PySequence_GetItem(sequence, i);
+        const long expert = item ? PyLong_AsLong(item) : -1;
+        Py_XDECREF(item);
+        if (expert < 0 || expert >= (long) self->n_experts[layer]) {
+            if (!PyErr_Occurred()) {
+                raise_errno(-EINVAL);
+            }
+            goto done;
+        }
+        experts[i] = (int32_t) expert;
+    }
+    gp_failure failure;
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    error = gp_pager_pin(pager, layer, experts, (uint32_t) n, &failure);
+    Py_END_ALLOW_THREADS
+    if (error == 0) {
+        result = Py_BuildValue("");
+    } else if (failure.error != 0) {
+        result = failure_tuple(&failure);
+    } else {
+        raise_errno(error);
+    }
+done:
+    free(experts);
+    return result;
+}
+
+static PyObject *pager_unpin_all(PyObject *object, PyObject *unused) {
+    (void) unused;
+    gp_pager *pager = opened((PagerObject *) object);
+    if (!pager) {
+        return NULL;
+    }
+    gp_pager_unpin_all(pager);
+    Py_RETURN_NONE;
+}
+
+static PyObject *pager_open_tap(PyObject *object, PyObject *args) {
+    PagerObject *self = (PagerObject *) object;
+    gp_pager *pager = opened(self);
+    gp_ggml ggml;
+    unsigned int max_ids;
+    unsigned long long is_host, next_eval, next_eval_data, next_abort, next_abort_data;
+    if (!pager || !PyArg_ParseTuple(args, "(iiiiiiiK)IKKKK", &ggml.op_none, &ggml.op_mul_mat_id, &ggml.op_argsort,
+                                    &ggml.op_top_k, &ggml.op_view, &ggml.op_reshape, &ggml.type_i32, &is_host,
+                                    &max_ids, &next_eval, &next_eval_data, &next_abort, &next_abort_data)) {
+        return NULL;
+    }
+    ggml.buffer_is_host = (bool (*)(void *)) (uintptr_t) is_host;
+    module_state *state = PyType_GetModuleState(Py_TYPE(object));
+    PyTypeObject *type = (PyTypeObject *) state->tap_type;
+    allocfunc allocate = (allocfunc) PyType_GetSlot(type, Py_tp_alloc);
+    TapObject *tap = (TapObject *) allocate(type, 0);
+    if (!tap) {
+        return NULL;
+    }
+    const int error = gp_tap_open(&tap->tap, pager, &ggml, max_ids,
+                                  (gp_eval_callback) (uintptr_t) next_eval, (void *) (uintptr_t) next_eval_data,
+                                  (gp_abort_callback) (uintptr_t) next_abort, (void *) (uintptr_t) next_abort_data);
+    if (error != 0) {
+        Py_DECREF(tap);
+        return raise_errno(error);
+    }
+    Py_INCREF(self);
+    tap->pager = self;
+    self->n_taps++;
+    return (PyObject *) tap;
+}
+
+static PyMethodDef pager_methods[] = {
+    { "close", pager_close, METH_NOARGS, NULL },
+    { "counters", pager_counters, METH_NOARGS, NULL },
+    { "resident", pager_resident, METH_VARARGS, NULL },
+    { "pin", pager_pin, METH_VARARGS, NULL },
+    { "unpin_all", pager_unpin_all, METH_NOARGS, NULL },
+    { "open_tap", pager_open_tap, METH_VARARGS, NULL },
+    { NULL, NULL, 0, NULL },
+};
+
+static PyType_Slot pager_slots[] = {
+    { Py_tp_new, (void *) (uintptr_t) pager_new },
+    { Py_tp_dealloc, (void *) (uintptr_t) pager_dealloc },
+    { Py_tp_methods, pager_methods },
+    { 0, NULL },
+};
+
+static PyType_Spec pager_spec = {
+    .name = "gguf_pager._native.Pager", .basicsize = sizeof(PagerObject),
+    .flags = Py_TPFLAGS_DEFAULT, .slots = pager_slots,
+};
+
+/* ---- Tap -------------------------------------------------------------------------------------------------------- */
+
+static void close_tap(TapObject *self) {
+    gp_tap_close(self->tap);
+    self->tap = NULL;
+    if (self->pager) {
+        self->pager->n_taps--;
+        Py_CLEAR(self->pager);
+    }
+}
+
+static PyObject *tap_close(PyObject *object, PyObject *unused) {
+    (void) unused;
+    close_tap((TapObject *) object);
+    Py_RETURN_NONE;
+}
+
+static void tap_dealloc(PyObject *object) {
+    PyTypeObject *type = Py_TYPE(object);
+    close_tap((TapObject *) object);
+    freefunc release = (freefunc) PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+static gp_tap *opened_tap(PyObject *object) {
+    TapObject *self = (TapObject *) object;
+    if (!self->tap) {
+        PyErr_SetString(PyExc_ValueError, "the tap is closed");
+    }
+    return self->tap;
+}
+
+static PyObject *tap_addresses(PyObject *object, PyObject *unused) {
+    (void) unused;
+    gp_tap *tap = opened_tap(object);
+    if (!tap) {
+        return NULL;
+    }
+    return Py_BuildValue("(KKK)", (unsigned long long) (uintptr_t) gp_tap_eval,
+                         (unsigned long long) (uintptr_t) gp_tap_abort, (unsigned long long) (uintptr_t) tap);
+}
+
+static PyObject *tap_chain_abort(PyObject *object, PyObject *args) {
+    gp_tap *tap = opened_tap(object);
+    unsigned long long next_abort, next_abort_data;
+    if (!tap || !PyArg_ParseTuple(args, "KK", &next_abort, &next_abort_data)) {
+        return NULL;
+    }
+    gp_tap_chain_abort(tap, (gp_abort_callback) (uintptr_t) next_abort, (void *) (uintptr_t) next_abort_data);
+    Py_RETURN_NONE;
+}
+
+static PyObject *tap_idle(PyObject *object, PyObject *unused) {
+    (void) unused;
+    gp_tap *tap = opened_tap(object);
+    if (!tap) {
+        return NULL;
+    }
+    gp_tap_idle(tap);
+    Py_RETURN_NONE;
+}
+
+static PyObject *tap_take_failure(PyObject *object, PyObject *unused) {
+    (void) unused;
+    gp_tap *tap = opened_tap(object);
+    if (!tap) {
+        return NULL;
+    }
+    const gp_failure failure = gp_tap_take_failure(tap);
+    if (failure.error == 0) {
+        Py_RETURN_NONE;
+    }
+    return failure_tuple(&failure);
+}
+
+static PyMethodDef tap_methods[] = {
+    { "close", tap_close, METH_NOARGS, NULL },
+    { "addresses", tap_addresses, METH_NOARGS, NULL },
+    { "chain_abort", tap_chain_abort, METH_VARARGS, NULL },
+    { "idle", tap_idle, METH_NOARGS, NULL },
+    { "take_failure", tap_take_failure, METH_NOARGS, NULL },
+    { NULL, NULL, 0, NULL },
+};
+
+static PyType_Slot tap_slots[] = {
+    { Py_tp_dealloc, (void *) (uintptr_t) tap_dealloc },
+    { Py_tp_methods, tap_methods },
+    { 0, NULL },
+};
+
+static PyType_Spec tap_spec = {
+    .name = "gguf_pager._native.Tap", .basicsize = sizeof(TapObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, .slots = tap_slots,
+};
+
+/* ---- functions -------------------------------------------------------------------------------------------------- */
+
+static PyObject *file_alignment(PyObject *module, PyObject *args) {
+    (void) module;
+    PyObject *path;
+    if (!PyArg_ParseTuple(args, "O&", PyUnicode_FSConverter, &path)) {
+        return NULL;
+    }
+    uint32_t offset_align = 0, memory_align = 0;
+    const int error = gp_os_system.file_alignment(PyBytes_AsString(path), &offset_align, &memory_align);
+    Py_DECREF(path);
+    return error == 0 ? Py_BuildValue("(II)", offset_align, memory_align) : raise_errno(error);
+}
+
+static PyObject *memory_lock(PyObject *module, PyObject *args) {
+    (void) module;
+    unsigned long long address, bytes;
+    if (!PyArg_ParseTuple(args, "KK", &address, &bytes)) {
+        return NULL;
+    }
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    error = gp_os_memory_lock((void *) (uintptr_t) address, bytes);
+    Py_END_ALLOW_THREADS
+    if (error != 0) {
+        return raise_errno(error);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *lazy_load_begin(PyObject *module, PyObject *args) {
+    (void) module;
+    PyObject *path;
+    if (!PyArg_ParseTuple(args, "O&", PyUnicode_FSConverter, &path)) {
+        return NULL;
+    }
+    const int error = gp_os_lazy_load_begin(PyBytes_AsString(path));
+    Py_DECREF(path);
+    if (error != 0) {
+        return raise_errno(error);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *lazy_load_end(PyObject *module, PyObject *unused) {
+    (void) module;
+    (void) unused;
+    gp_os_lazy_load_end();
+    Py_RETURN_NONE;
+}
+
+static PyObject *policy_exists(PyObject *module, PyObject *args) {
+    (void) module;
+    const char *name;
+    if (!PyArg_ParseTuple(args, "s", &name)) {
+        return NULL;
+    }
+    return PyBool_FromLong(gp_policy_exists(name));
+}
+
+/* A tensor of ggml's as this side's declaration sees it, for comparison with what ggml says. */
+static PyObject *read_tensor(PyObject *module, PyObject *args) {
+    (void) module;
+    unsigned long long address;
+    if (!PyArg_ParseTuple(args, "K", &address)) {
+        return NULL;
+    }
+    const ggml_tensor *t = (const ggml_tensor *) (uintptr_t) address;
+    char name[GGML_NAME_BYTES + 1] = { 0 };
+    memcpy(name, t->name, GGML_NAME_BYTES);
+    return Py_BuildValue(
+        "{s:n,s:i,s:K,s:(LLLL),s:(KKKK),s:i,s:(KKK),s:K,s:K,s:K,s:s}", "struct_bytes", (Py_ssize_t) sizeof *t,
+        "type", t->type, "buffer", (unsigned long long) (uintptr_t) t->buffer,
+        "ne", t->ne[0], t->ne[1], t->ne[2], t->ne[3],
+        "nb", (unsigned long long) t->nb[0], (unsigned long long) t->nb[1], (unsigned long long) t->nb[2],
+        (unsigned long long) t->nb[3], "op", t->op,
+        "src", (unsigned long long) (uintptr_t) t->src[0], (unsigned long long) (uintptr_t) t->src[1],
+        (unsigned long long) (uintptr_t) t->src[2],
+        "view_src", (unsigned long long) (uintptr_t) t->view_src, "view_offs", (unsigned long long) t->view_offs,
+        "data", (unsigned long long) (uintptr_t) t->data, "name", name);
+}
+
+static PyMethodDef functions[] = {
+    { "file_alignment", file_alignment, METH_VARARGS, NULL },
+    { "memory_lock", memory_lock, METH_VARARGS, NULL },
+    { "lazy_load_begin", lazy_load_begin, METH_VARARGS, NULL },
+    { "lazy_load_end", lazy_load_end, METH_NOARGS, NULL },
+    { "policy_exists", policy_exists, METH_VARARGS, NULL },
+    { "read_tensor", read_tensor, METH_VARARGS, NULL },
+    { NULL, NULL, 0, NULL },
+};
+
+static int fill_module(PyObject *module) {
+    module_state *state = PyModule_GetState(module);
+    PyObject *pager_type = PyType_FromModuleAndSpec(module, &pager_spec, NULL);
+    state->tap_type = PyType_FromModuleAndSpec(module, &tap_spec, NULL);
+    if (!pager_type || !state->tap_type) {
+        Py_XDECREF(pager_type);
+        return -1;
+    }
+    const int error = PyModule_AddObjectRef(module, "Pager", pager_type);
+    Py_DECREF(pager_type);
+    return error != 0 ? -1 : PyModule_AddObjectRef(module, "Tap", state->tap_type);
+}
+
+static void free_module(void *module) {
+    module_state *state = PyModule_GetState((PyObject *) module);
+    if (state) {
+        Py_CLEAR(state->tap_type);
+    }
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    { Py_mod_exec, (void *) (uintptr_t) fill_module },
+    { 0, NULL },
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_native",
+    .m_doc = "The C core of gguf_pager; private.",
+    .m_size = sizeof(module_state),
+    .m_methods = functions,
+    .m_slots = module_slots,
+    .m_free = free_module,
+};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,342 @@
+#define _GNU_SOURCE
+#include "os.h"
+
+#include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <link.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+static int file_open(const char *path, bool direct, int *fd) {
+    *fd = open(path, O_RDONLY | O_CLOEXEC | (direct ? O_DIRECT : 0));
+    if (*fd < 0) {
+        return -errno;
+    }
+    if (!direct) {
+        /* Experts lie scattered; read-ahead would bring neighbours that nobody asked for. */
+        (void) posix_fadvise(*fd, 0, 0, POSIX_FADV_RANDOM);
+    }
+    return 0;
+}
+
+static int file_close(int fd) {
+    return close(fd) == 0 ? 0 : -errno;
+}
+
+static int file_identify(int fd, gp_file_id *id) {
+    struct stat status;
+    if (fstat(fd, &status) != 0) {
+        return -errno;
+    }
+    id->device = status.st_dev;
+    id->inode = status.st_ino;
+    id->size_bytes = (uint64_t) status.st_size;
+    id->modified_ns = (int64_t) status.st_mtim.tv_sec * 1000000000 + status.st_mtim.tv_nsec;
+    return 0;
+}
+
+static int64_t file_read(int fd, void *into, size_t bytes, uint64_t offset_bytes) {
+    const ssize_t got = pread(fd, into, bytes, (off_t) offset_bytes);
+    return got >= 0 ? got : -errno;
+}
+
+#ifndef STATX_DIOALIGN
+#define STATX_DIOALIGN 0x2000U
+#endif
+
+/* The words of struct statx, whose alignment fields came with Linux 6.1: older headers lack their names. */
+enum { STATX_BYTES = 256, STATX_MASK_WORD = 0, STATX_DIO_MEM_WORD = 38, STATX_DIO_OFFSET_WORD = 39 };
+
+static int stated_alignment(const char *path, uint32_t *offset_align, uint32_t *memory_align) {
+    uint32_t words[STATX_BYTES / sizeof(uint32_t)] = { 0 };
+    if (syscall(SYS_statx, AT_FDCWD, path, 0, STATX_DIOALIGN, words) != 0) {
+        return -errno;
+    }
+    if (!(words[STATX_MASK_WORD] & STATX_DIOALIGN)) {
+        return -ENODATA;
+    }
+    if (words[STATX_DIO_OFFSET_WORD] == 0) {
+        return -ENOTSUP;
+    }
+    *memory_align = words[STATX_DIO_MEM_WORD];
+    *offset_align = words[STATX_DIO_OFFSET_WORD];
+    return 0;
+}
+
+/* tmpfs opens with O_DIRECT from Linux 6.6 on and some overlays open and then refuse to read: so one read is tried. */
+static int direct_read_works(const char *path, uint32_t align) {
+    int fd;
+    const int opened = file_open(path, true, &fd);
+    if (opened != 0) {
+        return opened == -EINVAL ? -ENOTSUP : opened;
+    }
+    void *page = mmap(NULL, align, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (page == MAP_FAILED) {
+        const int error = -errno;
+        close(fd);
+        return error;
+    }
+    const int64_t got = file_read(fd, page, align, 0);
+    munmap(page, align);
+    close(fd);
+    return got >= 0 ? 0 : got == -EINVAL ? -ENOTSUP : (int) got;
+}
+
+static int file_alignment(const char *path, uint32_t *offset_align, uint32_t *memory_align) {
+    enum { SAFE_ALIGN = 4096 };     /* no device in use has larger sectors */
+    const int error = stated_alignment(path, offset_align, memory_align);
+    if (error == -ENODATA || error == -ENOSYS || error == -EINVAL) {
+        *offset_align = *memory_align = SAFE_ALIGN;
+    } else if (error != 0) {
+        return error;
+    }
+    return direct_read_works(path, *offset_align > *memory_align ? *offset_align : *memory_align);
+}
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+static int memory_open(void **out, size_t bytes) {
+    enum { HUGE_PAGE = 2 << 20 };
+    *out = NULL;
+    /* Aligned to huge pages by asking for one more and giving back the ends. */
+    const size_t page = (size_t) sysconf(_SC_PAGESIZE);
+    const size_t want = (bytes + page - 1) / page * page;
+    const size_t extra = want >= HUGE_PAGE ? HUGE_PAGE : 0;
+    char *raw = mmap(NULL, want + extra, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (raw == MAP_FAILED) {
+        return -errno;
+    }
+    char *memory = raw;
+    if (extra) {
+        memory = (char *) (((uintptr_t) raw + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+        if (memory > raw) {
+            munmap(raw, (size_t) (memory - raw));
+        }
+        const size_t tail = extra - (size_t) (memory - raw);
+        if (tail) {
+            munmap(memory + want, tail);
+        }
+        (void) madvise(memory, want, MADV_HUGEPAGE);
+    }
+    /* Present from the start, so that no token pays for it; -EFAULT or -ENOMEM here is better than a kill later.
+     * Linux before 5.14 does not know the call. */
+    if (madvise(memory, want, MADV_POPULATE_WRITE) != 0) {
+        if (errno != EINVAL) {
+            const int error = -errno;
+            munmap(memory, want);
+            return error;
+        }
+        for (size_t at = 0; at < want; at += page) {
+            ((volatile char *) memory)[at] = 0;
+        }
+    }
+    *out = memory;
+    return 0;
+}
+
+static void memory_close(void *memory, size_t bytes) {
+    if (memory) {
+        const size_t page = (size_t) sysconf(_SC_PAGESIZE);
+        munmap(memory, (bytes + page - 1) / page * page);
+    }
+}
+
+static int thread_start(pthread_t *thread, void *(*body)(void *), void *data) {
+    enum { STACK_BYTES = 256 << 10 };   /* a reader's frames are small; the default would be 8 MB of address space */
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, STACK_BYTES);
+    const int error = pthread_create(thread, &attributes, body, data);
+    pthread_attr_destroy(&attributes);
+    return -error;
+}
+
+static uint64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t) now.tv_sec * 1000000000u + (uint64_t) now.tv_nsec;
+}
+
+const gp_os gp_os_system = {
+    .file_open = file_open,
+    .file_close = file_close,
+    .file_identify = file_identify,
+    .file_alignment = file_alignment,
+    .file_read = file_read,
+    .memory_open = memory_open,
+    .memory_close = memory_close,
+    .thread_start = thread_start,
+    .now_ns = now_ns,
+};
+
+int gp_os_memory_lock(void *memory, size_t bytes) {
+    return mlock(memory, bytes) == 0 ? 0 : -errno;
+}
+
+/* ---- loading without reading -------------------------------------------------------------------------------------
+ * llama.cpp maps a model with MAP_POPULATE and advises WILLNEED, which reads the whole file; it has no switch for it.
+ * For the time of the load, libllama's own entries for the two calls are pointed at these instead. */
+
+static void *map_unpopulated(void *at, size_t bytes, int protection, int flags, int fd, off_t offset) {
+    return mmap(at, bytes, protection, flags & ~MAP_POPULATE, fd, offset);
+}
+
+static int advise_no_reading(void *at, size_t bytes, int advice) {
+    return advice == POSIX_MADV_WILLNEED ? 0 : posix_madvise(at, bytes, advice);
+}
+
+#if defined(__x86_64__)
+enum { JUMP_SLOT = R_X86_64_JUMP_SLOT, GLOBAL_DATA = R_X86_64_GLOB_DAT };
+#elif defined(__aarch64__)
+enum { JUMP_SLOT = R_AARCH64_JUMP_SLOT, GLOBAL_DATA = R_AARCH64_GLOB_DAT };
+#else
+enum { JUMP_SLOT = 0, GLOBAL_DATA = 0 };
+#endif
+
+typedef struct {
+    void **entry;
+    void  *original;
+    void  *replacement;
+} jump_slot;
+
+enum { N_CALLS = 2 };
+
+static struct {
+    pthread_mutex_t lock;
+    unsigned        depth;              /* lock */
+    jump_slot       slots[N_CALLS];     /* lock */
+} shim = { .lock = PTHREAD_MUTEX_INITIALIZER };
+
+typedef struct {
+    const char      *library;
+    bool             found;
+    jump_slot        slots[N_CALLS];
+    char            *relro_begin, *relro_end;
+} search;
+
+static void search_relocations(search *s, char *base, const ElfW(Rela) *relocations, size_t n_relocations,
+                               const ElfW(Sym) *symbols, const char *strings) {
+    for (size_t i = 0; i < n_relocations; i++) {
+        const unsigned type = (unsigned) ELF64_R_TYPE(relocations[i].r_info);
+        if (type != JUMP_SLOT && type != GLOBAL_DATA) {
+            continue;
+        }
+        const char *name = strings + symbols[ELF64_R_SYM(relocations[i].r_info)].st_name;
+        void **entry = (void **) (base + relocations[i].r_offset);
+        if (strcmp(name, "mmap") == 0 || strcmp(name, "mmap64") == 0) {
+            s->slots[0] = (jump_slot) { entry, *entry, (void *) (uintptr_t) map_unpopulated };
+        } else if (strcmp(name, "posix_madvise") == 0) {
+            s->slots[1] = (jump_slot) { entry, *entry, (void *) (uintptr_t) advise_no_reading };
+        }
+    }
+}
+
+static int search_object(struct dl_phdr_info *info, size_t info_bytes, void *data) {
+    (void) info_bytes;
+    search *s = data;
+    struct stat wanted, seen;
+    if (!info->dlpi_name[0] || stat(s->library, &wanted) != 0 || stat(info->dlpi_name, &seen) != 0
+        || wanted.st_ino != seen.st_ino || wanted.st_dev != seen.st_dev) {
+        return 0;
+    }
+    s->found = true;
+    char *base = (char *) info->dlpi_addr;
+    const ElfW(Dyn) *dynamic = NULL;
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        const ElfW(Phdr) *header = &info->dlpi_phdr[i];
+        if (header->p_type == PT_DYNAMIC) {
+            dynamic = (const ElfW(Dyn) *) (base + header->p_vaddr);
+        } else if (header->p_type == PT_GNU_RELRO) {
+            s->relro_begin = base + header->p_vaddr;
+            s->relro_end = s->relro_begin + header->p_memsz;
+        }
+    }
+    const ElfW(Sym) *symbols = NULL;
+    const char *strings = NULL;
+    const ElfW(Rela) *jumps = NULL, *others = NULL;
+    size_t jumps_bytes = 0, others_bytes = 0;
+    bool is_rela = true;
+    for (; dynamic && dynamic->d_tag != DT_NULL; dynamic++) {
+        switch (dynamic->d_tag) {
+            case DT_SYMTAB:   symbols = (const void *) dynamic->d_un.d_ptr; break;
+            case DT_STRTAB:   strings = (const void *) dynamic->d_un.d_ptr; break;
+            case DT_JMPREL:   jumps = (const void *) dynamic->d_un.d_ptr; break;
+            case DT_PLTRELSZ: jumps_bytes = dynamic->d_un.d_val; break;
+            case DT_RELA:     others = (const void *) dynamic->d_un.d_ptr; break;
+            case DT_RELASZ:   others_bytes = dynamic->d_un.d_val; break;
+            case DT_PLTREL:   is_rela = dynamic->d_un.d_val == DT_RELA; break;
+            default: break;
+        }
+    }
+    /* musl and a few old loaders keep these addresses relative to the load address: then nothing is touched. */
+    if (!symbols || !strings || !is_rela || (char *) symbols < base || (char *) strings < base) {
+        return 1;
+    }
+    if (jumps) {
+        search_relocations(s, base, jumps, jumps_bytes / sizeof *jumps, symbols, strings);
+    }
+    if (others) {
+        search_relocations(s, base, others, others_bytes / sizeof *others, symbols, strings);
+    }
+    return 1;
+}
+
+static int write_entry(const search *s, void **entry, void *value) {
+    const bool is_relro = s && (char *) entry >= s->relro_begin && (char *) entry < s->relro_end;
+    const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
+    void *start = (void *) ((uintptr_t) entry / page * page);
+    if (is_relro && mprotect(start, page, PROT_READ | PROT_WRITE) != 0) {
+        return -errno;
+    }
+    atomic_store((_Atomic(void *) *) entry, value);
+    if (is_relro) {
+        (void) mprotect(start, page, PROT_READ);
+    }
+    return 0;
+}
+
+static search found_library;    /* shim.lock; where the entries are, kept from begin to end */
+
+int gp_os_lazy_load_begin(const char *library) {
+    int result = 0;
+    pthread_mutex_lock(&shim.lock);
+    if (shim.depth == 0) {
+        found_library = (search) { .library = library };
+        dl_iterate_phdr(search_object, &found_library);
+        for (int i = 0; i < N_CALLS; i++) {
+            if (!found_library.found || !found_library.slots[i].entry) {
+                result = -ENOTSUP;
+            }
+        }
+        for (int i = 0; i < N_CALLS && result == 0; i++) {
+            shim.slots[i] = found_library.slots[i];
+            result = write_entry(&found_library, shim.slots[i].entry, shim.slots[i].replacement);
+            if (result != 0 && i > 0) {
+                (void) write_entry(&found_library, shim.slots[0].entry, shim.slots[0].original);
+            }
+        }
+    }
+    if (result == 0) {
+        shim.depth++;
+    }
+    pthread_mutex_unlock(&shim.lock);
+    return result;
+}
+
+void gp_os_lazy_load_end(void) {
+    pthread_mutex_lock(&shim.lock);
+    if (shim.depth > 0 && --shim.depth == 0) {
+        for (int i = 0; i < N_CALLS; i++) {
+            (void) write_entry(&found_library, shim.slots[i].entry, shim.slots[i].original);
+        }
+    }
+    pthread_mutex_unlock(&shim.lock);
+}

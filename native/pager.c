@@ -1,0 +1,393 @@
+/* Serving contexts: experts wanted become slots held, misses become reads waited for. The states of a slot and the
+ * invariants are at the head of slots.c. */
+#define _POSIX_C_SOURCE 200809L  /* clock_gettime */
+#include "pager.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "slots.h"
+
+enum { BUSY_WAIT_SECONDS = 2 };         /* a context gives its slots back within one layer's compute */
+
+/* Tokens after which a layer's counts are halved: long enough for a conversation, short enough to follow a new subject. */
+enum { HALF_LIFE_TOKENS = 4096 };
+
+/* ---- acquire and release ---------------------------------------------------------------------------------------- */
+
+static void hold_slot(gp_hold *hold, gp_slot *s, uint32_t index) {
+    const uint64_t mine = UINT64_C(1) << hold->bit;
+    if (!(s->users & mine)) {
+        s->users |= mine;
+        hold->slots[hold->n_slots++] = index;
+        hold->pending += s->state == READING;
+    }
+}
+
+static void release_from(gp_pager *p, gp_hold *hold, uint32_t first) {
+    for (uint32_t i = first; i < hold->n_slots; i++) {
+        gp_slot *s = &p->slots[hold->slots[i]];
+        s->users &= ~(UINT64_C(1) << hold->bit);
+        hold->pending -= s->state == READING;
+        if (s->has_failed && s->state == READY && !s->users) {
+            gp_slot_empty(p, s);
+        }
+    }
+    hold->n_slots = first;
+    pthread_cond_broadcast(&p->released);
+}
+
+void gp_pager_release(gp_pager *p, gp_hold *hold) {
+    if (hold->n_slots == 0) {   /* only this thread changes it */
+        return;
+    }
+    pthread_mutex_lock(&p->lock);
+    release_from(p, hold, 0);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void count_use(gp_layer *l, const gp_demand *demand) {
+    const uint64_t before = l->counters.tokens;
+    l->counters.visits++;
+    l->counters.tokens += demand->n_tokens;
+    if (before / HALF_LIFE_TOKENS != l->counters.tokens / HALF_LIFE_TOKENS) {
+        for (uint32_t e = 0; e < l->spec.n_experts; e++) {
+            l->uses[e] /= 2;
+        }
+    }
+    for (uint32_t i = 0; i < demand->n_experts; i++) {
+        l->uses[demand->experts[i]] += (float) demand->counts[i];
+        l->last_token[demand->experts[i]] = l->counters.tokens;
+    }
+}
+
+/* Whether this miss of a large batch may stay: the layer's most used experts up to its share, the rest is transient. */
+static bool is_worth_keeping(const gp_layer *l, const gp_class *c, const gp_demand *demand, uint32_t i) {
+    if (l->kept >= c->share) {
+        return false;
+    }
+    uint32_t better = 0;
+    for (uint32_t j = 0; j < demand->n_experts; j++) {
+        better += demand->counts[j] > demand->counts[i];
+    }
+    return better < c->share;
+}
+
+/* Takes slots for all misses. Returns the number of reads, or -EBUSY with nothing taken. */
+static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint32_t *n_missed) {
+    gp_layer *l = &p->layers[demand->layer];
+    const gp_class *c = &p->classes[l->spec.shape_class];
+    const bool is_batch = demand->n_experts > c->share && demand->n_tokens > 1;
+    const uint32_t first_held = hold->n_slots;
+    uint32_t n_reads = 0;
+    *n_missed = 0;
+    for (uint32_t i = 0; i < demand->n_experts; i++) {      /* hits first: our own misses must not push them out */
+        const int32_t index = l->slot_of[demand->experts[i]];
+        if (index >= 0) {
+            gp_slot *s = &p->slots[index];
+            *n_missed += s->state == READING;
+            hold_slot(hold, s, (uint32_t) index);
+            if (!is_batch) {
+                gp_slot_keep(p, s);
+            }
+        }
+    }
+    for (uint32_t i = 0; i < demand->n_experts; i++) {
+        if (l->slot_of[demand->experts[i]] >= 0) {
+            continue;
+        }
+        const bool is_transient = is_batch && !is_worth_keeping(l, c, demand, i);
+        const int32_t victim = gp_slot_choose(p, l, is_transient);
+        if (victim < 0) {
+            for (uint32_t r = 0; r < n_reads; r += l->spec.n_slices) {
+                gp_slot *s = &p->slots[hold->reads[r]->tag];
+                hold->pending--;
+                s->users = 0;
+                gp_slot_empty(p, s);
+                hold->n_slots--;    /* the last ones held are the ones just taken */
+            }
+            release_from(p, hold, first_held);
+            return -EBUSY;
+        }
+        gp_slot_assign(p, (uint32_t) victim, demand->layer, demand->experts[i], is_transient);
+        hold_slot(hold, &p->slots[victim], (uint32_t) victim);
+        n_reads += gp_slot_prepare_reads(p, (uint32_t) victim, hold->reads + n_reads);
+        (*n_missed)++;
+    }
+    return (int) n_reads;
+}
+
+/* In a large batch nearly all experts of the next layer will be wanted: they are read while this layer computes.
+ * Returns the number of reads in ahead_reads, which then belongs to this caller until it has submitted them. */
+static uint32_t plan_read_ahead(gp_pager *p, const gp_demand *demand) {
+    const uint32_t next = demand->layer + 1;
+    const gp_layer *l = &p->layers[demand->layer];
+    if (!p->config.read_ahead || p->is_reading_ahead || next >= p->config.n_layers
+        || p->layers[next].spec.shape_class != l->spec.shape_class
+        || demand->n_experts * 10 < l->spec.n_experts * 9) {
+        return 0;
+    }
+    uint32_t n_reads = 0;
+    for (uint32_t e = 0; e < p->layers[next].spec.n_experts; e++) {
+        if (p->layers[next].slot_of[e] >= 0) {
+            continue;
+        }
+        const int32_t victim = gp_slot_choose_spare(p, &p->layers[next]);
+        if (victim < 0) {
+            break;
+        }
+        gp_slot_assign(p, (uint32_t) victim, next, (int32_t) e, true);
+        n_reads += gp_slot_prepare_reads(p, (uint32_t) victim, p->ahead_reads + n_reads);
+    }
+    p->is_reading_ahead = n_reads > 0;
+    return n_reads;
+}
+
+/* The files must still be those whose header was read. */
+static int check_files(gp_pager *p, const gp_layer_spec *spec, gp_failure *failure) {
+    uint64_t checked = UINT64_MAX;
+    for (uint32_t i = 0; i < spec->n_slices; i++) {
+        const uint32_t file = spec->slices[i].file;
+        if (file == checked) {
+            continue;
+        }
+        checked = file;
+        gp_file_id now;
+        int error = p->os->file_identify(p->files[file], &now);
+        if (error == 0 && (now.size_bytes != p->file_ids[file].size_bytes
+                           || now.modified_ns != p->file_ids[file].modified_ns)) {
+            error = -ESTALE;
+        }
+        if (error != 0) {
+            *failure = (gp_failure) { error, file, spec->slices[i].offset_bytes };
+            return error;
+        }
+    }
+    return 0;
+}
+
+static struct timespec seconds_from_now(int seconds) {
+    struct timespec when;
+    clock_gettime(CLOCK_REALTIME, &when);
+    when.tv_sec += seconds;
+    return when;
+}
+
+int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_t *slots, gp_failure *failure) {
+    gp_layer *l = &p->layers[demand->layer];
+    *failure = (gp_failure) { 0 };
+    if (getpid() != p->pid) {
+        *failure = (gp_failure) { .error = -ECHILD };
+        return -ECHILD;
+    }
+    pthread_mutex_lock(&p->lock);
+    if (!demand->is_again) {
+        count_use(l, demand);
+    }
+    const uint32_t first_held = hold->n_slots;
+    const struct timespec deadline = seconds_from_now(BUSY_WAIT_SECONDS);
+    uint32_t n_missed;
+    int n_reads;
+    while ((n_reads = take_slots(p, hold, demand, &n_missed)) == -EBUSY) {
+        if (pthread_cond_timedwait(&p->released, &p->lock, &deadline) != 0) {
+            pthread_mutex_unlock(&p->lock);
+            return -EBUSY;
+        }
+    }
+    if (!demand->is_again) {
+        l->counters.hits += demand->n_experts - n_missed;
+        l->counters.misses += n_missed;
+    }
+    hold->failure = (gp_failure) { 0 };
+    const uint64_t started_ns = hold->pending ? p->os->now_ns() : 0;
+    if (n_reads > 0) {
+        pthread_mutex_unlock(&p->lock);
+        const int changed = check_files(p, &l->spec, failure);
+        gp_fetch_submit(p->fetch, hold->reads, (uint32_t) n_reads);
+        pthread_mutex_lock(&p->lock);
+        if (changed != 0 && hold->failure.error == 0) {
+            hold->failure = *failure;
+        }
+    }
+    while (hold->pending > 0) {
+        pthread_cond_wait(&hold->arrived, &p->lock);
+    }
+    if (started_ns) {
+        l->counters.stall_ns += p->os->now_ns() - started_ns;
+    }
+    int error = hold->failure.error;
+    for (uint32_t i = 0; i < demand->n_experts; i++) {
+        const int32_t index = l->slot_of[demand->experts[i]];
+        assert(index >= 0 && p->slots[index].state == READY);
+        slots[i] = index - (int32_t) p->classes[l->spec.shape_class].first;
+        if (p->slots[index].has_failed && error == 0) {     /* another context's read, which we joined too late to hear */
+            error = -EIO;
+            hold->failure = (gp_failure) { error, l->spec.slices[0].file, l->spec.slices[0].offset_bytes };
+        }
+    }
+    *failure = hold->failure;
+    uint32_t n_ahead = 0;
+    if (error != 0) {
+        /* Bytes of a changed file must not serve a later batch either. */
+        for (uint32_t i = first_held; i < hold->n_slots; i++) {
+            p->slots[hold->slots[i]].has_failed |= error == -ESTALE;
+        }
+        release_from(p, hold, first_held);
+    } else if (!demand->is_again && demand->n_tokens > 1) {
+        n_ahead = plan_read_ahead(p, demand);
+    }
+    pthread_mutex_unlock(&p->lock);
+    if (n_ahead > 0) {
+        gp_fetch_submit(p->fetch, p->ahead_reads, n_ahead);
+        pthread_mutex_lock(&p->lock);
+        p->is_reading_ahead = false;
+        pthread_mutex_unlock(&p->lock);
+    }
+    return error;
+}
+
+void gp_pager_count_left_alone(gp_pager *p, uint32_t layer_index) {
+    pthread_mutex_lock(&p->lock);
+    p->layers[layer_index].counters.left_alone++;
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* ---- holds ------------------------------------------------------------------------------------------------------ */
+
+int gp_hold_open(gp_hold *hold, gp_pager *p, uint32_t n_needed) {
+    *hold = (gp_hold) { .n_needed = n_needed };
+    hold->slots = malloc(p->n_slots * sizeof *hold->slots);
+    hold->reads = malloc((size_t) p->n_slots * GP_MAX_SLICES * sizeof *hold->reads);
+    if (!hold->slots || !hold->reads) {
+        goto fail;
+    }
+    pthread_cond_init(&hold->arrived, NULL);
+    pthread_mutex_lock(&p->lock);
+    while (hold->bit < GP_MAX_TAPS && p->holds[hold->bit]) {
+        hold->bit++;
+    }
+    if (hold->bit < GP_MAX_TAPS) {
+        p->holds[hold->bit] = hold;
+    }
+    pthread_mutex_unlock(&p->lock);
+    if (hold->bit < GP_MAX_TAPS) {
+        return 0;
+    }
+    pthread_cond_destroy(&hold->arrived);
+fail:
+    free(hold->reads);
+    free(hold->slots);
+    return hold->bit < GP_MAX_TAPS ? -ENOMEM : -EMFILE;
+}
+
+void gp_hold_close(gp_hold *hold, gp_pager *p) {
+    if (getpid() == p->pid) {
+        pthread_mutex_lock(&p->lock);
+        release_from(p, hold, 0);
+        p->holds[hold->bit] = NULL;
+        pthread_mutex_unlock(&p->lock);
+    }
+    pthread_cond_destroy(&hold->arrived);
+    free(hold->reads);
+    free(hold->slots);
+}
+
+const gp_layer_spec *gp_pager_layer(const gp_pager *p, uint32_t layer_index) {
+    return layer_index < p->config.n_layers ? &p->layers[layer_index].spec : NULL;
+}
+
+uint32_t gp_pager_n_taps(gp_pager *p) {
+    uint32_t n = 0;
+    pthread_mutex_lock(&p->lock);
+    for (uint32_t i = 0; i < GP_MAX_TAPS; i++) {
+        n += p->holds[i] != NULL;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return n;
+}
+
+char *gp_pager_slots(const gp_pager *p, uint32_t shape_class, uint32_t *n_slots, uint64_t *stride_bytes) {
+    *n_slots = p->classes[shape_class].n_slots;
+    *stride_bytes = p->classes[shape_class].stride_bytes;
+    return p->classes[shape_class].slots;
+}
+
+/* ---- pins and counters ------------------------------------------------------------------------------------------ */
+
+int gp_pager_pin(gp_pager *p, uint32_t layer_index, const int32_t *experts, uint32_t n_experts, gp_failure *failure) {
+    gp_layer *l = &p->layers[layer_index];
+    const gp_class *c = &p->classes[l->spec.shape_class];
+    gp_hold hold;
+    int32_t *slots = malloc(n_experts * sizeof *slots);
+    uint32_t *counts = calloc(n_experts, sizeof *counts);
+    *failure = (gp_failure) { 0 };
+    int error = slots && counts ? gp_hold_open(&hold, p, 0) : -ENOMEM;
+    if (error != 0) {
+        goto fail;
+    }
+    pthread_mutex_lock(&p->lock);
+    uint32_t n_pinned = n_experts;
+    for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
+        n_pinned += p->slots[i].is_pinned;
+    }
+    uint32_t n_needed = l->spec.n_used;
+    for (uint32_t i = 0; i < GP_MAX_TAPS; i++) {
+        if (p->holds[i] && p->holds[i]->n_needed > n_needed) {
+            n_needed = p->holds[i]->n_needed;
+        }
+    }
+    if (n_pinned + n_needed > c->n_slots) {
+        error = -ENOSPC;
+    }
+    pthread_mutex_unlock(&p->lock);
+    if (error == 0) {
+        const gp_demand demand = { .layer = layer_index, .experts = experts, .counts = counts,
+                                   .n_experts = n_experts, .n_tokens = 1, .is_again = true };
+        error = gp_pager_acquire(p, &hold, &demand, slots, failure);
+    }
+    if (error == 0) {
+        pthread_mutex_lock(&p->lock);
+        for (uint32_t i = 0; i < n_experts; i++) {
+            p->slots[c->first + (uint32_t) slots[i]].is_pinned = true;
+        }
+        pthread_mutex_unlock(&p->lock);
+    }
+    gp_hold_close(&hold, p);
+fail:
+    free(counts);
+    free(slots);
+    return error;
+}
+
+void gp_pager_unpin_all(gp_pager *p) {
+    pthread_mutex_lock(&p->lock);
+    for (uint32_t i = 0; i < p->n_slots; i++) {
+        p->slots[i].is_pinned = false;
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+void gp_pager_counters(gp_pager *p, gp_counters *counters) {
+    pthread_mutex_lock(&p->lock);
+    for (uint32_t i = 0; i < p->config.n_layers; i++) {
+        counters[i] = p->layers[i].counters;
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+int gp_pager_resident(gp_pager *p, uint32_t layer_index, uint8_t *resident) {
+    if (layer_index >= p->config.n_layers) {
+        return -EINVAL;
+    }
+    const gp_layer *l = &p->layers[layer_index];
+    pthread_mutex_lock(&p->lock);
+    for (uint32_t e = 0; e < l->spec.n_experts; e++) {
+        const int32_t index = l->slot_of[e];
+        resident[e] = index < 0 ? 0 : p->slots[index].is_pinned ? 2 : 1;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return 0;
+}

@@ -1,0 +1,46 @@
+/* Between pager.c and tap.c: slots taken and given back for the time of one piece of graph. */
+#ifndef GGUF_PAGER_PAGER_H
+#define GGUF_PAGER_PAGER_H
+
+#include "fetch.h"
+#include "gguf_pager.h"
+
+/* Slots one context computes with. Zeroed by gp_hold_open. */
+typedef struct {
+    uint32_t        bit;        /* this hold's place in a slot's mask of users */
+    uint32_t       *slots;      /* lock */
+    uint32_t        n_slots;    /* lock */
+    uint32_t        pending;    /* lock; how many of them are still being read */
+    pthread_cond_t  arrived;
+    gp_failure      failure;    /* lock */
+    gp_read       **reads;      /* room for one submission */
+    uint32_t        n_needed;   /* the most slots of one class it may hold at a time */
+} gp_hold;
+
+/* What one graph node's batch wants of a layer. */
+typedef struct {
+    uint32_t        layer;
+    const int32_t  *experts;    /* distinct */
+    const uint32_t *counts;     /* ids that named each */
+    uint32_t        n_experts;
+    uint32_t        n_tokens;
+    bool            is_again;   /* the same ids were counted before: only the slots are wanted */
+} gp_demand;
+
+int  gp_hold_open(gp_hold *hold, gp_pager *pager, uint32_t n_needed);
+void gp_hold_close(gp_hold *hold, gp_pager *pager);
+
+/* Brings the experts into slots and holds them; slots[i] is the slot, within its class, of demand->experts[i].
+ * On failure nothing new is held and *failure tells where. -EBUSY: other contexts hold too many slots.
+ * -ECHILD: this process is a fork of the one that opened the pager. */
+int  gp_pager_acquire(gp_pager *pager, gp_hold *hold, const gp_demand *demand, int32_t *slots, gp_failure *failure);
+void gp_pager_release(gp_pager *pager, gp_hold *hold);
+
+void gp_pager_count_left_alone(gp_pager *pager, uint32_t layer);
+
+const gp_layer_spec *gp_pager_layer(const gp_pager *pager, uint32_t layer);     /* NULL past the last */
+uint32_t         gp_pager_n_taps(gp_pager *pager);
+/* The address, number and distance of the slots of a class. */
+char            *gp_pager_slots(const gp_pager *pager, uint32_t shape_class, uint32_t *n_slots, uint64_t *stride_bytes);
+
+#endif

@@ -1,0 +1,198 @@
+/* Slots: which expert lies where, who computes with it, what is being read.
+ *
+ *              choose_victim                 last slice read
+ *     FREE  ---------------->  READING  ------------------>  READY
+ *       ^                         | a slice failed             | choose_victim
+ *       +-------------------------+----------------------------+
+ *
+ * Invariants
+ *   1. layer.slot_of[expert] == s  exactly if  slot s is READING or READY and holds that expert of that layer.
+ *   2. A slot whose mask of users is not empty, that is pinned, or that is READING is never chosen as a victim.
+ *   3. hold.pending is the number of slots in hold.slots that are READING.
+ *   4. layer.resident is the number of slots READING or READY for it; layer.kept those of them that are not transient.
+ *   5. The lock is held for arithmetic only: never across a read, never together with fetch's lock.
+ */
+#include "slots.h"
+
+#include <assert.h>
+
+/* ---- worth and victims ------------------------------------------------------------------------------------------ */
+
+static double worth(const gp_pager *p, const gp_slot *s, const gp_layer *for_layer) {
+    const gp_layer *own = &p->layers[s->layer];
+    const uint32_t n_layers = p->classes[own->spec.shape_class].n_layers;
+    const uint32_t away = (own->rank + n_layers - for_layer->rank) % n_layers;
+    const gp_use use = {
+        .uses = own->uses[s->expert],
+        .age = own->counters.tokens - own->last_token[s->expert],
+        .away = away ? away : n_layers,
+        .n_layers = n_layers,
+    };
+    return p->policy->worth(&use);
+}
+
+static int32_t find_free(const gp_pager *p, const gp_class *c) {
+    for (uint32_t i = c->first; c->n_free > 0 && i < c->first + c->n_slots; i++) {
+        if (p->slots[i].state == FREE) {
+            return (int32_t) i;
+        }
+    }
+    return -1;
+}
+
+/* Invariant 2 lives here. Returns the slot of least worth, or -1. */
+static int32_t find_least(const gp_pager *p, const gp_class *c, const gp_layer *for_layer, bool transient_only) {
+    int32_t best = -1;
+    double least = 0;
+    for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
+        const gp_slot *s = &p->slots[i];
+        if (s->state != READY || s->users || s->is_pinned || (transient_only && !s->is_transient)) {
+            continue;
+        }
+        const gp_layer *own = &p->layers[s->layer];
+        if (!s->is_transient && own != for_layer && own->kept <= c->floor) {
+            continue;
+        }
+        const double value = worth(p, s, for_layer);
+        if (best < 0 || value < least) {
+            best = (int32_t) i;
+            least = value;
+        }
+    }
+    return best;
+}
+
+/* The last resort: the floor is a promise between layers, not a reason to stop. */
+static int32_t find_any(const gp_pager *p, const gp_class *c) {
+    for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
+        const gp_slot *s = &p->slots[i];
+        if (s->state == READY && !s->users && !s->is_pinned) {
+            return (int32_t) i;
+        }
+    }
+    return -1;
+}
+
+int32_t gp_slot_choose(const gp_pager *p, const gp_layer *for_layer, bool is_transient) {
+    const gp_class *c = &p->classes[for_layer->spec.shape_class];
+    int32_t victim = -1;
+    if (is_transient && c->n_transient >= c->transient_limit) {
+        victim = find_least(p, c, for_layer, true);
+    }
+    if (victim < 0) {
+        victim = find_free(p, c);
+    }
+    if (victim < 0) {
+        victim = find_least(p, c, for_layer, true);
+    }
+    if (victim < 0) {
+        victim = find_least(p, c, for_layer, false);
+    }
+    return victim < 0 ? find_any(p, c) : victim;
+}
+
+int32_t gp_slot_choose_spare(const gp_pager *p, const gp_layer *for_layer) {
+    const gp_class *c = &p->classes[for_layer->spec.shape_class];
+    const int32_t victim = c->n_transient < c->transient_limit ? find_free(p, c) : -1;
+    return victim < 0 ? find_least(p, c, for_layer, true) : victim;
+}
+
+/* ---- states of a slot ------------------------------------------------------------------------------------------- */
+
+void gp_slot_keep(gp_pager *p, gp_slot *s) {
+    if (s->is_transient) {
+        s->is_transient = false;
+        p->classes[p->layers[s->layer].spec.shape_class].n_transient--;
+        p->layers[s->layer].kept++;
+    }
+}
+
+void gp_slot_empty(gp_pager *p, gp_slot *s) {
+    assert(s->state != FREE && !s->users);
+    gp_layer *own = &p->layers[s->layer];
+    gp_class *c = &p->classes[own->spec.shape_class];
+    own->slot_of[s->expert] = -1;
+    own->counters.resident--;
+    if (s->is_transient) {
+        c->n_transient--;
+    } else {
+        own->kept--;
+    }
+    c->n_free++;
+    *s = (gp_slot) { .state = FREE };
+}
+
+void gp_slot_assign(gp_pager *p, uint32_t index, uint32_t layer_index, int32_t expert, bool is_transient) {
+    gp_slot *s = &p->slots[index];
+    gp_layer *own = &p->layers[layer_index];
+    gp_class *c = &p->classes[own->spec.shape_class];
+    if (s->state != FREE) {
+        p->layers[s->layer].counters.evictions++;
+        gp_slot_empty(p, s);
+    }
+    c->n_free--;
+    *s = (gp_slot) { .state = READING, .layer = layer_index, .expert = expert, .is_transient = is_transient,
+                  .slices_left = (uint8_t) own->spec.n_slices };
+    own->slot_of[expert] = (int32_t) index;
+    own->counters.resident++;
+    if (is_transient) {
+        c->n_transient++;
+    } else {
+        own->kept++;
+    }
+}
+
+/* In a reader thread: one slice has come, or has not. */
+static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
+    gp_pager *p = read->owner;
+    gp_slot *s = &p->slots[read->tag];
+    pthread_mutex_lock(&p->lock);
+    if (error == 0) {
+        p->layers[s->layer].counters.bytes_read += read->bytes;
+    } else {
+        s->has_failed = true;
+        for (uint32_t bit = 0; bit < GP_MAX_TAPS; bit++) {
+            if (s->users >> bit & 1 && p->holds[bit]->failure.error == 0) {
+                p->holds[bit]->failure = (gp_failure) { error, read->file, error_offset_bytes };
+            }
+        }
+    }
+    if (--s->slices_left == 0) {
+        const uint64_t users = s->users;
+        s->state = READY;
+        for (uint32_t bit = 0; users >> bit && bit < GP_MAX_TAPS; bit++) {
+            if (users >> bit & 1 && --p->holds[bit]->pending == 0) {
+                pthread_cond_signal(&p->holds[bit]->arrived);
+            }
+        }
+        if (s->has_failed && !users) {
+            gp_slot_empty(p, s);    /* read-ahead: whoever wants it next reads again and hears of it */
+        }
+        pthread_cond_broadcast(&p->released);
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* Fills in the reads of one slot; returns how many. */
+uint32_t gp_slot_prepare_reads(gp_pager *p, uint32_t index, gp_read **reads) {
+    const gp_slot *s = &p->slots[index];
+    const gp_layer_spec *spec = &p->layers[s->layer].spec;
+    const gp_class *c = &p->classes[spec->shape_class];
+    char *base = c->slots + (uint64_t) (index - c->first) * c->stride_bytes;
+    for (uint32_t i = 0; i < spec->n_slices; i++) {
+        const gp_slice_spec *slice = &spec->slices[i];
+        gp_read *read = &p->reads[index * GP_MAX_SLICES + i];
+        read->fd = p->files[slice->file];
+        read->file = slice->file;
+        read->offset_bytes = slice->offset_bytes + (uint64_t) s->expert * slice->slice_bytes;
+        read->bytes = slice->slice_bytes;
+        read->into = base + slice->data_at;
+        read->region = base + slice->region_at;
+        read->region_bytes = slice->region_bytes;
+        read->done = slice_read;
+        read->owner = p;
+        read->tag = index;
+        reads[i] = read;
+    }
+    return spec->n_slices;
+}

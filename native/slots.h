@@ -1,0 +1,80 @@
+/* The pager's state, shared by the three files that work on it: slots.c moves slots between their states, pager.c
+ * serves contexts, arena.c opens and closes the whole. */
+#ifndef GGUF_PAGER_SLOTS_H
+#define GGUF_PAGER_SLOTS_H
+
+#include <sys/types.h>
+
+#include "pager.h"
+#include "policy.h"
+
+typedef enum { FREE, READING, READY } gp_slot_state;
+
+typedef struct {
+    gp_slot_state state;
+    bool       is_transient;    /* came for a large batch; first to go */
+    bool       is_pinned;
+    bool       has_failed;
+    uint8_t    slices_left;     /* to be read */
+    int32_t    expert;
+    uint32_t   layer;
+    uint64_t   users;           /* a bit per hold */
+} gp_slot;
+
+typedef struct {
+    gp_layer_spec spec;
+    int32_t      *slot_of;      /* by expert; -1: not in a slot */
+    float        *uses;         /* by expert */
+    uint64_t     *last_token;   /* by expert: this layer's token count when it was last chosen */
+    uint32_t      rank;         /* its place among the layers of its class, in the order they are computed */
+    uint32_t      kept;
+    gp_counters   counters;
+} gp_layer;
+
+typedef struct {
+    char    *slots;             /* address of the first */
+    uint64_t stride_bytes;
+    uint32_t first, n_slots;    /* in pager.slots */
+    uint32_t n_free, n_transient, transient_limit;
+    uint32_t n_layers;
+    uint32_t floor;             /* slots no other layer may take from one */
+    uint32_t share;             /* an equal part of the slots */
+} gp_class;
+
+struct gp_pager {
+    const gp_os     *os;
+    gp_config        config;
+    const gp_policy *policy;
+    pid_t            pid;
+    gp_fetch        *fetch;
+    int             *files;
+    gp_file_id      *file_ids;
+    uint32_t         n_open;
+    char            *arena;
+    size_t           arena_bytes;
+    gp_read         *reads;             /* GP_MAX_SLICES per slot */
+    pthread_mutex_t  lock;              /* guards all below */
+    pthread_cond_t   released;
+    gp_layer        *layers;
+    gp_class        *classes;
+    gp_slot         *slots;
+    uint32_t         n_slots;
+    gp_hold         *holds[GP_MAX_TAPS];
+    gp_read        **ahead_reads;       /* room for one submission of read-ahead */
+    bool             is_reading_ahead;  /* that room is taken */
+};
+
+/* All with the pager's lock held. */
+
+/* The slot to give up for an expert of `for_layer`, free or READY; -1: all are used, pinned or being read. */
+int32_t  gp_slot_choose(const gp_pager *pager, const gp_layer *for_layer, bool is_transient);
+/* Only a slot whose loss costs nothing: a free one, within the limit on transient ones, or a transient one. */
+int32_t  gp_slot_choose_spare(const gp_pager *pager, const gp_layer *for_layer);
+
+void     gp_slot_assign(gp_pager *pager, uint32_t index, uint32_t layer, int32_t expert, bool is_transient);
+void     gp_slot_empty(gp_pager *pager, gp_slot *slot);
+void     gp_slot_keep(gp_pager *pager, gp_slot *slot);     /* no longer transient */
+/* Fills in the reads of a slot that was assigned; returns how many. */
+uint32_t gp_slot_prepare_reads(gp_pager *pager, uint32_t index, gp_read **reads);
+
+#endif

@@ -1,0 +1,37 @@
+"""The C extension: which sources on which system, and the flags that keep it warning-free."""
+
+import os
+import platform
+
+from setuptools import Extension, setup
+
+SYSTEM_SOURCE = {"Linux": "native/os_linux.c", "Darwin": "native/os_macos.c"}
+SOURCES = ["arena.c", "fetch.c", "module.c", "pager.c", "policy.c", "slots.c", "tap.c"]
+
+system_source = SYSTEM_SOURCE.get(platform.system())
+if system_source is None:
+    raise SystemExit(f"gguf_pager runs on Linux and macOS; this is {platform.system()}.")
+
+# GGUF_PAGER_SANITIZE=address,undefined builds with those sanitizers and with assertions on, for the tests.
+sanitize = os.environ.get("GGUF_PAGER_SANITIZE", "")
+flags = ["-std=c11", "-Wall", "-Wextra", "-O2"]
+link_flags = ["-pthread"]
+if sanitize:
+    flags += ["-g", "-UNDEBUG", f"-fsanitize={sanitize}"]
+    link_flags += [f"-fsanitize={sanitize}"]
+
+setup(
+    ext_modules=[
+        Extension(
+            "gguf_pager._native",
+            sources=[f"native/{name}" for name in SOURCES] + [system_source],
+            depends=[f"native/{name}" for name in
+                     ("gguf_pager.h", "os.h", "fetch.h", "policy.h", "pager.h", "slots.h", "ggml_tensor.h")],
+            define_macros=[("Py_LIMITED_API", "0x030B0000")],
+            py_limited_api=True,
+            extra_compile_args=flags,
+            extra_link_args=link_flags,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
