@@ -122,9 +122,11 @@ typedef bool (*gp_abort_callback)(void *data);
 
 /* max_ids: the most ids one router result can hold, n_ubatch * n_used of the widest layer.
  * The next_* callbacks are the caller's own, called as llama.cpp would have called them; may be NULL. */
-int  gp_tap_open(gp_tap **out, gp_pager *pager, const gp_ggml *ggml, uint32_t max_ids,
+int  gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids,
                  gp_eval_callback next_eval, void *next_eval_data,
                  gp_abort_callback next_abort, void *next_abort_data);
+/* Until then every node is left as it is: the context must exist before the arena can be sized. Once. */
+int  gp_tap_attach(gp_tap *tap, gp_pager *pager);
 void gp_tap_close(gp_tap *tap);
 
 bool gp_tap_eval(void *tensor, bool ask, void *tap);    /* llama_context_params.cb_eval */

@@ -25,7 +25,7 @@ typedef struct {
 } TapObject;
 
 typedef struct {
-    PyObject *tap_type;
+    PyObject *pager_type;
 } module_state;
 
 static PyObject *raise_errno(int error) {
@@ -208,7 +208,8 @@ static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     Py_END_ALLOW_THREADS
     if (error != 0) {
         raise_errno(error);
-        Py_CLEAR(self);
+        Py_DECREF((PyObject *) self);
+        self = NULL;
     }
 fail:
     free(n_experts);
@@ -352,45 +353,12 @@ static PyObject *pager_unpin_all(PyObject *object, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
-static PyObject *pager_open_tap(PyObject *object, PyObject *args) {
-    PagerObject *self = (PagerObject *) object;
-    gp_pager *pager = opened(self);
-    gp_ggml ggml;
-    unsigned int max_ids;
-    unsigned long long is_host, next_eval, next_eval_data, next_abort, next_abort_data;
-    if (!pager || !PyArg_ParseTuple(args, "(iiiiiiiK)IKKKK", &ggml.op_none, &ggml.op_mul_mat_id, &ggml.op_argsort,
-                                    &ggml.op_top_k, &ggml.op_view, &ggml.op_reshape, &ggml.type_i32, &is_host,
-                                    &max_ids, &next_eval, &next_eval_data, &next_abort, &next_abort_data)) {
-        return NULL;
-    }
-    ggml.buffer_is_host = (bool (*)(void *)) (uintptr_t) is_host;
-    module_state *state = PyType_GetModuleState(Py_TYPE(object));
-    PyTypeObject *type = (PyTypeObject *) state->tap_type;
-    allocfunc allocate = (allocfunc) PyType_GetSlot(type, Py_tp_alloc);
-    TapObject *tap = (TapObject *) allocate(type, 0);
-    if (!tap) {
-        return NULL;
-    }
-    const int error = gp_tap_open(&tap->tap, pager, &ggml, max_ids,
-                                  (gp_eval_callback) (uintptr_t) next_eval, (void *) (uintptr_t) next_eval_data,
-                                  (gp_abort_callback) (uintptr_t) next_abort, (void *) (uintptr_t) next_abort_data);
-    if (error != 0) {
-        Py_DECREF(tap);
-        return raise_errno(error);
-    }
-    Py_INCREF(self);
-    tap->pager = self;
-    self->n_taps++;
-    return (PyObject *) tap;
-}
-
 static PyMethodDef pager_methods[] = {
     { "close", pager_close, METH_NOARGS, NULL },
     { "counters", pager_counters, METH_NOARGS, NULL },
     { "resident", pager_resident, METH_VARARGS, NULL },
     { "pin", pager_pin, METH_VARARGS, NULL },
     { "unpin_all", pager_unpin_all, METH_NOARGS, NULL },
-    { "open_tap", pager_open_tap, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },
 };
 
@@ -408,12 +376,40 @@ static PyType_Spec pager_spec = {
 
 /* ---- Tap -------------------------------------------------------------------------------------------------------- */
 
+static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
+    static char *names[] = { "ggml", "max_ids", "next_eval", "next_eval_data", "next_abort", "next_abort_data", NULL };
+    gp_ggml ggml;
+    unsigned int max_ids;
+    unsigned long long is_host, next_eval, next_eval_data, next_abort, next_abort_data;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiiK)IKKKK", names, &ggml.op_none, &ggml.op_mul_mat_id,
+                                     &ggml.op_argsort, &ggml.op_top_k, &ggml.op_view, &ggml.op_reshape,
+                                     &ggml.type_i32, &is_host, &max_ids, &next_eval, &next_eval_data, &next_abort,
+                                     &next_abort_data)) {
+        return NULL;
+    }
+    ggml.buffer_is_host = (bool (*)(void *)) (uintptr_t) is_host;
+    allocfunc allocate = (allocfunc) PyType_GetSlot(type, Py_tp_alloc);
+    TapObject *self = (TapObject *) allocate(type, 0);
+    if (!self) {
+        return NULL;
+    }
+    const int error = gp_tap_open(&self->tap, &ggml, max_ids,
+                                  (gp_eval_callback) (uintptr_t) next_eval, (void *) (uintptr_t) next_eval_data,
+                                  (gp_abort_callback) (uintptr_t) next_abort, (void *) (uintptr_t) next_abort_data);
+    if (error != 0) {
+        Py_DECREF((PyObject *) self);
+        return raise_errno(error);
+    }
+    return (PyObject *) self;
+}
+
 static void close_tap(TapObject *self) {
     gp_tap_close(self->tap);
     self->tap = NULL;
     if (self->pager) {
         self->pager->n_taps--;
-        Py_CLEAR(self->pager);
+        Py_DECREF((PyObject *) self->pager);
+        self->pager = NULL;
     }
 }
 
@@ -437,6 +433,32 @@ static gp_tap *opened_tap(PyObject *object) {
         PyErr_SetString(PyExc_ValueError, "the tap is closed");
     }
     return self->tap;
+}
+
+static PyObject *tap_attach(PyObject *object, PyObject *args) {
+    TapObject *self = (TapObject *) object;
+    PyObject *argument;
+    gp_tap *tap = opened_tap(object);
+    if (!tap || !PyArg_ParseTuple(args, "O", &argument)) {
+        return NULL;
+    }
+    const module_state *state = PyType_GetModuleState(Py_TYPE(object));
+    if (!PyObject_TypeCheck(argument, (PyTypeObject *) state->pager_type) || self->pager) {
+        PyErr_SetString(PyExc_TypeError, "attach takes a Pager, once");
+        return NULL;
+    }
+    PagerObject *pager = (PagerObject *) argument;
+    if (!opened(pager)) {
+        return NULL;
+    }
+    const int error = gp_tap_attach(tap, pager->pager);
+    if (error != 0) {
+        return raise_errno(error);
+    }
+    Py_INCREF(argument);
+    self->pager = pager;
+    pager->n_taps++;
+    Py_RETURN_NONE;
 }
 
 static PyObject *tap_addresses(PyObject *object, PyObject *unused) {
@@ -484,6 +506,7 @@ static PyObject *tap_take_failure(PyObject *object, PyObject *unused) {
 
 static PyMethodDef tap_methods[] = {
     { "close", tap_close, METH_NOARGS, NULL },
+    { "attach", tap_attach, METH_VARARGS, NULL },
     { "addresses", tap_addresses, METH_NOARGS, NULL },
     { "chain_abort", tap_chain_abort, METH_VARARGS, NULL },
     { "idle", tap_idle, METH_NOARGS, NULL },
@@ -492,6 +515,7 @@ static PyMethodDef tap_methods[] = {
 };
 
 static PyType_Slot tap_slots[] = {
+    { Py_tp_new, (void *) (uintptr_t) tap_new },
     { Py_tp_dealloc, (void *) (uintptr_t) tap_dealloc },
     { Py_tp_methods, tap_methods },
     { 0, NULL },
@@ -499,7 +523,7 @@ static PyType_Slot tap_slots[] = {
 
 static PyType_Spec tap_spec = {
     .name = "gguf_pager._native.Tap", .basicsize = sizeof(TapObject),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, .slots = tap_slots,
+    .flags = Py_TPFLAGS_DEFAULT, .slots = tap_slots,
 };
 
 /* ---- functions -------------------------------------------------------------------------------------------------- */
@@ -596,21 +620,20 @@ static PyMethodDef functions[] = {
 
 static int fill_module(PyObject *module) {
     module_state *state = PyModule_GetState(module);
-    PyObject *pager_type = PyType_FromModuleAndSpec(module, &pager_spec, NULL);
-    state->tap_type = PyType_FromModuleAndSpec(module, &tap_spec, NULL);
-    if (!pager_type || !state->tap_type) {
-        Py_XDECREF(pager_type);
+    state->pager_type = PyType_FromModuleAndSpec(module, &pager_spec, NULL);
+    if (!state->pager_type || PyModule_AddObjectRef(module, "Pager", state->pager_type) != 0) {
         return -1;
     }
-    const int error = PyModule_AddObjectRef(module, "Pager", pager_type);
-    Py_DECREF(pager_type);
-    return error != 0 ? -1 : PyModule_AddObjectRef(module, "Tap", state->tap_type);
+    PyObject *tap_type = PyType_FromModuleAndSpec(module, &tap_spec, NULL);
+    const int error = tap_type ? PyModule_AddObjectRef(module, "Tap", tap_type) : -1;
+    Py_XDECREF(tap_type);
+    return error;
 }
 
 static void free_module(void *module) {
     module_state *state = PyModule_GetState((PyObject *) module);
     if (state) {
-        Py_CLEAR(state->tap_type);
+        Py_CLEAR(state->pager_type);
     }
 }
 

@@ -295,6 +295,9 @@ static bool serve(gp_tap *tap, ggml_tensor *node) {
     if (!v) {
         return false;
     }
+    if (node->src[2]->ne[0] * node->src[2]->ne[1] == 0) {
+        return false;   /* no token of this batch wants logits: the last layer computes nothing */
+    }
     routing *r = find_routing(tap, v->layer, node);
     const bool is_ours = node->src[0] == &v->view;
     if (r && is_ours && !(node->src[2] == &r->slots && has_node(r, node))) {
@@ -327,6 +330,9 @@ static bool serve(gp_tap *tap, ggml_tensor *node) {
 
 /* All nodes up to here are computed: nothing points at the slots any more. */
 static void piece_computed(gp_tap *tap) {
+    if (!tap->pager) {
+        return;
+    }
     gp_pager_release(tap->pager, &tap->hold);
     for (uint32_t i = 0; i < tap->n_layers * ROUTINGS; i++) {
         tap->routings[i].is_current = false;
@@ -335,7 +341,7 @@ static void piece_computed(gp_tap *tap) {
 
 /* The user's own callback shall see the node as llama.cpp made it, expert ids and all. */
 static void give_back(gp_tap *tap, ggml_tensor *node) {
-    if (node->op == tap->ggml.op_mul_mat_id) {
+    if (tap->pager && node->op == tap->ggml.op_mul_mat_id) {
         const slice_view *v = find_view(tap, node->src[0]);
         const routing *r = v && node->src[0] == &v->view ? find_routing(tap, v->layer, node) : NULL;
         if (r && has_node(r, node)) {
@@ -366,7 +372,7 @@ bool gp_tap_eval(void *tensor, bool ask, void *data) {
         forget_computed(tap, node);
         wants = may_be_ids(tap, node);
         tap->clock += wants;
-    } else if (node->op == tap->ggml.op_mul_mat_id) {
+    } else if (tap->pager && node->op == tap->ggml.op_mul_mat_id) {
         wants = serve(tap, node);
     }
     tap->next_wants = tap->next_eval && tap->next_eval(tensor, true, tap->next_eval_data);
@@ -437,10 +443,10 @@ static void free_tables(gp_tap *tap) {
     free(tap->experts);
     free(tap->expert_slots);
     free(tap->counts);
-    free(tap);
+    tap->n_layers = tap->n_views = 0;
 }
 
-int gp_tap_open(gp_tap **out, gp_pager *pager, const gp_ggml *ggml, uint32_t max_ids,
+int gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids,
                 gp_eval_callback next_eval, void *next_eval_data,
                 gp_abort_callback next_abort, void *next_abort_data) {
     *out = NULL;
@@ -448,7 +454,6 @@ int gp_tap_open(gp_tap **out, gp_pager *pager, const gp_ggml *ggml, uint32_t max
     if (!tap) {
         return -ENOMEM;
     }
-    tap->pager = pager;
     tap->ggml = *ggml;
     tap->max_ids = max_ids;
     tap->clock = 1;     /* 0 is a routing that was never filled in */
@@ -456,21 +461,31 @@ int gp_tap_open(gp_tap **out, gp_pager *pager, const gp_ggml *ggml, uint32_t max
     tap->next_eval_data = next_eval_data;
     tap->next_abort = next_abort;
     tap->next_abort_data = next_abort_data;
-    int error = open_tables(tap);
-    if (error == 0) {
-        error = gp_hold_open(&tap->hold, pager, max_ids);
-    }
-    if (error != 0) {
-        free_tables(tap);
-        return error;
-    }
     *out = tap;
     return 0;
 }
 
+int gp_tap_attach(gp_tap *tap, gp_pager *pager) {
+    assert(!tap->pager);
+    tap->pager = pager;
+    int error = open_tables(tap);
+    if (error == 0) {
+        error = gp_hold_open(&tap->hold, pager, tap->max_ids);
+    }
+    if (error != 0) {
+        free_tables(tap);
+        tap->pager = NULL;
+    }
+    return error;
+}
+
 void gp_tap_close(gp_tap *tap) {
-    if (tap) {
+    if (!tap) {
+        return;
+    }
+    if (tap->pager) {
         gp_hold_close(&tap->hold, tap->pager);
         free_tables(tap);
     }
+    free(tap);
 }

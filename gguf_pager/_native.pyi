@@ -1,0 +1,63 @@
+"""The C core. Private: pager.py, probe.py and engine.py are its only users. Errors are OSError with the errno."""
+
+from collections.abc import Sequence
+
+_Slice = tuple[str, int, tuple[int, int, int], int, int, int, int, int, int]
+"""name, ggml type, ne, file, offset_bytes, slice_bytes, data_at, region_at, region_bytes"""
+_Layer = tuple[int, int, int, Sequence[_Slice]]
+"""n_experts, n_used, shape class, slices"""
+_Counters = tuple[int, int, int, int, int, int, int, int, int]
+"""hits, misses, bytes_read, stall_ns, evictions, left_alone, visits, tokens, resident"""
+_Failure = tuple[int, int, int]
+"""errno, file, offset_bytes"""
+_Ggml = tuple[int, int, int, int, int, int, int, int]
+"""op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, type_i32, address of ggml_backend_buffer_is_host"""
+
+class Pager:
+    """Slots, files and reader threads of one model."""
+
+    def __new__(
+        cls,
+        *,
+        paths: Sequence[str],
+        layers: Sequence[_Layer],
+        classes: Sequence[tuple[int, int]],
+        policy: str,
+        direct: bool,
+        read_ahead: bool,
+        offset_align: int,
+        memory_align: int,
+        n_readers: int,
+        piece_bytes: int,
+    ) -> Pager:
+        """`classes` are (stride_bytes, n_slots)."""
+    def close(self) -> None: ...
+    def counters(self) -> list[_Counters]: ...
+    def resident(self, layer: int, /) -> bytes:
+        """Return a byte per expert: 0 not in a slot, 1 in one, 2 pinned."""
+    def pin(self, layer: int, experts: Sequence[int], /) -> _Failure | None:
+        """Return what a read failed with, if one did."""
+    def unpin_all(self) -> None: ...
+
+class Tap:
+    """The graph hook of one context. Callbacks are addresses of C functions, 0 for none."""
+
+    def __new__(
+        cls, *, ggml: _Ggml, max_ids: int, next_eval: int, next_eval_data: int, next_abort: int, next_abort_data: int
+    ) -> Tap: ...
+    def attach(self, pager: Pager, /) -> None: ...
+    def addresses(self) -> tuple[int, int, int]:
+        """Return the addresses of the eval callback, the abort callback, and the data both take."""
+    def chain_abort(self, next_abort: int, next_abort_data: int, /) -> None: ...
+    def idle(self) -> None: ...
+    def take_failure(self) -> _Failure | None: ...
+    def close(self) -> None: ...
+
+def file_alignment(path: str, /) -> tuple[int, int]:
+    """Return the alignment of direct reads in the file and in memory; ENOTSUP where there are none."""
+
+def memory_lock(address: int, n_bytes: int, /) -> None: ...
+def lazy_load_begin(library: str, /) -> None: ...
+def lazy_load_end() -> None: ...
+def policy_exists(name: str, /) -> bool: ...
+def read_tensor(address: int, /) -> dict[str, int | str | tuple[int, ...]]: ...

@@ -1,0 +1,209 @@
+"""The arithmetic of memory: how a budget becomes slots. Pure functions; what a machine has is asked in probe.py."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gguf_pager.errors import BudgetError
+from gguf_pager.layout import Layer, Layout
+
+WORK_BYTES = 48 << 20
+"""What a decoding process needs besides weights, KV cache and the context's buffers: ggml's work buffer, stacks,
+Python objects of a completion. Measured 20 to 35 MiB on the 16-layer Qwen3-30B shape."""
+
+AUTO_RESERVE_SHARE, AUTO_RESERVE_BYTES = 0.08, 768 << 20
+"""What `auto` leaves to the rest of the machine: the larger of the two."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What the user asked for.
+
+    kind `bytes`: a limit on the whole process; `share`: a part of the experts' bytes, 0 < value <= 1; `min`: as little
+    as works; `auto`: as much as the machine can spare. `value` is None for the last two.
+    """
+
+    kind: Literal["bytes", "share", "min", "auto"]
+    value: float | None = None
+
+
+def parse_budget(text: int | float | str) -> Budget:
+    """Read a budget: bytes as a number, or "4GiB", "3500MB", "25%", "min", "auto".
+
+    Raises:
+        BudgetError: it is none of these.
+    """
+    if isinstance(text, bool) or not isinstance(text, int | float | str):
+        raise BudgetError(f"budget must be a number of bytes or a text such as '4GiB' or '25%', not {text!r}.")
+    if isinstance(text, int | float):
+        if not math.isfinite(text) or text <= 0:
+            raise BudgetError(f"budget must be a positive number of bytes, not {text!r}.")
+        return Budget("bytes", int(text))
+    word = text.strip().lower()
+    if word == "auto":
+        return Budget("auto")
+    if word == "min":
+        return Budget("min")
+    if word.endswith("%"):
+        try:
+            share = float(word[:-1]) / 100
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise BudgetError(f"budget {text!r}: a share of the experts lies above 0% and not above 100%.")
+        return Budget("share", share)
+    match = _SIZE.fullmatch(word)
+    if not match or float(match[1]) <= 0:
+        raise BudgetError(f"budget {text!r} is not understood: write bytes, '4GiB', '3500MB', '25%', 'min' or 'auto'.")
+    return Budget("bytes", int(float(match[1]) * _UNITS[(match[2] or "").lower()]))
+
+
+@dataclass(frozen=True, slots=True)
+class SliceRoom:
+    """Where a slice lies in a slot: its first byte, and the region that a read of it may touch."""
+
+    data_at: int
+    region_at: int
+    region_bytes: int
+
+
+def slice_rooms(layer: Layer, align: int) -> tuple[SliceRoom, ...]:
+    """Place a layer's slices side by side in a slot, so that aligned reads can fill them.
+
+    `align` is the larger of the file system's two alignments for direct reads; 1 for buffered ones. A direct read covers
+    whole sectors, so every region has one sector to spare at either end. When a slice is a whole number of sectors, all
+    experts of the tensor begin at the same distance from a sector's start, and the data can lie at that distance from
+    the region's: the read then goes in place.
+    """
+    rooms, at = [], 0
+    for piece in layer.slices:
+        spare = 0 if align == 1 else 2 * align
+        region_bytes = -(-(piece.slice_bytes + spare) // max(align, 64)) * max(align, 64)
+        if align == 1:
+            head = 0
+        elif piece.slice_bytes % align == 0:
+            head = piece.offset_bytes % align
+        else:
+            head = align
+        rooms.append(SliceRoom(at + head, at, region_bytes))
+        at += region_bytes
+    return tuple(rooms)
+
+
+def stride_bytes(layer: Layer, align: int) -> int:
+    """Return the size of a slot for this layer's class."""
+    last = slice_rooms(layer, align)[-1]
+    return last.region_at + last.region_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ClassNeed:
+    """What a shape class takes: a slot's size, the fewest slots one token can be computed with, and all experts."""
+
+    stride_bytes: int
+    n_least: int
+    n_all: int
+    expert_bytes: int
+
+
+def class_needs(layout: Layout, align: int) -> tuple[ClassNeed, ...]:
+    """Return one ClassNeed per shape class of the model."""
+    needs = []
+    for shape in layout.shapes:
+        layers = [layer for layer in layout.layers if layer.shape == shape]
+        needs.append(
+            ClassNeed(
+                stride_bytes=stride_bytes(layers[0], align),
+                n_least=max(layer.n_used for layer in layers),
+                n_all=sum(layer.n_experts for layer in layers),
+                expert_bytes=sum(layer.n_experts * layer.expert_bytes for layer in layers),
+            )
+        )
+    return tuple(needs)
+
+
+def least_arena_bytes(needs: Sequence[ClassNeed]) -> int:
+    """Return the smallest arena that can compute one token at a time."""
+    return sum(need.n_least * need.stride_bytes for need in needs)
+
+
+def full_arena_bytes(needs: Sequence[ClassNeed]) -> int:
+    """Return the arena that holds every expert."""
+    return sum(need.n_all * need.stride_bytes for need in needs)
+
+
+def useful_arena_bytes(layout: Layout, align: int) -> int:
+    """Return the arena that holds one token's experts of all layers: below it even a repeated token misses."""
+    return sum(layer.n_used * stride_bytes(layer, align) for layer in layout.layers)
+
+
+def share_slots(needs: Sequence[ClassNeed], arena_bytes: int) -> tuple[int, ...]:
+    """Divide an arena among the shape classes in proportion to their experts' bytes.
+
+    Returns the number of slots per class, each between its least and all of its experts; the sum of their bytes does
+    not exceed `arena_bytes`.
+
+    Raises:
+        BudgetError: the arena is below `least_arena_bytes`.
+    """
+    least = least_arena_bytes(needs)
+    if arena_bytes < least:
+        raise BudgetError(f"{arena_bytes:,} bytes for experts are too few: the smallest arena is {least:,} bytes.")
+    slots = [need.n_least for need in needs]
+    left = arena_bytes - least
+    open_classes = [i for i, need in enumerate(needs) if need.n_all > need.n_least]
+    while open_classes:
+        weight = sum(needs[i].expert_bytes for i in open_classes)
+        gained = 0
+        for i in list(open_classes):
+            need = needs[i]
+            part = int(left * (need.expert_bytes / weight)) // need.stride_bytes
+            part = min(part, need.n_all - slots[i])
+            slots[i] += part
+            gained += part * need.stride_bytes
+            if slots[i] == need.n_all:
+                open_classes.remove(i)
+        left -= gained
+        if not gained:
+            break
+    for i in open_classes:  # what rounding left over
+        extra = min(left // needs[i].stride_bytes, needs[i].n_all - slots[i])
+        slots[i] += extra
+        left -= extra * needs[i].stride_bytes
+    return tuple(slots)
+
+
+def batch_slots(layer: Layer, n_ubatch: int) -> int:
+    """Return how many slots a batch of `n_ubatch` tokens may need at once in this layer."""
+    return min(layer.n_experts, n_ubatch * layer.n_used)
+
+
+def largest_ubatch(layout: Layout, slots: Sequence[int], n_ubatch: int) -> int:
+    """Return the largest batch, at most `n_ubatch` and at least 1, whose experts fit into the slots of every class."""
+    for layer in layout.layers:
+        n_slots = slots[layout.class_of(layer)]
+        if batch_slots(layer, n_ubatch) > n_slots:
+            n_ubatch = max(1, n_slots // layer.n_used)
+    return n_ubatch
+
+
+def auto_budget_bytes(available_bytes: int, total_bytes: int) -> int:
+    """Return what a process may take of `available_bytes` so that the rest of a machine of `total_bytes` can breathe."""
+    reserve = max(AUTO_RESERVE_BYTES, int(total_bytes * AUTO_RESERVE_SHARE))
+    return max(0, available_bytes - reserve)
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Return a size for people: '3.5 GiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n_bytes) < 1024 or unit == "GiB":
+            return f"{n_bytes:,.0f} {unit}" if unit == "B" else f"{n_bytes:,.2f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError

@@ -1,0 +1,35 @@
+"""What can go wrong, one exception per kind of remedy; all are PagerError."""
+
+from __future__ import annotations
+
+
+class PagerError(Exception):
+    """Any failure of gguf_pager; its message says what to do."""
+
+
+class LayoutError(PagerError):
+    """The file is not a model whose experts can be paged: choose or repair the file."""
+
+
+class BudgetError(PagerError):
+    """The budget is malformed or too small: the message names the smallest one that works."""
+
+
+class EngineError(PagerError):
+    """llama-cpp-python is missing, unfamiliar, or was used in a way it cannot be: install or call it differently."""
+
+
+class PagerIOError(PagerError):
+    """A read from the model file failed; the tokens computed from it were thrown away.
+
+    Attributes:
+        errno: the operating system's error number.
+        path: the file.
+        offset_bytes: where in the file.
+    """
+
+    def __init__(self, message: str, *, errno: int, path: str, offset_bytes: int) -> None:
+        super().__init__(message)
+        self.errno = errno
+        self.path = path
+        self.offset_bytes = offset_bytes

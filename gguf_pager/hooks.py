@@ -1,0 +1,405 @@
+"""Where gguf_pager meets llama_cpp: its load, context, decode and free functions, wrapped while someone needs them.
+
+llama_cpp calls these through its module `llama_cpp.llama_cpp`, and offers no other way to set a context's eval callback
+or to turn weight repacking off. The wrappers pass every model and context that is not paged straight on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+from llama_cpp import llama_cpp as low
+
+from gguf_pager import _native, budget, engine, probe, residency
+from gguf_pager.budget import Budget
+from gguf_pager.errors import BudgetError, EngineError
+from gguf_pager.layout import Layout, read_layout
+from gguf_pager.pager import Options, Pager
+
+log = logging.getLogger("gguf_pager")
+
+_WRAPPED = (
+    "llama_model_load_from_file",
+    "llama_model_free",
+    "llama_init_from_model",
+    "llama_free",
+    "llama_decode",
+    "llama_encode",
+    "llama_set_abort_callback",
+)
+
+
+@dataclass(slots=True)
+class Request:
+    """What somebody who opens a model wants.
+
+    `output_rows` is the number of logit rows the caller keeps, for the budget; `opened` and `reason` tell what became
+    of the last model opened: its pager, or why it runs as stock llama.cpp.
+    """
+
+    budget: Budget
+    options: Options
+    output_rows: int = 1
+    opened: list[Pager] = field(default_factory=list)
+    reason: str | None = None
+
+
+@dataclass(slots=True)
+class _Model:
+    """A paged model. `contexts` by address."""
+
+    address: int
+    request: Request
+    pager: Pager
+    residency: residency.Residency
+    contexts: dict[int, _Context] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Context:
+    model: _Model
+    tap: _native.Tap
+    pid: int
+    keep: tuple[Any, ...]
+    """The user's own callbacks, which must live as long as the context."""
+
+
+class _Hooks:
+    """The wrappers and what they know. There is one, because there is one module to wrap."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._n_holders = 0
+        self._original: dict[str, Callable[..., Any]] = {}
+        self._in_package: set[str] = set()
+        self._by_thread: dict[int, Request] = {}
+        self._installed: list[Request] = []
+        self.models: dict[int, _Model] = {}
+        self.contexts: dict[int, _Context] = {}
+
+    # ---- wrapping ----
+
+    def hold(self) -> None:
+        """Wrap the functions, if nobody has yet."""
+        with self._lock:
+            self._n_holders += 1
+            if self._n_holders > 1:
+                return
+            for name in _WRAPPED:
+                self._original[name] = getattr(low, name)
+                setattr(low, name, getattr(self, name))
+                if getattr(llama_cpp, name, None) is self._original[name]:
+                    self._in_package.add(name)
+                    setattr(llama_cpp, name, getattr(self, name))
+
+    def drop(self) -> None:
+        """Unwrap them with the last holder."""
+        with self._lock:
+            self._n_holders -= 1
+            if self._n_holders == 0:
+                for name, original in self._original.items():
+                    setattr(low, name, original)
+                    if name in self._in_package:
+                        setattr(llama_cpp, name, original)
+                self._in_package.clear()
+
+    @contextmanager
+    def constructing(self, request: Request) -> Iterator[None]:
+        """Page what this thread opens meanwhile."""
+        thread = threading.get_ident()
+        self.hold()
+        outer = self._by_thread.get(thread)
+        self._by_thread[thread] = request
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._by_thread[thread]
+            else:
+                self._by_thread[thread] = outer
+            self.drop()
+
+    def install(self, request: Request) -> None:
+        """Page what any thread opens from now on."""
+        self.hold()
+        self._installed.append(request)
+
+    def uninstall(self, request: Request) -> None:
+        """Stop that. Models that are open stay paged."""
+        self._installed.remove(request)
+        self.drop()
+
+    def _request(self) -> Request | None:
+        own = self._by_thread.get(threading.get_ident())
+        return own or (self._installed[-1] if self._installed else None)
+
+    def _call(self, name: str, *args: Any) -> Any:
+        original = self._original.get(name) or getattr(low, name)
+        return original(*args)
+
+    # ---- models ----
+
+    def llama_model_load_from_file(self, path_model: bytes, params: Any, /) -> Any:
+        """Load a model; without reading its experts, when it is to be paged."""
+        request = self._request()
+        if request is None or params.vocab_only:
+            return self._call("llama_model_load_from_file", path_model, params)
+        path = Path(os.fsdecode(path_model))
+        layout = read_layout(path)
+        reason = self._reason_to_step_aside(layout, request)
+        request.reason = reason
+        if reason is not None:
+            log.info("%s runs as stock llama.cpp: %s", path, reason)
+            return self._call("llama_model_load_from_file", path_model, params)
+        pager = Pager(layout, request.options)
+        _check_least(layout, pager, request)
+        params = type(params).from_buffer_copy(params)
+        params.use_extra_bufts = False  # repacking would copy the experts into ordinary memory
+        params.load_mode = low.LLAMA_LOAD_MODE_MMAP  # LoRA and use_mlock would read or lock the whole file
+        address = self._load(path_model, params)
+        if not address:
+            return address
+        try:
+            kept = residency.keep_dense(layout, request.options.lock_dense)
+        except BaseException:
+            self._call("llama_model_free", address)
+            raise
+        with self._lock:
+            self.models[address] = _Model(address, request, pager, kept)
+            self.hold()
+        request.opened.append(pager)
+        return address
+
+    def _load(self, path_model: bytes, params: Any) -> int | None:
+        try:
+            _native.lazy_load_begin(str(engine.load().llama_library))
+        except OSError as error:
+            log.info("The whole model is read once while loading, because this libllama looks unfamiliar: %s", error)
+            address = self._call("llama_model_load_from_file", path_model, params)
+            if address:
+                residency.release_experts(read_layout(os.fsdecode(path_model)))
+            return int(address) if address else None
+        try:
+            address = self._call("llama_model_load_from_file", path_model, params)
+        finally:
+            _native.lazy_load_end()
+        return int(address) if address else None
+
+    def _reason_to_step_aside(self, layout: Layout, request: Request) -> str | None:
+        if not layout.layers:
+            return "it has no experts to page"
+        if request.budget.kind == "auto":
+            memory = probe.memory()
+            spare = budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)
+            if layout.tensor_bytes + budget.WORK_BYTES <= spare:
+                return (f"all {budget.format_bytes(layout.tensor_bytes)} of it fit into the "
+                        f"{budget.format_bytes(spare)} of RAM that can be spared")
+        return None
+
+    def llama_model_free(self, model: Any, /) -> None:
+        """Free a model, its contexts' taps and its pager."""
+        self._call("llama_model_free", model)
+        with self._lock:
+            paged = self.models.pop(int(model), None) if model else None
+            if paged is None:
+                return
+            for address in list(paged.contexts):
+                self._forget_context(address)
+            paged.pager.close()
+            self.drop()
+
+    # ---- contexts ----
+
+    def llama_init_from_model(self, model: Any, params: Any, /) -> Any:
+        """Make a context; of a paged model one whose graph passes through a tap."""
+        paged = self.models.get(int(model)) if model else None
+        if paged is None:
+            return self._call("llama_init_from_model", model, params)
+        params = type(params).from_buffer_copy(params)
+        params.op_offload = False  # a GPU build would copy host experts to the device for large batches
+        while True:
+            before = probe.process_memory()
+            tap, context = self._make_context(paged, params)
+            if not context:
+                return context
+            try:
+                n_ubatch = _open_or_shrink(paged, params, before)
+                if n_ubatch == params.n_ubatch:
+                    tap.attach(paged.pager.native())
+                    break
+            except BaseException:
+                self._call("llama_free", context)
+                raise
+            self._call("llama_free", context)
+            log.info("n_ubatch is %d instead of %d: the budget has no slots for more", n_ubatch, params.n_ubatch)
+            params.n_ubatch = n_ubatch
+        keep = (params, params.cb_eval, params.abort_callback)
+        with self._lock:
+            self.contexts[int(context)] = paged.contexts[int(context)] = _Context(paged, tap, os.getpid(), keep)
+        return context
+
+    def _make_context(self, paged: _Model, params: Any) -> tuple[_native.Tap, Any]:
+        ours = type(params).from_buffer_copy(params)
+        n_used = max(layer.n_used for layer in paged.pager.layout.layers)
+        n_ubatch = params.n_ubatch or params.n_batch
+        # llama.cpp rounds a batch up for recurrent models; twice the room costs a few KiB.
+        tap = _native.Tap(
+            ggml=engine.ggml_numbers(), max_ids=2 * n_ubatch * n_used,
+            next_eval=_address(params.cb_eval), next_eval_data=params.cb_eval_user_data or 0,
+            next_abort=_address(params.abort_callback), next_abort_data=params.abort_callback_data or 0,
+        )
+        eval_address, abort_address, data = tap.addresses()
+        ours.cb_eval = ctypes.cast(eval_address, type(params.cb_eval))
+        ours.cb_eval_user_data = data
+        ours.abort_callback = ctypes.cast(abort_address, type(params.abort_callback))
+        ours.abort_callback_data = data
+        return tap, self._call("llama_init_from_model", paged.address, ours)
+
+    def _forget_context(self, address: int) -> None:
+        entry = self.contexts.pop(address, None)
+        if entry is not None:
+            entry.model.contexts.pop(address, None)
+            entry.tap.close()
+
+    def llama_free(self, ctx: Any, /) -> None:
+        """Free a context and its tap."""
+        self._call("llama_free", ctx)
+        with self._lock:
+            if ctx:
+                self._forget_context(int(ctx))
+
+    def llama_decode(self, ctx: Any, batch: Any, /) -> int:
+        """Decode; raise what went wrong while experts were brought in."""
+        return self._compute("llama_decode", ctx, batch)
+
+    def llama_encode(self, ctx: Any, batch: Any, /) -> int:
+        """Encode; raise what went wrong while experts were brought in."""
+        return self._compute("llama_encode", ctx, batch)
+
+    def _compute(self, name: str, ctx: Any, batch: Any) -> int:
+        entry = self.contexts.get(int(ctx)) if ctx else None
+        if entry is None:
+            return int(self._call(name, ctx, batch))
+        if entry.pid != os.getpid():
+            raise EngineError("This model was opened before a fork and cannot be used in the child: "
+                              "open it again there.")
+        result = int(self._call(name, ctx, batch))
+        entry.tap.idle()
+        failure = entry.tap.take_failure()
+        if failure is not None:
+            raise entry.model.pager.failure_error(failure)
+        return result
+
+    def llama_set_abort_callback(self, ctx: Any, abort_callback: Any, abort_callback_data: Any, /) -> None:
+        """Set the user's abort callback behind ours, which must stay."""
+        entry = self.contexts.get(int(ctx)) if ctx else None
+        if entry is None:
+            self._call("llama_set_abort_callback", ctx, abort_callback, abort_callback_data)
+            return
+        data = ctypes.cast(abort_callback_data, ctypes.c_void_p).value if abort_callback_data else 0
+        entry.tap.chain_abort(_address(abort_callback), data or 0)
+        entry.keep = (*entry.keep[:2], abort_callback)
+
+
+hooks = _Hooks()
+
+
+def _address(function: Any) -> int:
+    """Return the address of a ctypes callback, 0 for none."""
+    return (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
+
+
+def _check_least(layout: Layout, pager: Pager, request: Request) -> None:
+    """Refuse a budget that cannot work before anything is loaded."""
+    if request.budget.kind != "bytes":
+        return
+    least = least_process_bytes(layout, pager)
+    if int(request.budget.value or 0) < least:
+        raise _too_small(int(request.budget.value or 0), least)
+
+
+def _too_small(wanted: int, least: int) -> BudgetError:
+    return BudgetError(
+        f"A budget of {budget.format_bytes(wanted)} is too small: this model needs at least "
+        f"{budget.format_bytes(least)} ({least} bytes). Raise it, or say budget='min'."
+    )
+
+
+def least_process_bytes(layout: Layout, pager: Pager) -> int:
+    """Return the smallest process, without KV cache: what is resident now, dense weights, and one token's slots."""
+    return (probe.process_memory().resident_bytes + layout.dense_bytes + budget.WORK_BYTES
+            + budget.least_arena_bytes(pager.needs))
+
+
+def _arena_bytes(paged: _Model, params: Any, before: probe.ProcessMemory) -> tuple[int, int]:
+    """Return what the budget leaves for the arena, and all that it does not leave.
+
+    What the context has allocated but not touched yet counts as used: it will be.
+    """
+    pager, request = paged.pager, paged.request
+    full = budget.full_arena_bytes(pager.needs)
+    if request.budget.kind == "share":
+        least = budget.least_arena_bytes(pager.needs)
+        wanted = int((request.budget.value or 1) * full)
+        if wanted < least:
+            raise BudgetError(
+                f"{(request.budget.value or 0) * 100:g}% of the experts are too few: this model needs at least "
+                f"{least / full * 100:.2f}% ({least} bytes) to compute one token."
+            )
+        return wanted, 0
+    if request.budget.kind == "min":
+        return budget.least_arena_bytes(pager.needs), 0
+    now = probe.process_memory()
+    untouched = max(0, (now.private_address_bytes - before.private_address_bytes)
+                    - (now.resident_bytes - before.resident_bytes))
+    not_yet_resident = 0 if paged.residency.method in ("lock", "copy") else pager.layout.dense_bytes
+    rows = request.output_rows * pager.layout.n_vocab * 4
+    used = now.resident_bytes + untouched + not_yet_resident + rows + budget.WORK_BYTES
+    if request.budget.kind == "bytes":
+        total = int(request.budget.value or 0)
+    else:
+        memory = probe.memory()
+        total = now.resident_bytes + budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)
+    return min(full, max(0, total - used)), used
+
+
+def _open_or_shrink(paged: _Model, params: Any, before: probe.ProcessMemory) -> int:
+    """Open the arena with the first context, if its batches fit; otherwise return the n_ubatch that does.
+
+    Batches of contexts that look at all tokens at once cannot be cut; what does not fit is then left to llama.cpp's
+    mapping.
+
+    Raises:
+        BudgetError: not even one token's experts fit.
+    """
+    pager = paged.pager
+    n_ubatch = int(params.n_ubatch)
+    slots = pager.n_slots
+    if not pager.is_open:
+        arena, used = _arena_bytes(paged, params, before)
+        least = budget.least_arena_bytes(pager.needs)
+        if arena < least and n_ubatch == 1:
+            raise _too_small(int(paged.request.budget.value or arena + used), used + least)
+        slots = budget.share_slots(pager.needs, max(arena, least))
+        if paged.request.budget.kind == "min":
+            slots = tuple(need.n_least for need in pager.needs)
+        if arena < least:
+            return max(1, n_ubatch // 2)  # smaller batches have smaller buffers
+    fitting = n_ubatch if _is_uncut(params, pager.layout) else budget.largest_ubatch(pager.layout, slots, n_ubatch)
+    if fitting == n_ubatch and not pager.is_open:
+        pager.open(slots)
+    return fitting
+
+
+def _is_uncut(params: Any, layout: Layout) -> bool:
+    is_causal = layout.values.get(f"{layout.architecture}.attention.causal", True)
+    return params.attention_type == low.LLAMA_ATTENTION_TYPE_NON_CAUSAL or not is_causal

@@ -1,0 +1,274 @@
+"""The Python face of the C core: a model's slots, and what they have counted."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gguf_pager import _native, budget
+from gguf_pager.errors import BudgetError, EngineError, PagerError, PagerIOError
+from gguf_pager.layout import Layout
+
+IoMode = Literal["auto", "direct", "buffered"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to page; the defaults are good.
+
+    Attributes:
+        policy: who leaves when a slot is needed: "lfru" (uses per age) or "lru".
+        io: "direct" reads past the page cache, "buffered" through it; "auto" takes direct where the file system can.
+        n_readers: threads that read. One megabyte in flight reaches a quarter of a fast SSD's speed, sixteen all of it.
+        piece_bytes: the largest single read; smaller pieces keep the device busy when few experts are missing.
+        read_ahead: in large batches, read the next layer while this one computes.
+        lock_dense: keep the weights that every token needs in RAM: "auto" locks them, or copies them where locking
+            is not allowed; "lock", "copy", "off".
+    """
+
+    policy: str = "lfru"
+    io: IoMode = "auto"
+    n_readers: int = 16
+    piece_bytes: int = 1 << 20
+    read_ahead: bool = True
+    lock_dense: Literal["auto", "lock", "copy", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not _native.policy_exists(self.policy):
+            raise PagerError(f"policy {self.policy!r} does not exist: choose 'lfru' or 'lru'.")
+        if self.io not in ("auto", "direct", "buffered"):
+            raise PagerError(f"io {self.io!r} does not exist: choose 'auto', 'direct' or 'buffered'.")
+        if self.lock_dense not in ("auto", "lock", "copy", "off"):
+            raise PagerError(f"lock_dense {self.lock_dense!r} does not exist: choose 'auto', 'lock', 'copy' or 'off'.")
+        if not 1 <= self.n_readers <= 256:
+            raise PagerError(f"n_readers must lie between 1 and 256, not {self.n_readers}.")
+        if self.piece_bytes < 4096 or self.piece_bytes % 4096:
+            raise PagerError(f"piece_bytes must be a multiple of 4096, not {self.piece_bytes}.")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats:
+    """What one layer has counted. A hit or miss is one distinct expert of one batch."""
+
+    block: int
+    hits: int
+    misses: int
+    bytes_read: int
+    stall_ns: int
+    evictions: int
+    left_alone: int
+    visits: int
+    tokens: int
+    resident_experts: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a pager has counted since it was opened.
+
+    `stall_ns` is the time that decoding waited for reads; `left_alone` the graph nodes that llama.cpp computed from its
+    own mapping because they could not be served: right, but slow. `hit_rate` is None before the first token.
+    """
+
+    hits: int
+    misses: int
+    bytes_read: int
+    stall_ns: int
+    evictions: int
+    left_alone: int
+    resident_bytes: int
+    arena_bytes: int
+    layers: tuple[LayerStats, ...]
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over all experts wanted."""
+        wanted = self.hits + self.misses
+        return self.hits / wanted if wanted else None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that passed the first layer."""
+        return max((layer.tokens for layer in self.layers), default=0)
+
+
+def _alignment(layout: Layout, io: IoMode) -> tuple[bool, int, int]:
+    """Return whether reads can be direct, and the alignments in the file and in memory that serve all of its files."""
+    if io == "buffered":
+        return False, 1, 1
+    offset_align = memory_align = 1
+    for path in layout.paths:
+        try:
+            at, memory = _native.file_alignment(str(path))
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EINVAL) or io == "direct":
+                raise PagerIOError(
+                    f"{path} cannot be read directly: {error.strerror}. Use io='buffered'.",
+                    errno=error.errno or 0, path=str(path), offset_bytes=0,
+                ) from None
+            return False, 1, 1
+        offset_align, memory_align = max(offset_align, at), max(memory_align, memory)
+    return True, offset_align, memory_align
+
+
+class Pager:
+    """The slots of one model. Made by `Llama` and `install`; read its `stats()`.
+
+    `n_slots` and `align` are per shape class and for the file system at hand.
+    """
+
+    def __init__(self, layout: Layout, options: Options) -> None:
+        self.layout = layout
+        self.options = options
+        self.is_direct, self._offset_align, self._memory_align = _alignment(layout, options.io)
+        self.needs = budget.class_needs(layout, self.align)
+        self.n_slots: tuple[int, ...] = ()
+        self._native: _native.Pager | None = None
+        self._last_stats: Stats | None = None
+        self._pid = os.getpid()
+
+    @property
+    def align(self) -> int:
+        """The alignment, in bytes, that reads and slots keep."""
+        return max(self._offset_align, self._memory_align)
+
+    @property
+    def arena_bytes(self) -> int:
+        """The size of the arena; 0 before it is opened."""
+        return sum(n * need.stride_bytes for n, need in zip(self.n_slots, self.needs, strict=True)) if self.n_slots else 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the slots exist."""
+        return self._native is not None
+
+    def open(self, n_slots: Sequence[int]) -> None:
+        """Allocate the arena, with this many slots per shape class.
+
+        Raises:
+            PagerIOError: a file cannot be opened.
+            BudgetError: the system does not give that much memory.
+        """
+        layers = []
+        for layer in self.layout.layers:
+            rooms = budget.slice_rooms(layer, self.align)
+            slices = [
+                (piece.name, piece.type, piece.ne, piece.file, piece.offset_bytes, piece.slice_bytes,
+                 room.data_at, room.region_at, room.region_bytes)
+                for piece, room in zip(layer.slices, rooms, strict=True)
+            ]
+            layers.append((layer.n_experts, layer.n_used, self.layout.class_of(layer), slices))
+        classes = [(need.stride_bytes, n) for need, n in zip(self.needs, n_slots, strict=True)]
+        try:
+            self._native = _native.Pager(
+                paths=[str(path) for path in self.layout.paths],
+                layers=layers,
+                classes=classes,
+                policy=self.options.policy,
+                direct=self.is_direct,
+                read_ahead=self.options.read_ahead,
+                offset_align=self._offset_align,
+                memory_align=self._memory_align,
+                n_readers=self.options.n_readers,
+                piece_bytes=self.options.piece_bytes,
+            )
+        except OSError as error:
+            wanted = sum(stride * n for stride, n in classes)
+            if error.errno == errno.ENOMEM:
+                raise BudgetError(f"The system does not give {wanted:,} bytes for experts: lower the budget.") from None
+            raise PagerIOError(
+                f"The pager for {self.layout.paths[0]} cannot be opened: {error.strerror}.",
+                errno=error.errno or 0, path=str(self.layout.paths[0]), offset_bytes=0,
+            ) from None
+        self.n_slots = tuple(n_slots)
+
+    def native(self) -> _native.Pager:
+        """Return the C side, for hooks.py.
+
+        Raises:
+            EngineError: the pager is not open.
+        """
+        if self._native is None:
+            raise EngineError("The pager is closed: open the model again.")
+        return self._native
+
+    def stats(self) -> Stats:
+        """Return the counters, in total and per layer; after close the last ones."""
+        if self._native is None:
+            return self._last_stats or Stats(0, 0, 0, 0, 0, 0, 0, 0, ())
+        layers = tuple(
+            LayerStats(layer.block, *row, resident_bytes=row[-1] * layer.expert_bytes)
+            for layer, row in zip(self.layout.layers, self._native.counters(), strict=True)
+        )
+        return Stats(
+            hits=sum(layer.hits for layer in layers),
+            misses=sum(layer.misses for layer in layers),
+            bytes_read=sum(layer.bytes_read for layer in layers),
+            stall_ns=sum(layer.stall_ns for layer in layers),
+            evictions=sum(layer.evictions for layer in layers),
+            left_alone=sum(layer.left_alone for layer in layers),
+            resident_bytes=sum(layer.resident_bytes for layer in layers),
+            arena_bytes=self.arena_bytes,
+            layers=layers,
+        )
+
+    def resident_experts(self, layer: int) -> list[int]:
+        """Return the experts of a layer (an index into `layout.layers`) that are in slots now."""
+        return [expert for expert, state in enumerate(self.native().resident(layer)) if state]
+
+    def pin(self, experts: Mapping[int, Sequence[int]]) -> None:
+        """Read experts and keep them until `unpin_all`: {layer index: experts}.
+
+        Raises:
+            BudgetError: too few slots would be left to compute with.
+            PagerIOError: a read failed.
+        """
+        for layer, chosen in experts.items():
+            try:
+                failure = self.native().pin(layer, list(chosen))
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise BudgetError(
+                        f"Pinning {len(chosen)} experts of layer {layer} leaves too few slots to compute with: "
+                        "pin fewer or raise the budget."
+                    ) from None
+                raise PagerError(f"There is no such expert in layer {layer}: {list(chosen)}.") from None
+            if failure is not None:
+                raise self.failure_error(failure)
+
+    def unpin_all(self) -> None:
+        """Let the policy decide about all experts again."""
+        self.native().unpin_all()
+
+    def failure_error(self, failure: tuple[int, int, int]) -> PagerError:
+        """Return the exception for what the C side reports as (errno, file, offset)."""
+        number, file, offset_bytes = failure
+        if number == errno.ECHILD:
+            return EngineError("This model was opened before a fork and cannot be used in the child: open it again there.")
+        if number == errno.ENOTRECOVERABLE:
+            return EngineError("llama.cpp reused a graph that gguf_pager no longer knows: make a new context.")
+        path = str(self.layout.paths[file])
+        if number == errno.ENODATA:
+            what = "the file ends there; it was truncated while in use"
+        elif number == errno.ESTALE:
+            what = "the file was changed while in use"
+        else:
+            what = os.strerror(number)
+        return PagerIOError(
+            f"Reading {path} at byte {offset_bytes:,} failed: {what}. The tokens computed from it were thrown away.",
+            errno=number, path=path, offset_bytes=offset_bytes,
+        )
+
+    def close(self) -> None:
+        """Free the arena and end the readers; twice is fine. Contexts must be freed before."""
+        native, self._native = self._native, None
+        if native is not None:
+            self._native = native
+            if os.getpid() == self._pid:
+                self._last_stats = self.stats()
+            self._native = None
+            native.close()

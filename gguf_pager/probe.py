@@ -1,0 +1,128 @@
+"""What this machine and this process have: memory, limits, the disk's read-ahead. Unknown is None."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_CGROUP_V1_UNLIMITED = 1 << 60
+"""cgroup v1 states 'no limit' as the largest multiple of a page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of RAM. `limit_bytes` is the cgroup's, None without one; `available_bytes` respects it."""
+
+    total_bytes: int
+    available_bytes: int
+    limit_bytes: int | None
+    swap_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessMemory:
+    """Bytes of this process: resident, the most ever resident (None where unknown), and private address space."""
+
+    resident_bytes: int
+    peak_bytes: int | None
+    private_address_bytes: int
+
+
+def memory() -> Memory:
+    """Return what RAM there is, as the kernel and the cgroup of this process state it."""
+    ram = psutil.virtual_memory()
+    available, limit = int(ram.available), None
+    group = _cgroup_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    if group is not None:
+        limit, used = group
+        available = min(available, max(0, limit - used))
+    return Memory(int(ram.total), available, limit, int(psutil.swap_memory().total))
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text().strip())
+    except (OSError, ValueError):
+        return None
+
+
+def _cgroup_memory(membership: Path, root: Path) -> tuple[int, int] | None:
+    """Return (limit, used without reclaimable cache) of the tightest memory cgroup above this process, if there is one."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return None
+    tightest: tuple[int, int] | None = None
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            base, limit_file, usage_file = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit_file, usage_file = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = base / name.lstrip("/")
+        while True:
+            limit = _read_int(folder / limit_file)
+            if limit is not None and limit < _CGROUP_V1_UNLIMITED and (tightest is None or limit < tightest[0]):
+                used = (_read_int(folder / usage_file) or 0) - _reclaimable(folder / "memory.stat")
+                tightest = (limit, max(0, used))
+            if folder in (base, folder.parent):
+                break
+            folder = folder.parent
+    return tightest
+
+
+def _reclaimable(stat: Path) -> int:
+    """Return the bytes of file cache that the kernel would give up first."""
+    try:
+        fields = dict(line.split() for line in stat.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
+
+
+def process_memory() -> ProcessMemory:
+    """Return what this process uses now."""
+    if sys.platform == "linux":
+        fields = {}
+        for line in Path("/proc/self/status").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if value.endswith("kB"):
+                fields[key] = int(value.split()[0]) * 1024
+        return ProcessMemory(fields["VmRSS"], fields["VmHWM"], fields["VmData"])
+    info = psutil.Process().memory_info()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return ProcessMemory(int(info.rss), int(peak), int(info.vms))
+
+
+def lock_limit_bytes() -> int | None:
+    """Return how much this process may lock in RAM; None: no limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY or os.geteuid() == 0:
+        return None
+    return soft
+
+
+def read_ahead_kb(path: str | Path) -> int | None:
+    """Return the read-ahead of the device that holds a file, in KiB; None where it cannot be told."""
+    setting = read_ahead_setting(path)
+    return None if setting is None else _read_int(setting)
+
+
+def read_ahead_setting(path: str | Path) -> Path | None:
+    """Return the file under /sys in which a device's read-ahead can be read and set."""
+    try:
+        device = os.stat(path).st_dev
+        node = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    except OSError:
+        return None
+    for folder in (node, node.parent):  # a partition's queue is its disk's
+        if (folder / "queue" / "read_ahead_kb").exists():
+            return folder / "queue" / "read_ahead_kb"
+    return None
