@@ -1,0 +1,170 @@
+"""A memory cap for child processes: a cgroup of our own (v1 or v2), or systemd's where only that is allowed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_ROOT = Path("/sys/fs/cgroup")
+_SHELL = 'echo $$ > "$0" && exec "$@"'
+"""Moves itself into the group before it becomes the command, so that not one page is charged elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cap:
+    """A group that limits what is started in it. `method` is "cgroup1", "cgroup2", "systemd" or "none"."""
+
+    method: str
+    limit_bytes: int | None
+    reason: str | None = None
+    folder: Path | None = None
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """Return the command line that runs `arguments` under the cap."""
+        if self.method == "systemd":
+            return ["systemd-run", "--user", "--scope", "--quiet", "-p", f"MemoryMax={self.limit_bytes}",
+                    "-p", "MemorySwapMax=0", "--", *arguments]
+        if self.folder is not None:
+            return ["/bin/sh", "-c", _SHELL, str(self.folder / "cgroup.procs"), *arguments]
+        return list(arguments)
+
+    def peak_bytes(self) -> int | None:
+        """Return the most memory, page cache included, that was ever charged to the group; None where unknown."""
+        if self.folder is None:
+            return None
+        name = "memory.max_usage_in_bytes" if self.method == "cgroup1" else "memory.peak"
+        try:
+            return int((self.folder / name).read_text())
+        except (OSError, ValueError):
+            return None
+
+
+@contextmanager
+def memory_cap(limit_bytes: int | None) -> Iterator[Cap]:
+    """Make a cap for the time of the block. Where the machine allows none, the cap's method is "none" with the reason."""
+    if limit_bytes is None:
+        yield Cap("none", None, "no cap was asked for")
+        return
+    if sys.platform != "linux":
+        yield Cap("none", None, "only Linux has memory cgroups")
+        return
+    reasons = []
+    for method, make in (("cgroup2", _make_v2), ("cgroup1", _make_v1)):
+        try:
+            folder = make(limit_bytes)
+        except OSError as error:
+            reasons.append(f"{method}: {error.strerror or error}")
+            continue
+        try:
+            yield Cap(method, limit_bytes, None, folder)
+        finally:
+            _remove(folder)
+        return
+    if _systemd_allows():
+        yield Cap("systemd", limit_bytes)
+        return
+    yield Cap("none", None, "; ".join([*reasons, "systemd-run --user: refused or missing"]))
+
+
+def _new_name() -> str:
+    return f"gguf_pager-{os.getpid()}-{time.monotonic_ns()}"
+
+
+def _make_v1(limit_bytes: int) -> Path:
+    base = _ROOT / "memory"
+    if not (base / "memory.limit_in_bytes").exists():
+        raise OSError("no such controller here")
+    folder = base / _new_name()
+    folder.mkdir()
+    try:
+        (folder / "memory.limit_in_bytes").write_text(str(limit_bytes))
+        with suppress(OSError):  # only where swap is accounted
+            (folder / "memory.memsw.limit_in_bytes").write_text(str(limit_bytes))
+    except OSError:
+        folder.rmdir()
+        raise
+    return folder
+
+
+def _make_v2(limit_bytes: int) -> Path:
+    if not (_ROOT / "cgroup.controllers").exists():
+        raise OSError("not mounted")
+    name = next((line.split("::", 1)[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if "::" in line), "/")
+    # A group with processes may not hand controllers down, so a sibling of ours is made, not a child.
+    own = _ROOT / name.lstrip("/")
+    base = own.parent if own != _ROOT else _ROOT
+    folder = base / _new_name()
+    folder.mkdir()
+    try:
+        if not (folder / "memory.max").exists():
+            raise OSError("the memory controller is not delegated to this user")
+        (folder / "memory.max").write_text(str(limit_bytes))
+        with suppress(OSError):
+            (folder / "memory.swap.max").write_text("0")
+        with open(folder / "cgroup.procs", "w"):
+            pass  # moving a process in will be allowed
+    except OSError:
+        folder.rmdir()
+        raise
+    return folder
+
+
+def _remove(folder: Path) -> None:
+    """Remove the group once its processes are gone; a killed child may take a moment."""
+    for _ in range(100):
+        try:
+            folder.rmdir()
+            return
+        except OSError:
+            time.sleep(0.02)
+
+
+def _systemd_allows() -> bool:
+    if shutil.which("systemd-run") is None:
+        return False
+    trial = ["systemd-run", "--user", "--scope", "--quiet", "-p", "MemoryMax=64M", "true"]
+    try:
+        return subprocess.run(trial, capture_output=True, timeout=10).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def drop_from_page_cache(paths: Sequence[Path]) -> None:
+    """Ask the kernel to forget files that nobody has mapped; no root needed. Does nothing where it cannot be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # dirty pages, of a model just written, would stay
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def read_ahead(setting: Path | None, kb: int | None) -> Iterator[int | None]:
+    """Set a device's read-ahead for the time of the block and restore it always.
+
+    Yields the value in force, in KiB: `kb` where setting it is permitted, else what it was; None where unknown.
+    """
+    try:
+        before = int(setting.read_text()) if setting is not None else None
+    except (OSError, ValueError):
+        before = None
+    if setting is None or kb is None or before is None or kb == before:
+        yield before
+        return
+    try:
+        setting.write_text(str(kb))
+    except OSError:
+        yield before
+        return
+    try:
+        yield kb
+    finally:
+        setting.write_text(str(before))
