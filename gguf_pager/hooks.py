@@ -232,7 +232,7 @@ class _Hooks:
             if not context:
                 return context
             try:
-                n_ubatch = _open_or_shrink(paged, params, before)
+                n_ubatch = _open_or_shrink(paged, params, context, before)
                 if n_ubatch == params.n_ubatch:
                     tap.attach(paged.pager.native())
                     break
@@ -251,9 +251,8 @@ class _Hooks:
         ours = type(params).from_buffer_copy(params)
         n_used = max(layer.n_used for layer in paged.pager.layout.layers)
         n_ubatch = params.n_ubatch or params.n_batch
-        # llama.cpp rounds a batch up for recurrent models; twice the room costs a few KiB.
         tap = _native.Tap(
-            ggml=engine.ggml_numbers(), max_ids=2 * n_ubatch * n_used,
+            ggml=engine.ggml_numbers(), max_ids=n_ubatch * n_used,
             next_eval=_address(params.cb_eval), next_eval_data=params.cb_eval_user_data or 0,
             next_abort=_address(params.abort_callback), next_abort_data=params.abort_callback_data or 0,
         )
@@ -372,7 +371,7 @@ def _arena_bytes(paged: _Model, params: Any, before: probe.ProcessMemory) -> tup
     return min(full, max(0, total - used)), used
 
 
-def _open_or_shrink(paged: _Model, params: Any, before: probe.ProcessMemory) -> int:
+def _open_or_shrink(paged: _Model, params: Any, context: Any, before: probe.ProcessMemory) -> int:
     """Open the arena with the first context, if its batches fit; otherwise return the n_ubatch that does.
 
     Batches of contexts that look at all tokens at once cannot be cut; what does not fit is then left to llama.cpp's
@@ -394,12 +393,15 @@ def _open_or_shrink(paged: _Model, params: Any, before: probe.ProcessMemory) -> 
             slots = tuple(need.n_least for need in pager.needs)
         if arena < least:
             return max(1, n_ubatch // 2)  # smaller batches have smaller buffers
-    fitting = n_ubatch if _is_uncut(params, pager.layout) else budget.largest_ubatch(pager.layout, slots, n_ubatch)
+    is_uncut = _sees_all_tokens_at_once(params, context, pager.layout)
+    fitting = n_ubatch if is_uncut else budget.largest_ubatch(pager.layout, slots, n_ubatch)
     if fitting == n_ubatch and not pager.is_open:
         pager.open(slots)
     return fitting
 
 
-def _is_uncut(params: Any, layout: Layout) -> bool:
+def _sees_all_tokens_at_once(params: Any, context: Any, layout: Layout) -> bool:
+    """Return whether llama.cpp would abort the process if a batch were larger than n_ubatch."""
     is_causal = layout.values.get(f"{layout.architecture}.attention.causal", True)
-    return params.attention_type == low.LLAMA_ATTENTION_TYPE_NON_CAUSAL or not is_causal
+    has_memory = bool(low.llama_get_memory(context))  # without a KV cache llama_decode encodes, all at once
+    return params.attention_type == low.LLAMA_ATTENTION_TYPE_NON_CAUSAL or not is_causal or not has_memory

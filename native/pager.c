@@ -169,6 +169,16 @@ static int check_files(gp_pager *p, const gp_layer_spec *spec, gp_failure *failu
     return 0;
 }
 
+/* Whether a slot of the class may come free without this hold's doing. */
+static bool is_worth_waiting(const gp_pager *p, const gp_class *c, const gp_hold *hold) {
+    for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
+        if (p->slots[i].state == READING || p->slots[i].users & ~(UINT64_C(1) << hold->bit)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static struct timespec seconds_from_now(int seconds) {
     struct timespec when;
     clock_gettime(CLOCK_REALTIME, &when);
@@ -192,7 +202,8 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
     uint32_t n_missed;
     int n_reads;
     while ((n_reads = take_slots(p, hold, demand, &n_missed)) == -EBUSY) {
-        if (pthread_cond_timedwait(&p->released, &p->lock, &deadline) != 0) {
+        if (!is_worth_waiting(p, &p->classes[l->spec.shape_class], hold)
+            || pthread_cond_timedwait(&p->released, &p->lock, &deadline) != 0) {
             pthread_mutex_unlock(&p->lock);
             return -EBUSY;
         }
@@ -338,6 +349,9 @@ int gp_pager_pin(gp_pager *p, uint32_t layer_index, const int32_t *experts, uint
         if (p->holds[i] && p->holds[i]->n_needed > n_needed) {
             n_needed = p->holds[i]->n_needed;
         }
+    }
+    if (n_needed > l->spec.n_experts) {
+        n_needed = l->spec.n_experts;
     }
     if (n_pinned + n_needed > c->n_slots) {
         error = -ENOSPC;
