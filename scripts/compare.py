@@ -45,6 +45,34 @@ def read_io_bytes() -> int | None:
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
 
 
+def peak_rss_bytes() -> int:
+    """Return the most memory this process ever had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def recite(llm: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Continue a prompt greedily; return the text and what it took."""
+    pieces, first_token_s = [], None
+    begun = time.monotonic()
+    for chunk in llm.create_completion(arguments.prompt, max_tokens=arguments.n_gen, temperature=0, stream=True):
+        if first_token_s is None:
+            first_token_s = time.monotonic() - begun
+            stats = llm.pager.stats() if getattr(llm, "pager", None) else None
+        pieces.append(chunk["choices"][0]["text"])
+    seconds = time.monotonic() - begun - (first_token_s or 0)
+    result: dict[str, Any] = {
+        "text": "".join(pieces), "first_token_s": first_token_s, "decode_ts": (len(pieces) - 1) / seconds,
+    }
+    if stats is not None:
+        now = llm.pager.stats()
+        wanted = now.hits + now.misses - stats.hits - stats.misses
+        result["hit_rate"] = (now.hits - stats.hits) / wanted if wanted else None
+        result["stall_share"] = (now.stall_ns - stats.stall_ns) / 1e9 / seconds
+    result["peak_rss_bytes"] = peak_rss_bytes()
+    llm.close()
+    return result
+
+
 def run_once(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load, prefill and decode in this process; return what was measured."""
     started = time.monotonic()
@@ -74,6 +102,8 @@ def run_once(arguments: argparse.Namespace) -> dict[str, Any]:
         low.llama_model_load_from_file = load
     load_s = time.monotonic() - started
 
+    if arguments.prompt:
+        return {"mode": arguments.mode, "load_s": load_s, **recite(llm, arguments)}
     tokens = trace_tokens(values, arguments.n_prompt + arguments.n_skip + arguments.n_gen, arguments.start)
     result: dict[str, Any] = {"mode": arguments.mode, "load_s": load_s}
     if arguments.n_prompt:
@@ -102,7 +132,7 @@ def run_once(arguments: argparse.Namespace) -> dict[str, Any]:
             result["stall_share"] = (now.stall_ns - stats.stall_ns) / 1e9 / seconds
             result["left_alone"] = now.left_alone
             result["arena_bytes"] = now.arena_bytes
-    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    result["peak_rss_bytes"] = peak_rss_bytes()
     llm.close()
     return result
 
@@ -114,7 +144,7 @@ def run_child(arguments: argparse.Namespace, mode: str, start: int) -> dict[str,
     command = [sys.executable, str(Path(__file__).resolve()), str(arguments.model), "--mode", mode]
     for name in ("budget", "n_prompt", "n_skip", "n_gen", "threads", "ubatch"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    command += ["--start", str(start)]
+    command += ["--start", str(start)] + (["--prompt", arguments.prompt] if arguments.prompt else [])
     with memory_cap(cap_bytes) as cap:
         done = subprocess.run(cap.command(command), capture_output=True, text=True, timeout=arguments.timeout)
         peak = cap.peak_bytes()
@@ -128,7 +158,7 @@ def show(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Print one line per figure, paged beside stock, and return the medians and ratios."""
     ok = {mode: [row for row in rows if row["mode"] == mode and "error" not in row] for mode in ("paged", "stock")}
     summary: dict[str, Any] = {}
-    figures = (("load_s", "load, s", 1), ("prefill_ts", "prefill, tok/s", 1), ("decode_ts", "decode, tok/s", 1),
+    figures = (("load_s", "load, s", 1), ("first_token_s", "prompt to first token, s", 1), ("prefill_ts", "prefill, tok/s", 1), ("decode_ts", "decode, tok/s", 1),
                ("mb_per_token", "read, MB per token", 1), ("cpu_s_per_token", "CPU, ms per token", 1e3),
                ("hit_rate", "hits, %", 100), ("stall_share", "stalled, %", 100),
                ("peak_rss_bytes", "peak RSS, MB", 1e-6), ("cap_peak_bytes", "peak of the capped group, MB", 1e-6))
@@ -163,6 +193,7 @@ def main() -> None:
     parser.add_argument("--n-prompt", type=int, default=0, help="tokens of prompt, in batches of 512")
     parser.add_argument("--n-skip", type=int, default=64, help="tokens decoded before the clock starts")
     parser.add_argument("--n-gen", type=int, default=192, help="tokens decoded and timed")
+    parser.add_argument("--prompt", help="continue this text greedily instead, and compare the texts")
     parser.add_argument("--ubatch", type=int, default=512)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     parser.add_argument("--read-ahead", type=int, help="KiB of the device's read-ahead, restored afterwards")
@@ -186,6 +217,10 @@ def main() -> None:
     print(f"{arguments.model.name}: cap {cap}, read-ahead {kb} KiB, {arguments.threads} threads, "
           f"median (range) of {arguments.rounds}")
     summary = show(rows)
+    texts = {row["text"] for row in rows if "text" in row}
+    if texts:
+        print(f"\n{arguments.prompt}{next(iter(texts))}\n")
+        print("The texts are the same." if len(texts) == 1 else "THE TEXTS DIFFER: please report this.")
     print(json.dumps({"model": arguments.model.name, "read_ahead_kb": kb, "rows": rows, "summary": summary}))
 
 

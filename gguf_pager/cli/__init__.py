@@ -1,0 +1,64 @@
+"""The command line: one file per command, imported when it is called; what goes wrong becomes one line here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+
+import click
+
+from gguf_pager import __version__
+from gguf_pager.errors import PagerError
+
+_COMMANDS = ("run", "inspect", "doctor")
+"""In the order of the help. Each is a module of this package with a command of the same name."""
+
+
+class _Commands(click.Group):
+    """Imports only the command that is called, and shows an error of ours as one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        try:
+            command = getattr(importlib.import_module(f"gguf_pager.cli.{cmd_name}"), cmd_name)
+        except ImportError as error:
+            if "_native" not in str(error):
+                raise
+            raise PagerError(f"The compiled part of gguf_pager cannot be loaded ({error}): install it again.") from None
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except PagerError as error:
+            message = " ".join(str(error).split())  # one line, whatever the system's part of it holds
+            click.secho(f"Error: {message}", fg="red", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            ctx.exit(130)  # 128 + SIGINT, as a shell would have it
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> None:
+    if not is_wanted or ctx.resilient_parsing:
+        return
+    try:
+        engine_version = importlib.metadata.version("llama_cpp_python")
+    except importlib.metadata.PackageNotFoundError:
+        engine_version = "not installed"
+    click.echo(f"gguf-pager {__version__}, llama-cpp-python {engine_version}")
+    ctx.exit()
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version,
+              help="Show the versions of gguf-pager and of llama-cpp-python, and exit.")
+def main() -> None:
+    """Run mixture-of-experts GGUF models larger than RAM, within a memory budget.
+
+    MODEL is a GGUF file; of a split model the first file.
+    """

@@ -1,0 +1,26 @@
+"""`gguf-pager doctor`: what works here, and what to do about what does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from gguf_pager import doctor as probing
+from gguf_pager import report
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with null for what is not known.")
+@click.pass_context
+def doctor(context: click.Context, model: Path | None, as_json: bool) -> None:
+    """Check whether experts can be paged on this machine.
+
+    With MODEL also whether this model can, on the file system it lies on; without, the current folder's file system is
+    looked at. The exit code is 1 when something stops paging, else 0.
+    """
+    checks = probing.examine(model)
+    click.echo(json.dumps(report.checks_json(checks), indent=2) if as_json else report.checks_text(checks))
+    context.exit(1 if any(check.status == "problem" for check in checks) else 0)

@@ -1,0 +1,26 @@
+"""`gguf-pager inspect`: what a model is made of, from its header alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from gguf_pager import probe, report
+from gguf_pager.layout import read_layout
+from gguf_pager.pager import Options, Pager
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with null for what is not known.")
+def inspect(model: Path, as_json: bool) -> None:
+    """Show a model's experts and what budgets mean for it.
+
+    Reads the header of each file and nothing else, so it takes no time on a model of any size. Figures for the whole
+    process leave out the KV cache and the compute buffers, which depend on the context.
+    """
+    layout = read_layout(model)
+    facts = report.inspection(layout, Pager(layout, Options()) if layout.layers else None, probe.memory())
+    click.echo(json.dumps(facts, indent=2) if as_json else report.inspection_text(facts))

@@ -1,0 +1,254 @@
+"""What this machine lets gguf_pager do: one function per question, each answers with a Check. Shown by report.py."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from gguf_pager import __version__, _native, budget, engine, probe
+from gguf_pager.budget import format_bytes
+from gguf_pager.cap import memory_cap
+from gguf_pager.errors import EngineError, PagerError
+from gguf_pager.layout import Layout, read_layout
+from gguf_pager.pager import Options, Pager
+
+LINUX_READ_AHEAD_KB = 128
+"""The kernel's default; stock llama.cpp below the model's size is at its best with it."""
+
+_TRIAL_CAP_BYTES = 256 << 20
+_TRIAL_FILE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One answer. `problem` stops paging; `note` costs speed or knowledge. `remedy` says what to do, where one can."""
+
+    name: str
+    status: Literal["ok", "note", "problem"]
+    message: str
+    remedy: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def examine(model: Path | None) -> list[Check]:
+    """Ask everything, about a model and its file system or, without one, about the current folder's."""
+    said = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+    checks = [_versions(), _engine(), _lazy_load(), _spinning(said), _cores()]
+    layout: Layout | None = None
+    if model is not None:
+        layout, check = _model(model)
+        checks.append(check)
+    checks += [_memory(layout), _memory_lock(layout), _huge_pages(Path("/sys/kernel/mm/transparent_hugepage/enabled"))]
+    try:
+        with _file_here(model) as path:
+            checks += [_direct_io(path, layout), _read_ahead(path)]
+    except OSError as error:
+        checks.append(Check("direct_io", "note", f"cannot be tried in {Path.cwd()}: {error.strerror}",
+                            "Name a model: gguf-pager doctor MODEL"))
+    return [*checks, _memory_cap(), _energy(Path("/sys/class"))]
+
+
+def _versions() -> Check:
+    try:
+        engine_version = importlib.metadata.version("llama_cpp_python")
+    except importlib.metadata.PackageNotFoundError:
+        engine_version = None
+    facts = {"python": platform.python_version(), "gguf_pager": __version__, "llama_cpp_python": engine_version,
+             "system": platform.system(), "release": platform.release(), "machine": platform.machine()}
+    message = (f"gguf_pager {__version__}, llama-cpp-python {engine_version or 'not installed'}, Python "
+               f"{facts['python']}, {facts['system']} {facts['release']} {facts['machine']}")
+    if sys.platform not in ("linux", "darwin"):
+        return Check("versions", "problem", message, "gguf_pager runs on Linux and macOS.", facts)
+    return Check("versions", "ok", message, None, facts)
+
+
+def _engine() -> Check:
+    try:
+        loaded = engine.load()
+        engine.ggml_numbers()
+    except EngineError as error:
+        return Check("engine", "problem", str(error))
+    return Check("engine", "ok", "ggml's tensor fields are where they are expected",
+                 None, {"library_folder": str(loaded.folder)})
+
+
+def _lazy_load() -> Check:
+    try:
+        library = engine.load().llama_library
+        ctypes.CDLL(str(library))
+        _native.lazy_load_begin(str(library))
+        _native.lazy_load_end()
+    except (EngineError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return Check("lazy_load", "note", f"models are read once, whole, while they load: {reason}",
+                     "Loading takes as long as stock llama.cpp's; nothing else suffers.", {"is_possible": False})
+    return Check("lazy_load", "ok", "models load without being read", None, {"is_possible": True})
+
+
+def _spinning(said: dict[str, str]) -> Check:
+    """Tell how libgomp's threads wait. engine.load has set the variable by now, so `said` was read before."""
+    facts: dict[str, Any] = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"), "OMP_WAIT_POLICY": said.get("OMP_WAIT_POLICY")}
+    if sys.platform == "linux":
+        facts["has_libgomp"] = "libgomp" in Path("/proc/self/maps").read_text()
+        if not facts["has_libgomp"]:
+            return Check("spinning", "note", "this ggml does not use libgomp: its threads are started anew for every "
+                         "piece of graph", "A llama-cpp-python built with OpenMP decodes faster.", facts)
+    if said and said != {"GOMP_SPINCOUNT": engine.SPIN_COUNT}:
+        setting = ", ".join(f"{name}={value}" for name, value in sorted(said.items()))
+        return Check("spinning", "note", f"you have set {setting}, which is left alone",
+                     "Unset it: threads that sleep at once cost a fifth of the speed, endless spinning burns power.", facts)
+    return Check("spinning", "ok", f"threads spin {engine.SPIN_COUNT} times, then sleep (GOMP_SPINCOUNT)", None, facts)
+
+
+def physical_cores() -> int:
+    """Return the cores worth computing with: physical ones, and no more than this process may use."""
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or usable, usable)
+
+
+def _cores() -> Check:
+    physical, logical, usable = psutil.cpu_count(logical=False), psutil.cpu_count(), physical_cores()
+    facts = {"physical": physical, "logical": logical, "used_by_default": usable}
+    return Check("cores", "ok", f"{physical or '?'} physical, {logical or '?'} logical; {usable} used by default (-t)",
+                 None, facts)
+
+
+def _model(path: Path) -> tuple[Layout | None, Check]:
+    try:
+        layout = read_layout(path)
+        needs = Pager(layout, Options()).needs
+    except PagerError as error:
+        return None, Check("model", "problem", str(error))
+    if not layout.layers:
+        return layout, Check("model", "note", f"{layout.name} has no experts: there is nothing to page")
+    least = layout.dense_bytes + budget.WORK_BYTES + budget.least_arena_bytes(needs)
+    available = probe.memory().available_bytes
+    facts = {"architecture": layout.architecture, "tensor_bytes": layout.tensor_bytes, "least_bytes": least,
+             "available_bytes": available}
+    if least > available:
+        return layout, Check("model", "problem", f"{layout.name} needs at least {format_bytes(least)}, but "
+                             f"{format_bytes(available)} of RAM are available", "Free memory or take a smaller one.", facts)
+    return layout, Check("model", "ok", f"{layout.name}: {format_bytes(layout.expert_bytes)} of experts, runs from "
+                         f"{format_bytes(least)} on", None, facts)
+
+
+def _memory(layout: Layout | None) -> Check:
+    memory = probe.memory()
+    facts = {"total_bytes": memory.total_bytes, "available_bytes": memory.available_bytes,
+             "cgroup_limit_bytes": memory.limit_bytes, "swap_bytes": memory.swap_bytes,
+             "auto_budget_bytes": budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)}
+    limit = "no cgroup limit" if memory.limit_bytes is None else (
+        f"limited to {format_bytes(memory.limit_bytes)} by cgroup {2 if Path('/sys/fs/cgroup/memory.stat').exists() or Path('/sys/fs/cgroup/cgroup.controllers').exists() else 1}")
+    message = (f"{format_bytes(memory.total_bytes)} of RAM, {format_bytes(memory.available_bytes)} available, {limit}, "
+               f"{format_bytes(memory.swap_bytes) if memory.swap_bytes else 'no'} swap")
+    if memory.swap_bytes:
+        return Check("memory", "note", message, "Under pressure the system may swap experts out, which costs more than "
+                     "reading them again: keep the budget below what is available.", facts)
+    return Check("memory", "ok", message, None, facts)
+
+
+def _memory_lock(layout: Layout | None) -> Check:
+    limit = probe.lock_limit_bytes()
+    facts = {"limit_bytes": limit}
+    if limit is None:
+        return Check("memory_lock", "ok", "no limit: dense weights are locked in RAM", None, facts)
+    if layout is not None and layout.dense_bytes <= limit:
+        return Check("memory_lock", "ok", f"limit {format_bytes(limit)}: room for the dense weights", None, facts)
+    return Check("memory_lock", "note", f"limit {format_bytes(limit)}: dense weights are copied to ordinary memory instead",
+                 "It costs time while loading only; without it: ulimit -l unlimited.", facts)
+
+
+def _huge_pages(setting: Path) -> Check:
+    try:
+        chosen = setting.read_text().split("[")[1].split("]")[0]
+    except (OSError, IndexError):
+        return Check("huge_pages", "note", "the setting is not known here", None, {"setting": None})
+    facts = {"setting": chosen}
+    if chosen == "never":
+        return Check("huge_pages", "note", "off: the experts' memory consists of small pages",
+                     f"echo madvise | sudo tee {setting}", facts)
+    return Check("huge_pages", "ok", f"{chosen}: the experts' memory uses them", None, facts)
+
+
+@contextmanager
+def _file_here(model: Path | None) -> Iterator[Path]:
+    """Yield the model or, without one, a small file in the current folder, which is gone afterwards."""
+    if model is not None and model.is_file():
+        yield model
+        return
+    with tempfile.NamedTemporaryFile(dir=".", prefix=".gguf_pager-doctor-") as file:
+        file.write(bytes(_TRIAL_FILE_BYTES))
+        file.flush()
+        yield Path(file.name)
+
+
+def _direct_io(path: Path, layout: Layout | None) -> Check:
+    try:
+        offset_align, memory_align = _native.file_alignment(str(path))
+    except OSError as error:
+        return Check("direct_io", "note", f"not on the file system of {path.parent}: {error.strerror}; reads go through the "
+                     "page cache", "Keep models on a local disk (ext4, xfs, btrfs, APFS).", {"is_possible": False})
+    facts: dict[str, Any] = {"is_possible": True, "offset_align_bytes": offset_align, "memory_align_bytes": memory_align}
+    align = max(offset_align, memory_align)
+    message = f"works on the file system of {path.parent}, in multiples of {align} bytes"
+    if layout is not None and any(size % align for shape in layout.shapes for size in shape):
+        return Check("direct_io", "ok", message + "; this model's slices are not, so they are moved after reading", None, facts)
+    return Check("direct_io", "ok", message, None, facts)
+
+
+def _read_ahead(path: Path) -> Check:
+    kb, setting = probe.read_ahead_kb(path), probe.read_ahead_setting(path)
+    facts = {"read_ahead_kb": kb}
+    if kb is None:
+        return Check("read_ahead", "note", "not known for this device: state it beside any comparison with stock",
+                     None, facts)
+    if kb > LINUX_READ_AHEAD_KB:
+        return Check("read_ahead", "note", f"{kb:,} KiB: stock llama.cpp, below the model's size, reads up to that much for "
+                     "each page it misses; gguf_pager does not mind",
+                     f"Before comparing with stock: echo {LINUX_READ_AHEAD_KB} | sudo tee {setting}", facts)
+    return Check("read_ahead", "ok", f"{kb:,} KiB: fair to stock llama.cpp; gguf_pager does not mind", None, facts)
+
+
+def _memory_cap() -> Check:
+    with memory_cap(_TRIAL_CAP_BYTES) as cap:
+        facts = {"method": cap.method, "reason": cap.reason}
+        if cap.method == "none":
+            return Check("memory_cap", "note", f"none can be made for comparisons: {cap.reason}",
+                         "Compare as root or in a systemd user session; paging needs no cap.", facts)
+        return Check("memory_cap", "ok", f"can be made for comparisons, by {cap.method}", None, facts)
+
+
+def _energy(classes: Path) -> Check:
+    """Look for counters; reading them is another module's business."""
+    patterns = {"powercap": "powercap/*/energy_uj", "hwmon_ina": "hwmon/hwmon*/name", "battery": "power_supply/*/power_now"}
+    found: dict[str, dict[str, bool]] = {}
+    for kind, pattern in patterns.items():
+        paths = [path for path in sorted(classes.glob(pattern)) if kind != "hwmon_ina" or _is_ina(path)]
+        found[kind] = {str(path): os.access(path, os.R_OK) for path in paths}
+    everything = {path: is_readable for kind in found.values() for path, is_readable in kind.items()}
+    facts = {kind: [{"path": path, "is_readable": ok} for path, ok in paths.items()] for kind, paths in found.items()}
+    if not everything:
+        return Check("energy", "note", "no counters here (powercap, hwmon ina, battery)", None, facts)
+    locked = [path for path, is_readable in everything.items() if not is_readable]
+    message = f"{len(everything)} counters, {len(locked)} of them not readable by this user"
+    if locked:
+        return Check("energy", "note", message, f"sudo chmod a+r {locked[0]}, or run as root", facts)
+    return Check("energy", "ok", f"{len(everything)} counters, all readable", None, facts)
+
+
+def _is_ina(name: Path) -> bool:
+    try:
+        return name.read_text().startswith("ina")
+    except OSError:
+        return False

@@ -1,0 +1,200 @@
+"""Models made once per session, stock llama-cpp-python to compare with, and what a process must give back."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import gguf_pager
+
+gguf_pager.Llama  # noqa: B018  before llama_cpp: it sets what libgomp reads once
+
+import llama_cpp  # noqa: E402
+import make_trace_model  # noqa: E402
+import make_zoo  # noqa: E402
+import zoo_metadata  # noqa: E402
+from llama_cpp import llama_cpp as low  # noqa: E402
+
+from gguf_pager import hooks  # noqa: E402
+
+# One thread: two beside the readers, on a machine with two cores, spin for seconds at ggml's barriers.
+ARGUMENTS: dict[str, Any] = {"n_ctx": 128, "n_batch": 64, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+
+UNWRAPPED = {name: getattr(low, name) for name in hooks._WRAPPED}
+
+Logits = npt.NDArray[np.single]
+Factory = Callable[..., Any]
+
+
+# ---- models ----
+
+@pytest.fixture(scope="session")
+def zoo_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`zoo_model(arch, file_type="")`: the path of a tiny random model of this architecture. Not to be changed."""
+    folder = tmp_path_factory.mktemp("zoo")
+
+    def model(arch: str, file_type: str = "") -> Path:
+        path = folder / f"{arch}-{file_type}.gguf"
+        if not path.exists():
+            make_zoo.make(arch, path, file_type=file_type)
+        return path
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def trace_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with recorded routing. Not to be changed."""
+    path = tmp_path_factory.mktemp("trace") / "tiny.gguf"
+    make_trace_model.make(path, "tiny")
+    return path
+
+
+@pytest.fixture(scope="session")
+def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model without experts. Not to be changed."""
+    path = tmp_path_factory.mktemp("dense") / "dense.gguf"
+    row = zoo_metadata.Arch({"expert_count": 0, "expert_used_count": 0})
+    metadata = make_zoo.model_keys("llama", row, 32)
+    writer = make_zoo.new_writer(path, metadata)
+    for name, shape in make_zoo.tidy(make_zoo.tensor_shapes(metadata), row).items():
+        writer.add_tensor(name, make_zoo.random_values(name, shape, row, 1))
+    make_zoo.finish(writer)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lora(zoo_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter for zoo_model("qwen3moe") that changes attention and all experts."""
+    path = tmp_path_factory.mktemp("lora") / "lora.gguf"
+    make_zoo.make_lora(zoo_model("qwen3moe"), path)
+    return path
+
+
+# ---- who computes ----
+
+@pytest.fixture
+def stock() -> Iterator[Factory]:
+    """`stock(path, **arguments)`: llama_cpp.Llama without weight repacking, which changes the last bits."""
+    made: list[llama_cpp.Llama] = []
+
+    def make(path: Path, **arguments: Any) -> llama_cpp.Llama:
+        load = low.llama_model_load_from_file
+
+        def load_unpacked(path_model: bytes, params: Any, /) -> Any:
+            params.use_extra_bufts = False
+            return load(path_model, params)
+
+        low.llama_model_load_from_file = load_unpacked
+        try:
+            made.append(llama_cpp.Llama(str(path), **ARGUMENTS | arguments))
+        finally:
+            low.llama_model_load_from_file = load
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
+
+
+@pytest.fixture
+def paged() -> Iterator[Factory]:
+    """`paged(path, budget="min", **arguments)`: our Llama."""
+    made: list[gguf_pager.Llama] = []
+
+    def make(path: Path, budget: float | str = "min", **arguments: Any) -> gguf_pager.Llama:
+        made.append(gguf_pager.Llama(str(path), budget=budget, **ARGUMENTS | arguments))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
+
+
+@pytest.fixture
+def pair(stock: Factory, paged: Factory) -> Factory:
+    """`pair(path, budget="min", options={}, **arguments)`: ours and stock, with the n_ubatch that ours has chosen."""
+
+    def make(path: Path, budget: str = "min", options: dict[str, Any] | None = None, **arguments: Any) -> Any:
+        ours = paged(path, budget, **arguments, **options or {})
+        return ours, stock(path, **arguments | {"n_ubatch": low.llama_n_ubatch(ours.ctx)})
+
+    return make
+
+
+def evaluate(llm: llama_cpp.Llama, tokens: Sequence[int], batches: Sequence[int] = ()) -> Logits:
+    """Feed tokens in batches of these lengths, the rest one by one; return the logits of every one of them.
+
+    The model must have been opened with logits_all=True.
+    """
+    first, at = llm.n_tokens, 0
+    for length in (*batches, *[1] * (len(tokens) - sum(batches))):
+        llm.eval(list(tokens[at : at + length]))
+        at += length
+    return np.array(llm.scores[first : first + len(tokens)])
+
+
+@pytest.fixture
+def logits() -> Callable[..., Logits]:
+    """`logits(llm, tokens, batches=())`, see `evaluate`."""
+    return evaluate
+
+
+def some_tokens(n: int, seed: int = 7) -> list[int]:
+    """Return random ordinary tokens of the zoo's vocabulary."""
+    return [int(token) for token in np.random.default_rng(seed).integers(5, 300, n)]
+
+
+# ---- what must be given back ----
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model costs a process, memory apart."""
+
+    n_fds: int
+    n_threads: int
+    mappings: tuple[str, ...]
+    wrapped: tuple[str, ...]
+
+
+def footprint_of(folder: Path) -> Footprint:
+    """Return what this process holds now; mappings are those of files in `folder`."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return Footprint(
+        n_fds=len(os.listdir("/proc/self/fd")),
+        n_threads=len(os.listdir("/proc/self/task")),
+        mappings=tuple(line for line in maps if str(folder) in line),
+        wrapped=tuple(name for name, function in UNWRAPPED.items() if getattr(low, name) is not function),
+    )
+
+
+@pytest.fixture
+def footprint() -> Callable[[Path], Footprint]:
+    """`footprint(folder)`, see `footprint_of`."""
+    return footprint_of
+
+
+# ---- small things ----
+
+def drop_identity(answer: Any) -> Any:
+    """Return a completion without what differs from call to call: ids, times and names of models."""
+    if isinstance(answer, dict):
+        return {key: drop_identity(value) for key, value in answer.items() if key not in ("id", "created", "model")}
+    if isinstance(answer, list):
+        return [drop_identity(item) for item in answer]
+    return answer
+
+
+def stated_minimum(message: str) -> int:
+    """Return the smallest budget that a BudgetError names."""
+    found = re.search(r"\((\d+) bytes\)", message)
+    assert found, message
+    return int(found[1])
