@@ -26,6 +26,9 @@ from gguf_pager.pager import Options, Pager
 LINUX_READ_AHEAD_KB = 128
 """The kernel's default; stock llama.cpp below the model's size is at its best with it."""
 
+PROCESS_BYTES = 48 << 20
+"""Python with llama_cpp imported and nothing loaded: 46.7 MB resident (Python 3.11, llama-cpp-python 0.3.36, Linux)."""
+
 _TRIAL_CAP_BYTES = 256 << 20
 _TRIAL_FILE_BYTES = 64 << 10
 
@@ -41,6 +44,11 @@ class Check:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def process_bytes(layout: Layout, arena_bytes: int) -> int:
+    """Estimate what a process with an arena of this size takes, without KV cache and compute buffers."""
+    return PROCESS_BYTES + layout.dense_bytes + budget.WORK_BYTES + arena_bytes
+
+
 def examine(model: Path | None) -> list[Check]:
     """Ask everything, about a model and its file system or, without one, about the current folder's."""
     said = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
@@ -49,12 +57,12 @@ def examine(model: Path | None) -> list[Check]:
     if model is not None:
         layout, check = _model(model)
         checks.append(check)
-    checks += [_memory(layout), _memory_lock(layout), _huge_pages(Path("/sys/kernel/mm/transparent_hugepage/enabled"))]
+    checks += [_memory(), _memory_lock(layout), _huge_pages(Path("/sys/kernel/mm/transparent_hugepage/enabled"))]
     try:
         with _file_here(model) as path:
             checks += [_direct_io(path, layout), _read_ahead(path)]
     except OSError as error:
-        checks.append(Check("direct_io", "note", f"cannot be tried in {Path.cwd()}: {error.strerror}",
+        checks.append(Check("direct_io", "note", f"cannot be tried in the current folder: {error.strerror}",
                             "Name a model: gguf-pager doctor MODEL"))
     return [*checks, _memory_cap(), _energy(Path("/sys/class"))]
 
@@ -97,8 +105,13 @@ def _lazy_load() -> Check:
 
 
 def _spinning(said: dict[str, str]) -> Check:
-    """Tell how libgomp's threads wait. engine.load has set the variable by now, so `said` was read before."""
-    facts: dict[str, Any] = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"), "OMP_WAIT_POLICY": said.get("OMP_WAIT_POLICY")}
+    """Tell how libgomp's threads wait. engine.load sets the variable, so `said` was read before it."""
+    facts: dict[str, Any] = {"gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
+                             "omp_wait_policy": said.get("OMP_WAIT_POLICY"), "has_libgomp": None}
+    try:
+        engine.load()
+    except EngineError:
+        return Check("spinning", "note", "not known without the engine", None, facts)
     if sys.platform == "linux":
         facts["has_libgomp"] = "libgomp" in Path("/proc/self/maps").read_text()
         if not facts["has_libgomp"]:
@@ -107,7 +120,7 @@ def _spinning(said: dict[str, str]) -> Check:
     if said and said != {"GOMP_SPINCOUNT": engine.SPIN_COUNT}:
         setting = ", ".join(f"{name}={value}" for name, value in sorted(said.items()))
         return Check("spinning", "note", f"you have set {setting}, which is left alone",
-                     "Unset it: threads that sleep at once cost a fifth of the speed, endless spinning burns power.", facts)
+                     "Unset it: sleeping at once costs a fifth of the speed, endless spinning burns power.", facts)
     return Check("spinning", "ok", f"threads spin {engine.SPIN_COUNT} times, then sleep (GOMP_SPINCOUNT)", None, facts)
 
 
@@ -132,24 +145,25 @@ def _model(path: Path) -> tuple[Layout | None, Check]:
         return None, Check("model", "problem", str(error))
     if not layout.layers:
         return layout, Check("model", "note", f"{layout.name} has no experts: there is nothing to page")
-    least = layout.dense_bytes + budget.WORK_BYTES + budget.least_arena_bytes(needs)
+    least = process_bytes(layout, budget.least_arena_bytes(needs))
     available = probe.memory().available_bytes
     facts = {"architecture": layout.architecture, "tensor_bytes": layout.tensor_bytes, "least_bytes": least,
              "available_bytes": available}
     if least > available:
-        return layout, Check("model", "problem", f"{layout.name} needs at least {format_bytes(least)}, but "
-                             f"{format_bytes(available)} of RAM are available", "Free memory or take a smaller one.", facts)
-    return layout, Check("model", "ok", f"{layout.name}: {format_bytes(layout.expert_bytes)} of experts, runs from "
-                         f"{format_bytes(least)} on", None, facts)
+        message = f"{layout.name} needs at least {format_bytes(least)}, but {format_bytes(available)} are available"
+        return layout, Check("model", "problem", message, "Free memory, or take a smaller model.", facts)
+    message = f"{layout.name}: {format_bytes(layout.expert_bytes)} of experts, runs in {format_bytes(least)} and more"
+    return layout, Check("model", "ok", message, None, facts)
 
 
-def _memory(layout: Layout | None) -> Check:
+def _memory() -> Check:
     memory = probe.memory()
     facts = {"total_bytes": memory.total_bytes, "available_bytes": memory.available_bytes,
              "cgroup_limit_bytes": memory.limit_bytes, "swap_bytes": memory.swap_bytes,
              "auto_budget_bytes": budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)}
+    version = 2 if Path("/sys/fs/cgroup/cgroup.controllers").exists() else 1
     limit = "no cgroup limit" if memory.limit_bytes is None else (
-        f"limited to {format_bytes(memory.limit_bytes)} by cgroup {2 if Path('/sys/fs/cgroup/memory.stat').exists() or Path('/sys/fs/cgroup/cgroup.controllers').exists() else 1}")
+        f"limited to {format_bytes(memory.limit_bytes)} by a cgroup of version {version}")
     message = (f"{format_bytes(memory.total_bytes)} of RAM, {format_bytes(memory.available_bytes)} available, {limit}, "
                f"{format_bytes(memory.swap_bytes) if memory.swap_bytes else 'no'} swap")
     if memory.swap_bytes:
@@ -165,8 +179,9 @@ def _memory_lock(layout: Layout | None) -> Check:
         return Check("memory_lock", "ok", "no limit: dense weights are locked in RAM", None, facts)
     if layout is not None and layout.dense_bytes <= limit:
         return Check("memory_lock", "ok", f"limit {format_bytes(limit)}: room for the dense weights", None, facts)
-    return Check("memory_lock", "note", f"limit {format_bytes(limit)}: dense weights are copied to ordinary memory instead",
-                 "It costs time while loading only; without it: ulimit -l unlimited.", facts)
+    message = f"limit {format_bytes(limit)}: dense weights are copied to ordinary memory instead"
+    return Check("memory_lock", "note", message, "That takes time while loading; to avoid it: ulimit -l unlimited.",
+                 facts)
 
 
 def _huge_pages(setting: Path) -> Check:
@@ -187,7 +202,7 @@ def _file_here(model: Path | None) -> Iterator[Path]:
     if model is not None and model.is_file():
         yield model
         return
-    with tempfile.NamedTemporaryFile(dir=".", prefix=".gguf_pager-doctor-") as file:
+    with tempfile.NamedTemporaryFile(dir=Path.cwd(), prefix=".gguf_pager-doctor-") as file:
         file.write(bytes(_TRIAL_FILE_BYTES))
         file.flush()
         yield Path(file.name)
@@ -197,13 +212,14 @@ def _direct_io(path: Path, layout: Layout | None) -> Check:
     try:
         offset_align, memory_align = _native.file_alignment(str(path))
     except OSError as error:
-        return Check("direct_io", "note", f"not on the file system of {path.parent}: {error.strerror}; reads go through the "
-                     "page cache", "Keep models on a local disk (ext4, xfs, btrfs, APFS).", {"is_possible": False})
-    facts: dict[str, Any] = {"is_possible": True, "offset_align_bytes": offset_align, "memory_align_bytes": memory_align}
+        message = f"not on the file system of {path.parent} ({error.strerror}): reads go through the page cache"
+        return Check("direct_io", "note", message, "Keep models on a local disk (ext4, xfs, btrfs, APFS).",
+                     {"is_possible": False, "offset_align_bytes": None, "memory_align_bytes": None})
+    facts = {"is_possible": True, "offset_align_bytes": offset_align, "memory_align_bytes": memory_align}
     align = max(offset_align, memory_align)
     message = f"works on the file system of {path.parent}, in multiples of {align} bytes"
     if layout is not None and any(size % align for shape in layout.shapes for size in shape):
-        return Check("direct_io", "ok", message + "; this model's slices are not, so they are moved after reading", None, facts)
+        message += "; this model's slices are no such multiples and are moved after reading"
     return Check("direct_io", "ok", message, None, facts)
 
 
@@ -214,8 +230,9 @@ def _read_ahead(path: Path) -> Check:
         return Check("read_ahead", "note", "not known for this device: state it beside any comparison with stock",
                      None, facts)
     if kb > LINUX_READ_AHEAD_KB:
-        return Check("read_ahead", "note", f"{kb:,} KiB: stock llama.cpp, below the model's size, reads up to that much for "
-                     "each page it misses; gguf_pager does not mind",
+        message = (f"{kb:,} KiB: with less RAM than the model, stock llama.cpp reads up to that much for each page it "
+                   "misses; gguf_pager does not mind")
+        return Check("read_ahead", "note", message,
                      f"Before comparing with stock: echo {LINUX_READ_AHEAD_KB} | sudo tee {setting}", facts)
     return Check("read_ahead", "ok", f"{kb:,} KiB: fair to stock llama.cpp; gguf_pager does not mind", None, facts)
 
@@ -231,10 +248,11 @@ def _memory_cap() -> Check:
 
 def _energy(classes: Path) -> Check:
     """Look for counters; reading them is another module's business."""
-    patterns = {"powercap": "powercap/*/energy_uj", "hwmon_ina": "hwmon/hwmon*/name", "battery": "power_supply/*/power_now"}
+    patterns = {"powercap": "powercap/*/energy_uj", "hwmon_ina": "hwmon/*/power*_input",
+                "battery": "power_supply/*/power_now"}
     found: dict[str, dict[str, bool]] = {}
     for kind, pattern in patterns.items():
-        paths = [path for path in sorted(classes.glob(pattern)) if kind != "hwmon_ina" or _is_ina(path)]
+        paths = [path for path in sorted(classes.glob(pattern)) if kind != "hwmon_ina" or _is_ina(path.parent)]
         found[kind] = {str(path): os.access(path, os.R_OK) for path in paths}
     everything = {path: is_readable for kind in found.values() for path, is_readable in kind.items()}
     facts = {kind: [{"path": path, "is_readable": ok} for path, ok in paths.items()] for kind, paths in found.items()}
@@ -247,8 +265,9 @@ def _energy(classes: Path) -> Check:
     return Check("energy", "ok", f"{len(everything)} counters, all readable", None, facts)
 
 
-def _is_ina(name: Path) -> bool:
+def _is_ina(device: Path) -> bool:
+    """Return whether a sensor is one of TI's ina2xx and ina3221, which measure a board's supply."""
     try:
-        return name.read_text().startswith("ina")
+        return (device / "name").read_text().startswith("ina")
     except OSError:
         return False

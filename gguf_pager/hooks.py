@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -22,8 +23,9 @@ from llama_cpp import llama_cpp as low
 from gguf_pager import _native, budget, engine, probe, residency
 from gguf_pager.budget import Budget
 from gguf_pager.errors import BudgetError, EngineError
-from gguf_pager.layout import Layout, read_layout
+from gguf_pager.layout import Layout, override_n_used, read_layout
 from gguf_pager.pager import Options, Pager
+from gguf_pager.residency import FileIdentity
 
 log = logging.getLogger("gguf_pager")
 
@@ -60,6 +62,7 @@ class _Model:
     address: int
     request: Request
     pager: Pager
+    identities: list[FileIdentity | None]
     residency: residency.Residency
     contexts: dict[int, _Context] = field(default_factory=dict)
 
@@ -154,39 +157,42 @@ class _Hooks:
         if request is None or params.vocab_only:
             return self._call("llama_model_load_from_file", path_model, params)
         path = Path(os.fsdecode(path_model))
-        layout = read_layout(path)
+        layout = _apply_overrides(read_layout(path), params)
         reason = self._reason_to_step_aside(layout, request)
         request.reason = reason
         if reason is not None:
             log.info("%s runs as stock llama.cpp: %s", path, reason)
             return self._call("llama_model_load_from_file", path_model, params)
         pager = Pager(layout, request.options)
-        _check_least(layout, pager, request)
+        identities = [residency.identify(file) for file in layout.paths]
+        others = residency.files_mappings(layout)
         params = type(params).from_buffer_copy(params)
         params.use_extra_bufts = False  # repacking would copy the experts into ordinary memory
         params.load_mode = low.LLAMA_LOAD_MODE_MMAP  # LoRA and use_mlock would read or lock the whole file
-        address = self._load(path_model, params)
+        address = self._load(path_model, params, layout)
         if not address:
             return address
         try:
-            kept = residency.keep_dense(layout, request.options.lock_dense)
+            # A budget that cannot be kept is refused by llama_init_from_model, which knows all of what is needed.
+            method = request.options.lock_dense if _may_be_enough(layout, pager, request) else "off"
+            kept = residency.keep_dense(layout, method, others)
         except BaseException:
             self._call("llama_model_free", address)
             raise
         with self._lock:
-            self.models[address] = _Model(address, request, pager, kept)
+            self.models[address] = _Model(address, request, pager, identities, kept)
             self.hold()
         request.opened.append(pager)
         return address
 
-    def _load(self, path_model: bytes, params: Any) -> int | None:
+    def _load(self, path_model: bytes, params: Any, layout: Layout) -> int | None:
         try:
             _native.lazy_load_begin(str(engine.load().llama_library))
         except OSError as error:
             log.info("The whole model is read once while loading, because this libllama looks unfamiliar: %s", error)
             address = self._call("llama_model_load_from_file", path_model, params)
             if address:
-                residency.release_experts(read_layout(os.fsdecode(path_model)))
+                residency.release_experts(layout)
             return int(address) if address else None
         try:
             address = self._call("llama_model_load_from_file", path_model, params)
@@ -207,14 +213,18 @@ class _Hooks:
 
     def llama_model_free(self, model: Any, /) -> None:
         """Free a model, its contexts' taps and its pager."""
-        self._call("llama_model_free", model)
-        with self._lock:
+        with self._lock:  # before the address can be given to another model
             paged = self.models.pop(int(model), None) if model else None
-            if paged is None:
-                return
-            for address in list(paged.contexts):
-                self._forget_context(address)
-            paged.pager.close()
+            forgotten = [self._forget_context(address) for address in list(paged.contexts)] if paged else []
+        self._call("llama_model_free", model)
+        if paged is None:
+            return
+        for entry in forgotten:
+            if entry is not None:
+                entry.tap.close()
+        paged.pager.close()
+        with self._lock:
+            paged.request.opened.remove(paged.pager)
             self.drop()
 
     # ---- contexts ----
@@ -232,15 +242,16 @@ class _Hooks:
             if not context:
                 return context
             try:
-                n_ubatch = _open_or_shrink(paged, params, context, before)
-                if n_ubatch == params.n_ubatch:
+                wanted = int(low.llama_n_ubatch(context))  # not params.n_ubatch: 0 means n_batch there
+                n_ubatch = _open_or_shrink(paged, wanted, _is_uncut(params, context, paged.pager.layout), before)
+                if n_ubatch == wanted:
                     tap.attach(paged.pager.native())
                     break
             except BaseException:
                 self._call("llama_free", context)
                 raise
             self._call("llama_free", context)
-            log.info("n_ubatch is %d instead of %d: the budget has no slots for more", n_ubatch, params.n_ubatch)
+            log.info("n_ubatch is %d instead of %d: the budget has no slots for more", n_ubatch, wanted)
             params.n_ubatch = n_ubatch
         keep = (params, params.cb_eval, params.abort_callback)
         with self._lock:
@@ -263,18 +274,19 @@ class _Hooks:
         ours.abort_callback_data = data
         return tap, self._call("llama_init_from_model", paged.address, ours)
 
-    def _forget_context(self, address: int) -> None:
+    def _forget_context(self, address: int) -> _Context | None:
         entry = self.contexts.pop(address, None)
         if entry is not None:
             entry.model.contexts.pop(address, None)
-            entry.tap.close()
+        return entry
 
     def llama_free(self, ctx: Any, /) -> None:
         """Free a context and its tap."""
+        with self._lock:  # before the address can be given to another context
+            entry = self._forget_context(int(ctx)) if ctx else None
         self._call("llama_free", ctx)
-        with self._lock:
-            if ctx:
-                self._forget_context(int(ctx))
+        if entry is not None:
+            entry.tap.close()
 
     def llama_decode(self, ctx: Any, batch: Any, /) -> int:
         """Decode; raise what went wrong while experts were brought in."""
@@ -291,11 +303,15 @@ class _Hooks:
         if entry.pid != os.getpid():
             raise EngineError("This model was opened before a fork and cannot be used in the child: "
                               "open it again there.")
+        pager, identities = entry.model.pager, entry.model.identities
+        failure = residency.find_change(pager.layout, identities)
+        if failure is not None:
+            raise pager.failure_error(failure)
         result = int(self._call(name, ctx, batch))
         entry.tap.idle()
-        failure = entry.tap.take_failure()
+        failure = entry.tap.take_failure() or residency.find_change(pager.layout, identities)
         if failure is not None:
-            raise entry.model.pager.failure_error(failure)
+            raise pager.failure_error(failure)
         return result
 
     def llama_set_abort_callback(self, ctx: Any, abort_callback: Any, abort_callback_data: Any, /) -> None:
@@ -317,29 +333,40 @@ def _address(function: Any) -> int:
     return (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
 
 
-def _check_least(layout: Layout, pager: Pager, request: Request) -> None:
-    """Refuse a budget that cannot work before anything is loaded."""
-    if request.budget.kind != "bytes":
-        return
-    least = least_process_bytes(layout, pager)
-    if int(request.budget.value or 0) < least:
-        raise _too_small(int(request.budget.value or 0), least)
+def _apply_overrides(layout: Layout, params: Any) -> Layout:
+    """Return the layout with the number of experts per token that the caller has set over the file's."""
+    key = f"{layout.architecture}.expert_used_count"
+    if params.kv_overrides and not isinstance(layout.values.get(key), list):  # llama.cpp overrides single values only
+        at = 0
+        while params.kv_overrides[at].key:
+            entry = params.kv_overrides[at]
+            if entry.key == key.encode() and entry.tag == low.LLAMA_KV_OVERRIDE_TYPE_INT:
+                layout = override_n_used(layout, int(entry.value.val_i64))
+            at += 1
+    return layout
+
+
+_DRIFT_BYTES, _DRIFT_SHARE = 4 << 20, 0.01
+"""What a second attempt in the same process may need beyond the first, in heap that the first has left in pieces: 3.8
+MiB of 78 were seen, with the smallest of models."""
 
 
 def _too_small(wanted: int, least: int) -> BudgetError:
+    least += _DRIFT_BYTES + int(least * _DRIFT_SHARE)
     return BudgetError(
         f"A budget of {budget.format_bytes(wanted)} is too small: this model needs at least "
         f"{budget.format_bytes(least)} ({least} bytes). Raise it, or say budget='min'."
     )
 
 
-def least_process_bytes(layout: Layout, pager: Pager) -> int:
-    """Return the smallest process, without KV cache: what is resident now, dense weights, and one token's slots."""
-    return (probe.process_memory().resident_bytes + layout.dense_bytes + budget.WORK_BYTES
-            + budget.least_arena_bytes(pager.needs))
+def _may_be_enough(layout: Layout, pager: Pager, request: Request) -> bool:
+    """Return whether a budget suffices for a process without KV cache: what is resident now, dense weights, slots."""
+    least = (probe.process_memory().resident_bytes + layout.dense_bytes + budget.WORK_BYTES
+             + budget.least_arena_bytes(pager.needs))
+    return request.budget.kind != "bytes" or int(request.budget.value or 0) >= least
 
 
-def _arena_bytes(paged: _Model, params: Any, before: probe.ProcessMemory) -> tuple[int, int]:
+def _arena_bytes(paged: _Model, before: probe.ProcessMemory) -> tuple[int, int]:
     """Return what the budget leaves for the arena, and all that it does not leave.
 
     What the context has allocated but not touched yet counts as used: it will be.
@@ -348,11 +375,11 @@ def _arena_bytes(paged: _Model, params: Any, before: probe.ProcessMemory) -> tup
     full = budget.full_arena_bytes(pager.needs)
     if request.budget.kind == "share":
         least = budget.least_arena_bytes(pager.needs)
-        wanted = int((request.budget.value or 1) * full)
+        wanted = round((request.budget.value or 1) * full)
         if wanted < least:
             raise BudgetError(
                 f"{(request.budget.value or 0) * 100:g}% of the experts are too few: this model needs at least "
-                f"{least / full * 100:.2f}% ({least} bytes) to compute one token."
+                f"{math.ceil(least / full * 10_000) / 100:.2f}% ({least} bytes) to compute one token."
             )
         return wanted, 0
     if request.budget.kind == "min":
@@ -371,37 +398,39 @@ def _arena_bytes(paged: _Model, params: Any, before: probe.ProcessMemory) -> tup
     return min(full, max(0, total - used)), used
 
 
-def _open_or_shrink(paged: _Model, params: Any, context: Any, before: probe.ProcessMemory) -> int:
+def _open_or_shrink(paged: _Model, n_ubatch: int, is_uncut: bool, before: probe.ProcessMemory) -> int:
     """Open the arena with the first context, if its batches fit; otherwise return the n_ubatch that does.
 
-    Batches of contexts that look at all tokens at once cannot be cut; what does not fit is then left to llama.cpp's
-    mapping.
+    Batches that must not be cut are not: what does not fit is then left to llama.cpp's mapping.
 
     Raises:
         BudgetError: not even one token's experts fit.
     """
     pager = paged.pager
-    n_ubatch = int(params.n_ubatch)
     slots = pager.n_slots
     if not pager.is_open:
-        arena, used = _arena_bytes(paged, params, before)
+        arena, used = _arena_bytes(paged, before)
         least = budget.least_arena_bytes(pager.needs)
-        if arena < least and n_ubatch == 1:
+        if arena < least and (n_ubatch == 1 or is_uncut):
             raise _too_small(int(paged.request.budget.value or arena + used), used + least)
         slots = budget.share_slots(pager.needs, max(arena, least))
         if paged.request.budget.kind == "min":
             slots = tuple(need.n_least for need in pager.needs)
         if arena < least:
             return max(1, n_ubatch // 2)  # smaller batches have smaller buffers
-    is_uncut = _sees_all_tokens_at_once(params, context, pager.layout)
     fitting = n_ubatch if is_uncut else budget.largest_ubatch(pager.layout, slots, n_ubatch)
     if fitting == n_ubatch and not pager.is_open:
         pager.open(slots)
     return fitting
 
 
-def _sees_all_tokens_at_once(params: Any, context: Any, layout: Layout) -> bool:
-    """Return whether llama.cpp would abort the process if a batch were larger than n_ubatch."""
+def _is_uncut(params: Any, context: Any, layout: Layout) -> bool:
+    """Return whether a batch must be computed in one piece: its tokens see all others, or are pooled into one result.
+
+    Smaller pieces would give other results, or end the process: llama.cpp asserts that there are none.
+    """
     is_causal = layout.values.get(f"{layout.architecture}.attention.causal", True)
     has_memory = bool(low.llama_get_memory(context))  # without a KV cache llama_decode encodes, all at once
-    return params.attention_type == low.LLAMA_ATTENTION_TYPE_NON_CAUSAL or not is_causal or not has_memory
+    is_pooled = params.embeddings and low.llama_pooling_type(context) > low.LLAMA_POOLING_TYPE_NONE
+    return (params.attention_type == low.LLAMA_ATTENTION_TYPE_NON_CAUSAL or not is_causal or not has_memory
+            or is_pooled)

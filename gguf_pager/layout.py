@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,12 @@ def read_layout(path: str | Path) -> Layout:
         idle_bytes=idle_bytes,
         n_vocab=_count_vocabulary(first, architecture),
     )
+
+
+def override_n_used(layout: Layout, n_used: int) -> Layout:
+    """Return a layout whose layers use `n_used` experts per token, instead of what the file says."""
+    layers = tuple(replace(layer, n_used=max(1, min(n_used, layer.n_experts))) for layer in layout.layers)
+    return replace(layout, layers=layers)
 
 
 def _check_complete(header: GgufHeader) -> None:

@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import llama_cpp
 
@@ -25,7 +25,7 @@ _STOCK_NAMES = tuple(
 _NEED_THE_MODEL = (
     "tokenize", "detokenize", "reset", "eval", "sample", "generate", "create_embedding", "embed", "create_completion",
     "create_chat_completion", "save_state", "load_state", "n_ctx", "n_embd", "n_vocab", "token_eos", "token_bos",
-    "token_nl", "set_seed",
+    "token_nl", "set_seed", "pooling_type", "tokenizer",
 )
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -43,7 +43,7 @@ def _while_open(method: _Method) -> _Method:
     return guarded  # type: ignore[return-value]
 
 
-class Llama(llama_cpp.Llama):
+class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
     """llama_cpp.Llama, with the experts of a mixture-of-experts model kept within a memory budget.
 
     Takes every argument of llama_cpp.Llama, and:
@@ -65,7 +65,7 @@ class Llama(llama_cpp.Llama):
         not_paged_reason: why it is not; None when it is.
     """
 
-    def __init__(self, model_path: str, *, budget: int | float | str = "auto", **kwargs: Any) -> None:
+    def __init__(self, model_path: str, *, budget: float | str = "auto", **kwargs: Any) -> None:
         self._is_closed = False
         self.pager: Pager | None = None
         self.not_paged_reason: str | None = None
@@ -133,7 +133,7 @@ class Installation:
             hooks.uninstall(request)
             _installations.remove(self)
 
-    def __enter__(self) -> Installation:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -143,7 +143,7 @@ class Installation:
 _installations: list[Installation] = []
 
 
-def install(budget: int | float | str = "auto", **options: Any) -> Installation:
+def install(budget: float | str = "auto", **options: Any) -> Installation:
     """Page every mixture-of-experts model that llama_cpp opens from now on, by its high or its low-level functions.
 
     Code that has bound the low-level functions earlier (`from llama_cpp import llama_decode`) keeps the unwrapped ones:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +14,10 @@ import click
 
 from gguf_pager import __version__, budget
 from gguf_pager.budget import format_bytes
-from gguf_pager.doctor import Check
+from gguf_pager.doctor import Check, process_bytes
 from gguf_pager.layout import Layout, Slice
 from gguf_pager.pager import Pager, Stats
 from gguf_pager.probe import Memory
-
-PROCESS_BYTES = 48 << 20
-"""Python with llama_cpp imported and nothing loaded: 46.7 MB resident (Python 3.11, llama-cpp-python 0.3.36, Linux)."""
 
 _COLORS = {"ok": "green", "note": "yellow", "problem": "red"}
 
@@ -25,36 +25,41 @@ _COLORS = {"ok": "green", "note": "yellow", "problem": "red"}
 # ---- run ------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
-class Phase:
-    """A stretch of computing: the tokens computed, the time it took, and the counters before and after, if paged."""
+class Mark:
+    """A moment: the clock, the tokens computed so far, and the pager's counters, if there is one."""
 
-    tokens: int
     seconds: float
-    before: Stats | None = None
-    after: Stats | None = None
+    n_tokens: int
+    stats: Stats | None
 
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Tokens per second; None where no token was computed."""
-        return self.tokens / self.seconds if self.tokens and self.seconds else None
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What was computed between two moments."""
+
+    begin: Mark
+    end: Mark
 
     def figures(self) -> dict[str, Any]:
-        """Return what happened in between: None for what was not counted."""
-        facts: dict[str, Any] = {"tokens": self.tokens, "seconds": self.seconds, "tokens_per_s": self.tokens_per_s}
+        """Return speed, and what the pager counted: None without one."""
+        n_tokens, seconds = self.end.n_tokens - self.begin.n_tokens, self.end.seconds - self.begin.seconds
+        before, after = self.begin.stats, self.end.stats
+        facts: dict[str, Any] = {"tokens": n_tokens, "seconds": seconds,
+                                 "tokens_per_s": n_tokens / seconds if n_tokens and seconds else None}
         names = ("hits", "misses", "bytes_read", "stall_ns", "evictions", "left_alone")
-        if self.before is None or self.after is None:
+        if before is None or after is None:
             return facts | dict.fromkeys((*names, "hit_rate", "bytes_read_per_token", "stall_share"))
-        facts |= {name: getattr(self.after, name) - getattr(self.before, name) for name in names}
+        facts |= {name: getattr(after, name) - getattr(before, name) for name in names}
         wanted = facts["hits"] + facts["misses"]
         facts["hit_rate"] = facts["hits"] / wanted if wanted else None
-        facts["bytes_read_per_token"] = facts["bytes_read"] / self.tokens if self.tokens else None
-        facts["stall_share"] = facts["stall_ns"] / 1e9 / self.seconds if self.seconds else None
+        facts["bytes_read_per_token"] = facts["bytes_read"] / n_tokens if n_tokens else None
+        facts["stall_share"] = facts["stall_ns"] / 1e9 / seconds if seconds else None
         return facts
 
 
-def run_facts(prompt: Phase, decode: Phase, settings: dict[str, Any], peak_bytes: int | None) -> dict[str, Any]:
+def run_facts(settings: dict[str, Any], prompt: Phase, decode: Phase, peak_bytes: int | None) -> dict[str, Any]:
     """Return the statistics of a run; `settings` go in as they are."""
-    after = decode.after
+    after = decode.end.stats
     return settings | {
         "prompt": prompt.figures(),
         "decode": decode.figures(),
@@ -88,6 +93,40 @@ def run_line(facts: dict[str, Any]) -> str:
 
 def _number(value: float | None, style: str) -> str:
     return "-" if value is None else format(value, style)
+
+
+class Progress:
+    """One line on stderr, written again and again while something takes longer than a second."""
+
+    def __init__(self, is_wanted: bool | None) -> None:
+        self._is_terminal = os.isatty(2)
+        is_shown = self._is_terminal if is_wanted is None else is_wanted
+        # A descriptor of our own, because llama_cpp points 2 at /dev/null while it loads.
+        self._fd = os.dup(2) if is_shown else None
+
+    @contextmanager
+    def during(self, describe: Callable[[], str]) -> Iterator[None]:
+        """Show what `describe` returns, from another thread, for the time of the block."""
+        if self._fd is None:
+            yield
+            return
+        done = threading.Event()
+        thread = threading.Thread(target=self._show, args=(self._fd, describe, done), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _show(self, fd: int, describe: Callable[[], str], done: threading.Event) -> None:
+        before, after, period_s = ("\r", "\x1b[K", 0.25) if self._is_terminal else ("", "\n", 1.0)
+        wait_s, erase = 1.0, b""
+        with suppress(OSError):  # nobody reads it any more
+            while not done.wait(wait_s):
+                os.write(fd, f"{before}{describe()}{after}".encode())
+                wait_s, erase = period_s, b"\r\x1b[K" if self._is_terminal else b""
+            os.write(fd, erase)
 
 
 # ---- inspect --------------------------------------------------------------------------------------------------------
@@ -142,7 +181,6 @@ def _slice_column(pieces: Sequence[Slice], pager: Pager) -> dict[str, Any]:
 def _budgets(layout: Layout, pager: Pager, memory: Memory) -> list[dict[str, Any]]:
     """Return a row per budget worth knowing, as Llama would understand it."""
     least, full = budget.least_arena_bytes(pager.needs), budget.full_arena_bytes(pager.needs)
-    apart = PROCESS_BYTES + layout.dense_bytes + budget.WORK_BYTES
     spare = budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)
     useful = math.ceil(budget.useful_arena_bytes(layout, pager.align) / full * 10_000) / 100
     wanted = [
@@ -150,7 +188,7 @@ def _budgets(layout: Layout, pager: Pager, memory: Memory) -> list[dict[str, Any
         ("useful", f"{useful:g}%", int(useful / 100 * full)),
         ("quarter", "25%", int(0.25 * full)),
         ("half", "50%", int(0.50 * full)),
-        ("this_machine", "auto", min(full, PROCESS_BYTES + spare - apart)),
+        ("this_machine", "auto", min(full, spare - process_bytes(layout, 0))),
         ("full", "100%", full),
     ]
     rows = []
@@ -162,7 +200,7 @@ def _budgets(layout: Layout, pager: Pager, memory: Memory) -> list[dict[str, Any
             "name": name,
             "budget": text,
             "arena_bytes": arena if is_paged else None,
-            "process_bytes": apart + arena if is_paged else None,
+            "process_bytes": process_bytes(layout, arena) if is_paged else None,
             "n_experts": sum(slots) if slots else None,
             "share_of_experts": sum(slots) / sum(need.n_all for need in pager.needs) if slots else None,
             "reason": "the model fits into memory: stock llama.cpp runs it" if is_stock
@@ -181,14 +219,14 @@ def inspection_text(facts: dict[str, Any]) -> str:
         "",
         f"  experts     {format_bytes(facts['expert_bytes']):>12}  {_experts_of(facts['layers'], facts['n_blocks'])}",
         f"  dense       {format_bytes(facts['dense_bytes']):>12}  needed for every token, kept in RAM",
-        f"  idle        {format_bytes(facts['idle_bytes']):>12}  tables of which a token needs a row, blocks not loaded",
+        f"  idle        {format_bytes(facts['idle_bytes']):>12}  tables looked up by row, blocks that are not loaded",
         "",
     ]
     if not facts["layers"]:
         return "\n".join([*lines, "It has no experts: there is nothing to page."])
     lines.append(f"A token reads {facts['bytes_per_token'] / 1e6:,.1f} MB when no expert is resident.")
     align = facts["align_bytes"]
-    lines += [f"Direct reads: {f'in multiples of {align} bytes' if align else 'not on this file system; buffered'}.", ""]
+    lines += [f"Direct reads: {f'in multiples of {align} bytes' if align else 'not on this file system'}.", ""]
     for i, shape in enumerate(facts["shape_classes"]):
         lines.append(f"Shape class {i}: {shape['n_layers']} layers, {shape['n_experts']:,} experts of "
                      f"{shape['expert_bytes']:,} bytes, in slots of {shape['slot_bytes']:,}")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_pager import _native
-from gguf_pager.errors import PagerIOError
+from gguf_pager.errors import BudgetError, PagerIOError
 from gguf_pager.layout import Layout, Range
 
 _COPY_CHUNK_BYTES = 8 << 20
-_MAP_FIXED = 0x10
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
 _MADV_DONTNEED = 4
 
 
@@ -56,6 +58,19 @@ def find_mappings(path: Path) -> list[Mapping]:
     return found
 
 
+def files_mappings(layout: Layout) -> list[list[Mapping]]:
+    """Return `find_mappings` of each of a model's files."""
+    return [find_mappings(path) for path in layout.paths]
+
+
+def _without(mappings: list[Mapping], known: list[Mapping]) -> list[Mapping]:
+    """Leave out what lies in a known mapping, or in the part of one that was locked meanwhile."""
+    return [
+        mapping for mapping in mappings
+        if not any(old.address <= mapping.address < old.address + old.n_bytes for old in known)
+    ]
+
+
 def _pages(mappings: list[Mapping], piece: Range, *, inner: bool) -> tuple[int, int, int] | None:
     """Return (address, file offset, bytes) of the whole pages around a range, or within it, where it is mapped."""
     page = mmap.PAGESIZE
@@ -64,73 +79,128 @@ def _pages(mappings: list[Mapping], piece: Range, *, inner: bool) -> tuple[int, 
         first, end = -(-first // page) * page, end // page * page
     else:
         first, end = first // page * page, -(-end // page) * page
-    for mapping in reversed(mappings):  # the newest, when one file is loaded twice
+    for mapping in mappings:
         begin, stop = max(first, mapping.offset_bytes), min(end, mapping.offset_bytes + mapping.n_bytes)
         if begin < stop and mapping.offset_bytes <= piece.offset_bytes < mapping.offset_bytes + mapping.n_bytes:
             return mapping.address + begin - mapping.offset_bytes, begin, stop - begin
     return None
 
 
-def keep_dense(layout: Layout, method: str) -> Residency:
+def keep_dense(layout: Layout, method: str, others: list[list[Mapping]]) -> Residency:
     """Keep the dense weights of a loaded model in RAM: lock them, or replace their pages by anonymous copies.
 
     Without swap the kernel cannot drop an anonymous page; a page of the file it drops as soon as memory is short, and
-    every token then waits for the disk.
+    every token then waits for the disk. `others` are the files' mappings from before the model was loaded: those of
+    other models, which are theirs to keep.
 
     Raises:
         PagerIOError: the file cannot be read.
+        BudgetError: they must be locked, but this process may not lock so much.
     """
     if method == "off":
         return Residency("off", 0)
     done = 0
     used = "lock"
     for file, path in enumerate(layout.paths):
-        mappings = find_mappings(path)
+        mappings = _without(find_mappings(path), others[file])
         if not mappings:
             return Residency("unknown", 0)
         for piece in (piece for piece in layout.dense if piece.file == file):
+            around = _pages(mappings, piece, inner=False)
             if method != "copy" and used == "lock":
-                around = _pages(mappings, piece, inner=False)
                 try:
                     if around:
                         _native.memory_lock(around[0], around[2])
                         done += around[2]
                         continue
-                except OSError:
+                except OSError as error:
                     if method == "lock":
-                        raise
+                        raise BudgetError(
+                            f"The {layout.dense_bytes:,} bytes of dense weights cannot be locked: {error.strerror}. "
+                            "Raise the limit (ulimit -l), or say lock_dense='auto'."
+                        ) from None
                     used = "copy"
             used = "copy"
-            within = _pages(mappings, piece, inner=True)
-            if within:
-                _replace_by_copy(path, *within)
-                done += within[2]
+            if around:
+                _replace_by_copy(path, *around)
+                done += around[2]
     return Residency(used, done)
 
 
 def _replace_by_copy(path: Path, address: int, offset_bytes: int, n_bytes: int) -> None:
-    """Put an anonymous copy of the same bytes in the place of mapped pages. Nobody may be computing with them."""
+    """Put an anonymous copy of the same bytes in the place of mapped pages, in steps that nobody can see half done."""
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     with open(path, "rb", buffering=0) as file:
-        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        file_bytes = os.fstat(file.fileno()).st_size
         for at in range(0, n_bytes, _COPY_CHUNK_BYTES):
             length = min(_COPY_CHUNK_BYTES, n_bytes - at)
-            # Read first, replace after: a failed read leaves the file's own page in place.
-            data = os.pread(file.fileno(), length, offset_bytes + at)
-            if len(data) != length:
-                raise PagerIOError(f"{path} ends early at byte {offset_bytes + at + len(data):,}: download it again.",
-                                   errno=0, path=str(path), offset_bytes=offset_bytes + at + len(data))
-            got = libc.mmap(address + at, length, mmap.PROT_READ | mmap.PROT_WRITE, anonymous, -1, 0)
-            if got != address + at:
-                raise PagerIOError(f"The dense weights of {path} cannot be copied: {os.strerror(ctypes.get_errno())}.",
-                                   errno=ctypes.get_errno(), path=str(path), offset_bytes=offset_bytes + at)
-            ctypes.memmove(address + at, data, length)
-            libc.mprotect(address + at, length, mmap.PROT_READ)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), offset_bytes, n_bytes, os.POSIX_FADV_DONTNEED)
+            copy = libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+                             -1, 0)
+            if copy == ctypes.c_void_p(-1).value:
+                raise _copy_error(path, ctypes.get_errno(), offset_bytes + at)
+            wanted = min(length, file_bytes - offset_bytes - at)  # behind the end of the file a page is zero
+            try:
+                buffer = (ctypes.c_char * length).from_address(copy)
+                got = os.preadv(file.fileno(), [memoryview(buffer)[:wanted]], offset_bytes + at)
+            except OSError as error:
+                libc.munmap(copy, length)
+                raise _copy_error(path, error.errno or 0, offset_bytes + at) from None
+            if got != wanted:
+                libc.munmap(copy, length)
+                raise _copy_error(path, errno.ENODATA, offset_bytes + at + got)
+            libc.mprotect(copy, length, mmap.PROT_READ)
+            flags = _MREMAP_MAYMOVE | _MREMAP_FIXED
+            if libc.mremap(copy, length, length, flags, address + at) != address + at:
+                number = ctypes.get_errno()
+                libc.munmap(copy, length)
+                raise _copy_error(path, number, offset_bytes + at)
+        os.posix_fadvise(file.fileno(), offset_bytes, n_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _copy_error(path: Path, number: int, offset_bytes: int) -> PagerIOError:
+    what = "the file ends there: download it again" if number == errno.ENODATA else os.strerror(number)
+    return PagerIOError(f"The dense weights of {path} cannot be copied at byte {offset_bytes:,}: {what}.",
+                        errno=number, path=str(path), offset_bytes=offset_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What tells whether a file is still what it was."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+
+def identify(path: Path) -> FileIdentity | None:
+    """Return a file's identity; None when it has gone."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def find_change(layout: Layout, identities: Sequence[FileIdentity | None]) -> tuple[int, int, int] | None:
+    """Return (errno, file, offset) of the first file that was changed in place since it was identified.
+
+    llama.cpp computes with mapped pages of it: those of a truncated file end the process, those of an overwritten one
+    give other tokens. A file that was removed or replaced by another lives on under the mapping.
+    """
+    for file, (path, then) in enumerate(zip(layout.paths, identities, strict=True)):
+        now = identify(path)
+        if now == then or now is None or then is None or (now.device, now.inode) != (then.device, then.inode):
+            continue
+        if now.size_bytes < then.size_bytes:
+            return errno.ENODATA, file, now.size_bytes
+        return errno.ESTALE, file, 0
+    return None
 
 
 def release_experts(layout: Layout) -> None:

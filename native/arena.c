@@ -125,6 +125,11 @@ static int open_layers(gp_pager *p) {
         const uint32_t limit = spec->n_experts * (config->read_ahead ? 2 : 1);
         c->transient_limit = limit > c->transient_limit ? limit : c->transient_limit;
     }
+    for (uint32_t i = 0; i < config->n_classes; i++) {
+        gp_class *c = &p->classes[i];
+        const uint32_t aside = c->transient_limit < c->n_slots / 2 ? c->transient_limit : c->n_slots / 2;
+        c->batch_share = (c->n_slots - aside) / c->n_layers;
+    }
     return 0;
 }
 

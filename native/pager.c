@@ -64,16 +64,17 @@ static void count_use(gp_layer *l, const gp_demand *demand) {
     }
 }
 
-/* Whether this miss of a large batch may stay: the layer's most used experts up to its share, the rest is transient. */
+/* Whether this expert of a large batch may stay: the layer's most used ones, as long as there is room beside the
+ * transient slots; the rest is transient. */
 static bool is_worth_keeping(const gp_layer *l, const gp_class *c, const gp_demand *demand, uint32_t i) {
-    if (l->kept >= c->share) {
+    if (l->kept >= c->batch_share) {
         return false;
     }
     uint32_t better = 0;
     for (uint32_t j = 0; j < demand->n_experts; j++) {
         better += demand->counts[j] > demand->counts[i];
     }
-    return better < c->share;
+    return better < c->batch_share;
 }
 
 /* Takes slots for all misses. Returns the number of reads, or -EBUSY with nothing taken. */
@@ -90,8 +91,8 @@ static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint3
             gp_slot *s = &p->slots[index];
             *n_missed += s->state == READING;
             hold_slot(hold, s, (uint32_t) index);
-            if (!is_batch) {
-                gp_slot_keep(p, s);
+            if (!is_batch || (s->is_transient && is_worth_keeping(l, c, demand, i))) {
+                gp_slot_keep(p, s);     /* read ahead for this batch, or left over from an earlier one */
             }
         }
     }

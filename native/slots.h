@@ -39,6 +39,7 @@ typedef struct {
     uint32_t n_layers;
     uint32_t floor;             /* slots no other layer may take from one */
     uint32_t share;             /* an equal part of the slots */
+    uint32_t batch_share;       /* the same of those that are not set aside for transient experts */
 } gp_class;
 
 struct gp_pager {

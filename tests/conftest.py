@@ -17,13 +17,13 @@ import gguf_pager
 
 gguf_pager.Llama  # noqa: B018  before llama_cpp: it sets what libgomp reads once
 
-import llama_cpp  # noqa: E402
-import make_trace_model  # noqa: E402
-import make_zoo  # noqa: E402
-import zoo_metadata  # noqa: E402
-from llama_cpp import llama_cpp as low  # noqa: E402
+import llama_cpp
+import make_trace_model
+import make_zoo
+import zoo_metadata
+from llama_cpp import llama_cpp as low
 
-from gguf_pager import hooks  # noqa: E402
+from gguf_pager import hooks
 
 # One thread: two beside the readers, on a machine with two cores, spin for seconds at ggml's barriers.
 ARGUMENTS: dict[str, Any] = {"n_ctx": 128, "n_batch": 64, "n_threads": 1, "n_threads_batch": 1, "verbose": False}

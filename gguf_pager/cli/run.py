@@ -1,0 +1,299 @@
+"""`gguf-pager run`: generate text, then say what it took."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from gguf_pager import __version__, probe, report
+from gguf_pager.budget import format_bytes
+from gguf_pager.doctor import physical_cores
+from gguf_pager.errors import PagerError
+from gguf_pager.pager import Options, Stats
+
+if TYPE_CHECKING:
+    from gguf_pager.llama import Llama
+
+DEFAULT_CTX = 4096
+"""No larger context without being asked: its KV cache is taken from the budget."""
+
+CTX_STEP = 256
+"""llama.cpp rounds a context up to this, llama_cpp goes on with the number it was given: so they are kept equal."""
+
+_SPECIAL_TOKENS = 16
+"""Room for tokens that stand for no byte of the prompt, such as the begin token."""
+
+_DEFAULT = Options()
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """The command's options, under click's names for them."""
+
+    model: Path
+    prompt: str | None
+    file: IO[bytes] | None
+    n_predict: int
+    ctx_size: int | None
+    threads: int | None
+    batch_size: int
+    ubatch_size: int
+    temp: float
+    top_k: int
+    top_p: float
+    seed: int
+    chat: bool
+    budget: str
+    policy: str
+    io: str
+    readers: int
+    verbose: bool
+    progress: bool | None
+    as_json: bool
+
+
+def _check_n_predict(_: click.Context, __: click.Parameter, value: int) -> int:
+    if value == 0 or value < -1:
+        raise click.BadParameter("a number of tokens, or -1 for as many as the context holds")
+    return value
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
+@click.option("-f", "--file", metavar="FILE", type=click.File("rb"),
+              help="Read the prompt from a file, '-' for stdin; one newline at its end is dropped.")
+@click.option("-n", "--n-predict", metavar="N", type=int, default=128, show_default=True, callback=_check_n_predict,
+              help="Tokens to generate; -1 for as many as the context holds.")
+@click.option("-c", "--ctx-size", metavar="N", type=click.IntRange(min=0),
+              help=f"Context in tokens, in steps of {CTX_STEP}; 0 takes the model's own. "
+                   f"[default: what the prompt and -n need, at most {DEFAULT_CTX}]")
+@click.option("-t", "--threads", metavar="N", type=click.IntRange(min=1),
+              help="Threads that compute. [default: physical cores]")
+@click.option("-b", "--batch-size", metavar="N", type=click.IntRange(min=1), default=512, show_default=True,
+              help="Prompt tokens per call of llama.cpp.")
+@click.option("-ub", "--ubatch-size", metavar="N", type=click.IntRange(min=1), default=512, show_default=True,
+              help="Prompt tokens computed at once; less where the budget has no room.")
+@click.option("--temp", metavar="X", type=float, default=0.8, show_default=True,
+              help="Temperature; 0 takes the likeliest token.")
+@click.option("--top-k", metavar="N", type=int, default=40, show_default=True, help="Sample among this many tokens.")
+@click.option("--top-p", metavar="X", type=float, default=0.95, show_default=True,
+              help="Sample among the tokens of this probability together.")
+@click.option("-s", "--seed", metavar="N", type=click.IntRange(-1, 2**32 - 1), default=-1, show_default=True,
+              help="Seed of the sampler; -1 for a random one.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as the user's message.")
+@click.option("--budget", metavar="SIZE", default="auto", show_default=True,
+              help="Memory to use: '4GiB' for the whole process, '25%' of the experts, 'min', or 'auto'.")
+@click.option("--policy", metavar="NAME", default=_DEFAULT.policy, show_default=True,
+              help="Who leaves when a slot is needed: 'lfru' (uses per age) or 'lru'.")
+@click.option("--io", type=click.Choice(["auto", "direct", "buffered"]), default=_DEFAULT.io, show_default=True,
+              help="Read past the page cache or through it.")
+@click.option("--readers", metavar="N", type=int, default=_DEFAULT.n_readers, show_default=True,
+              help="Threads that read.")
+@click.option("--verbose", is_flag=True, help="Show llama.cpp's own output, on stderr.")
+@click.option("--progress/--no-progress", default=None,
+              help="Say on stderr what takes longer than a second. [default: when stderr is a terminal]")
+@click.option("--json", "as_json", is_flag=True, help="Print statistics and text as one JSON object.")
+def run(**given: Any) -> None:
+    """Generate text from a prompt within a memory budget.
+
+    The text goes to stdout as it comes; the last line, on stderr, gives decode speed (without the prompt), prompt
+    speed, hit rate, megabytes read per token, the share of time spent waiting for reads, and peak memory.
+
+    With --json stdout holds one JSON object and nothing else, "text" among its keys; while it is generated, the text
+    goes to stderr.
+    """
+    settings = _Settings(**given)
+    prompt = _read_prompt(settings)
+    progress = report.Progress(settings.progress)
+    if settings.verbose:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("gguf_pager").setLevel(logging.INFO)
+    seed = settings.seed if settings.seed >= 0 else random.randrange(1 << 32)
+    begun = time.monotonic()
+    with progress.during(lambda: f"opening {settings.model.name}: "
+                                 f"{format_bytes(probe.process_memory().resident_bytes)} in memory"):
+        llm = _open(settings, prompt)
+    try:
+        load_s = time.monotonic() - begun
+        if llm.not_paged_reason:
+            click.echo(f"Not paged: {llm.not_paged_reason}.", err=True)
+        generation = _generate(llm, settings, prompt, seed, progress)
+        facts = report.run_facts(_facts(llm, settings, generation, load_s, seed), *generation.phases(),
+                                 probe.process_memory().peak_bytes)
+    finally:
+        llm.close()
+    if settings.as_json:
+        click.echo(json.dumps(facts))
+    else:
+        click.echo(report.run_line(facts), err=True)
+    if generation.finish_reason == "interrupt":
+        raise KeyboardInterrupt
+
+
+def _read_prompt(settings: _Settings) -> str:
+    if (settings.prompt is None) == (settings.file is None):
+        raise click.UsageError("Give the prompt, either with -p or with -f.")
+    raw = settings.file.read().removesuffix(b"\n") if settings.file else os.fsencode(settings.prompt or "")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise PagerError(f"The prompt is not UTF-8 text: {error.reason} at byte {error.start}.") from None
+
+
+def _context_size(settings: _Settings, prompt: str) -> int:
+    """Return the context to ask for. A token is at least a byte, so the prompt's bytes bound its tokens."""
+    if settings.ctx_size is not None:
+        return -(-settings.ctx_size // CTX_STEP) * CTX_STEP
+    if settings.chat or settings.n_predict < 0:  # templates add text of any length
+        return DEFAULT_CTX
+    needed = len(prompt.encode()) + _SPECIAL_TOKENS + settings.n_predict
+    return min(DEFAULT_CTX, -(-needed // CTX_STEP) * CTX_STEP)
+
+
+def _open(settings: _Settings, prompt: str) -> Llama:
+    from gguf_pager import Llama
+
+    if not settings.model.exists():
+        raise PagerError(f"{settings.model} does not exist.")
+    n_threads = settings.threads or physical_cores()
+    try:
+        return Llama(
+            str(settings.model), budget=settings.budget, policy=settings.policy, io=settings.io,
+            n_readers=settings.readers, n_ctx=_context_size(settings, prompt), n_batch=settings.batch_size,
+            n_ubatch=settings.ubatch_size, n_threads=n_threads, n_threads_batch=n_threads, verbose=settings.verbose,
+        )
+    except ValueError as error:  # what llama_cpp raises for a file or context that llama.cpp refuses
+        hint = "" if settings.verbose else ". Run with --verbose to see llama.cpp's reason"
+        raise PagerError(f"{error}{hint}.") from error
+
+
+class _Generation:
+    """Text, time and counters of one run. It is the stopping criterion, too, which is asked once per token."""
+
+    def __init__(self, llm: Llama) -> None:
+        self.text = ""
+        self.finish_reason: str | None = None
+        self._llm = llm
+        self._begun = self._first = self._last = self._mark(self._stats())
+
+    def _stats(self) -> Stats | None:
+        return self._llm.pager.stats() if self._llm.pager else None
+
+    def _mark(self, stats: Stats | None = None) -> report.Mark:
+        return report.Mark(time.monotonic(), int(self._llm.n_tokens), stats)
+
+    def __call__(self, *_: Any) -> bool:
+        """Note a token; it is chosen but not computed yet. After the last one the question comes twice."""
+        if self._first is self._begun:
+            self._first = self._last = self._mark(self._stats())
+        elif self._llm.n_tokens > self._last.n_tokens:
+            self._last = self._mark()  # counters of many layers take a while: they are asked for at the end
+        return False
+
+    def phases(self) -> tuple[report.Phase, report.Phase]:
+        """Return the prompt, whose computation yields the first token, and the decoding of those after it."""
+        last = replace(self._last, stats=self._stats())
+        return report.Phase(self._begun, self._first), report.Phase(self._first, last)
+
+
+def _generate(llm: Llama, settings: _Settings, prompt: str, seed: int, progress: report.Progress) -> _Generation:
+    """Stream the text; a Ctrl-C ends it early, with finish reason "interrupt"."""
+    import llama_cpp
+
+    text, arguments = _apply_template(llm, prompt) if settings.chat else (prompt, {})
+    tokens = text if isinstance(text, list) else llm.tokenize(text.encode(), add_bos=True, special=True)
+    _check_room(llm, settings, len(tokens))
+    generation = _Generation(llm)
+    stream = iter(llm.create_completion(
+        text, max_tokens=settings.n_predict, temperature=settings.temp, top_k=settings.top_k, top_p=settings.top_p,
+        seed=seed, stream=True, stopping_criteria=llama_cpp.StoppingCriteriaList([generation]), **arguments,
+    ))
+    try:
+        with progress.during(lambda: _prompt_progress(llm, len(tokens))):
+            chunk = next(stream, None)
+        while chunk is not None:
+            choice = chunk["choices"][0]
+            generation.text += choice["text"]
+            generation.finish_reason = choice["finish_reason"]
+            click.echo(choice["text"].encode(), nl=False, err=settings.as_json)  # bytes: UTF-8 in any locale
+            chunk = next(stream, None)
+    except KeyboardInterrupt:
+        generation.finish_reason = "interrupt"
+    finally:
+        if (sys.stderr if settings.as_json else sys.stdout).isatty():
+            click.echo(err=settings.as_json)
+    return generation
+
+
+def _apply_template(llm: Llama, prompt: str) -> tuple[list[int], dict[str, Any]]:
+    """Return the tokens of the prompt as a user's message, and what makes the model stop."""
+    import jinja2
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    template = llm.metadata.get("tokenizer.chat_template")
+    if template is None:
+        raise PagerError("The model has no chat template: leave out --chat and write the whole prompt.")
+    bos, eos = (llm.detokenize([token], special=True).decode() if token >= 0 else ""
+                for token in (llm.token_bos(), llm.token_eos()))
+    try:
+        formatted = Jinja2ChatFormatter(template, eos, bos)(messages=[{"role": "user", "content": prompt}])
+    except (jinja2.TemplateError, ValueError) as error:
+        raise PagerError(f"The model's chat template cannot be applied: {error}.") from error
+    tokens = llm.tokenize(formatted.prompt.encode(), add_bos=not formatted.added_special, special=True)
+    return tokens, {"stop": formatted.stop}
+
+
+def _check_room(llm: Llama, settings: _Settings, n_prompt: int) -> None:
+    n_ctx = llm.n_ctx()
+    if n_prompt == 0:
+        raise PagerError("The prompt is empty, and this model needs at least one token.")
+    if n_prompt >= n_ctx:
+        raise PagerError(f"The prompt has {n_prompt:,} tokens, the context only {n_ctx:,}: "
+                         f"give -c {n_prompt + max(settings.n_predict, 1)}.")
+    if n_prompt + settings.n_predict > n_ctx:
+        click.echo(f"Only {n_ctx - n_prompt:,} tokens will be generated, then the context is full: "
+                   f"give -c {n_prompt + settings.n_predict} for more.", err=True)
+
+
+def _prompt_progress(llm: Llama, n_prompt: int) -> str:
+    if llm.pager is None:
+        return f"prompt: {llm.n_tokens:,} of {n_prompt:,} tokens"
+    stats = llm.pager.stats()
+    done = sum(layer.tokens for layer in stats.layers) / (len(stats.layers) * n_prompt)
+    return f"prompt of {n_prompt:,} tokens: {min(done, 1):.0%}, {stats.bytes_read / 1e9:.2f} GB read"
+
+
+def _facts(llm: Llama, settings: _Settings, generation: _Generation, load_s: float, seed: int) -> dict[str, Any]:
+    import llama_cpp
+
+    pager = llm.pager
+    return {
+        "gguf_pager_version": __version__,
+        "llama_cpp_python_version": importlib.metadata.version("llama_cpp_python"),
+        "model": str(settings.model),
+        "text": generation.text,
+        "finish_reason": generation.finish_reason,
+        "is_paged": pager is not None,
+        "not_paged_reason": llm.not_paged_reason,
+        "budget": settings.budget,
+        "policy": pager.options.policy if pager else None,
+        "io": ("direct" if pager.is_direct else "buffered") if pager else None,
+        "n_readers": pager.options.n_readers if pager else None,
+        "n_threads": settings.threads or physical_cores(),
+        "n_ctx": llm.n_ctx(),
+        "n_batch": llama_cpp.llama_n_batch(llm.ctx),
+        "n_ubatch": llama_cpp.llama_n_ubatch(llm.ctx),
+        "seed": seed,
+        "load_s": load_s,
+    }

@@ -1,0 +1,422 @@
+#define _POSIX_C_SOURCE 200809L
+#include "fake_os.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "check.h"
+
+enum { MAX_FILES = 4, MAX_DESCRIPTORS = 32, FIRST_DESCRIPTOR = 1000 };
+
+typedef struct {
+    char             path[64];
+    uint8_t         *bytes;
+    _Atomic uint64_t size_bytes;
+    _Atomic int64_t  modified_ns;
+    _Atomic uint64_t bad_at;
+    atomic_int       bad_error;
+} fake_file;
+
+typedef struct {
+    fake_file  *file;
+    bool        is_direct;
+    atomic_bool is_open;
+} descriptor;
+
+static struct {
+    fake_file       files[MAX_FILES];
+    unsigned        n_files;
+    descriptor      descriptors[MAX_DESCRIPTORS];
+    unsigned        n_descriptors;
+    atomic_uint     calls[FAKE_CALLS];
+    atomic_uint     fail_in[FAKE_CALLS];
+    atomic_int      fail_with[FAKE_CALLS];
+    atomic_uint     fail_any_in;
+    atomic_int      fail_any_with;
+    uint32_t        offset_align, memory_align;
+    atomic_uint     short_one_in, interrupted_one_in, delay_us;
+    atomic_bool     is_ragged;
+    _Atomic uint64_t random;
+    atomic_uint     memories, threads, allocations;
+    pthread_mutex_t gate_lock;
+    pthread_cond_t  gate_moved;
+    atomic_bool     is_gated;
+    unsigned        n_waiting;      /* gate_lock */
+    unsigned        n_passes;       /* gate_lock */
+} fake = { .offset_align = 1, .memory_align = 1,
+           .gate_lock = PTHREAD_MUTEX_INITIALIZER, .gate_moved = PTHREAD_COND_INITIALIZER };
+
+#define RELAXED memory_order_relaxed
+
+uint32_t fake_random(uint32_t below) {
+    uint64_t x = atomic_fetch_add_explicit(&fake.random, UINT64_C(0x9e3779b97f4a7c15), RELAXED);
+    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+    return (uint32_t) ((x ^ x >> 31) >> 16) % below;
+}
+
+/* ---- faults ----------------------------------------------------------------------------------------------------- */
+
+/* Counts down without going below zero; true when it arrives there. */
+static bool strike(atomic_uint *left) {
+    unsigned now = atomic_load_explicit(left, RELAXED);
+    while (now > 0) {
+        if (atomic_compare_exchange_weak_explicit(left, &now, now - 1, RELAXED, RELAXED)) {
+            return now == 1;
+        }
+    }
+    return false;
+}
+
+static int begin(fake_call call) {
+    atomic_fetch_add_explicit(&fake.calls[call], 1, RELAXED);
+    if (call != FAKE_FILE_READ && strike(&fake.fail_any_in)) {
+        return atomic_load_explicit(&fake.fail_any_with, RELAXED);
+    }
+    return strike(&fake.fail_in[call]) ? atomic_load_explicit(&fake.fail_with[call], RELAXED) : 0;
+}
+
+void fake_fail(fake_call call, unsigned nth, int error) {
+    atomic_store(&fake.fail_with[call], error);
+    atomic_store(&fake.fail_in[call], nth);
+}
+
+void fake_fail_any(unsigned nth, int error) {
+    atomic_store(&fake.fail_any_with, error);
+    atomic_store(&fake.fail_any_in, nth);
+}
+
+bool fake_is_armed(void) {
+    unsigned armed = atomic_load(&fake.fail_any_in);
+    for (int i = 0; i < FAKE_CALLS; i++) {
+        armed += atomic_load(&fake.fail_in[i]);
+    }
+    return armed > 0;
+}
+
+unsigned fake_count(fake_call call) {
+    return atomic_load(&fake.calls[call]);
+}
+
+void fake_set_weather(fake_weather weather) {
+    atomic_store(&fake.short_one_in, weather.short_one_in);
+    atomic_store(&fake.interrupted_one_in, weather.interrupted_one_in);
+    atomic_store(&fake.delay_us, weather.delay_us);
+    atomic_store(&fake.is_ragged, weather.is_ragged);
+}
+
+void fake_direct_align(uint32_t offset_align, uint32_t memory_align) {
+    fake.offset_align = offset_align;
+    fake.memory_align = memory_align;
+}
+
+/* ---- the gate --------------------------------------------------------------------------------------------------- */
+
+void fake_hold_reads(void) {
+    atomic_store(&fake.is_gated, true);
+}
+
+static void wait_at_gate(void) {
+    if (!atomic_load_explicit(&fake.is_gated, RELAXED)) {
+        return;
+    }
+    pthread_mutex_lock(&fake.gate_lock);
+    fake.n_waiting++;
+    pthread_cond_broadcast(&fake.gate_moved);
+    while (atomic_load(&fake.is_gated) && fake.n_passes == 0) {
+        pthread_cond_wait(&fake.gate_moved, &fake.gate_lock);
+    }
+    fake.n_passes -= fake.n_passes > 0;
+    fake.n_waiting--;
+    pthread_mutex_unlock(&fake.gate_lock);
+}
+
+void fake_wait_for_reads(unsigned n_waiting) {
+    pthread_mutex_lock(&fake.gate_lock);
+    while (fake.n_waiting < n_waiting) {
+        pthread_cond_wait(&fake.gate_moved, &fake.gate_lock);
+    }
+    pthread_mutex_unlock(&fake.gate_lock);
+}
+
+void fake_let_some_go(unsigned n_reads) {
+    pthread_mutex_lock(&fake.gate_lock);
+    fake.n_passes = n_reads;
+    pthread_cond_broadcast(&fake.gate_moved);
+    pthread_mutex_unlock(&fake.gate_lock);
+}
+
+void fake_let_reads_go(void) {
+    pthread_mutex_lock(&fake.gate_lock);
+    atomic_store(&fake.is_gated, false);
+    fake.n_passes = 0;
+    pthread_cond_broadcast(&fake.gate_moved);
+    pthread_mutex_unlock(&fake.gate_lock);
+}
+
+/* ---- files ------------------------------------------------------------------------------------------------------ */
+
+static fake_file *find_file(const char *path) {
+    for (unsigned i = 0; i < fake.n_files; i++) {
+        if (strcmp(fake.files[i].path, path) == 0) {
+            return &fake.files[i];
+        }
+    }
+    return NULL;
+}
+
+uint8_t *fake_file_add(const char *path, uint64_t size_bytes) {
+    CHECK(fake.n_files < MAX_FILES && strlen(path) < sizeof fake.files[0].path, "the test asks for few files");
+    fake_file *file = &fake.files[fake.n_files++];
+    strcpy(file->path, path);
+    file->bytes = malloc(size_bytes);
+    CHECK(file->bytes, "the test has memory");
+    for (uint64_t i = 0; i < size_bytes; i++) {
+        file->bytes[i] = (uint8_t) fake_random(256);
+    }
+    atomic_store(&file->size_bytes, size_bytes);
+    atomic_store(&file->modified_ns, 1);
+    return file->bytes;
+}
+
+void fake_file_truncate(const char *path, uint64_t size_bytes) {
+    atomic_store(&find_file(path)->size_bytes, size_bytes);
+}
+
+void fake_file_touch(const char *path) {
+    atomic_fetch_add(&find_file(path)->modified_ns, 1);
+}
+
+void fake_fail_at(const char *path, uint64_t offset_bytes, int error) {
+    fake_file *file = find_file(path);
+    atomic_store(&file->bad_at, offset_bytes);
+    atomic_store(&file->bad_error, error);
+}
+
+static int file_open(const char *path, bool direct, int *fd) {
+    *fd = -1;
+    const int error = begin(FAKE_FILE_OPEN);
+    fake_file *file = find_file(path);
+    if (error != 0 || !file) {
+        return error != 0 ? error : -ENOENT;
+    }
+    CHECK(fake.n_descriptors < MAX_DESCRIPTORS, "the test opens few files");
+    descriptor *d = &fake.descriptors[fake.n_descriptors];
+    d->file = file;
+    d->is_direct = direct;
+    atomic_store(&d->is_open, true);
+    *fd = FIRST_DESCRIPTOR + (int) fake.n_descriptors++;
+    return 0;
+}
+
+static descriptor *find_descriptor(int fd) {
+    CHECK(fd >= FIRST_DESCRIPTOR && fd < FIRST_DESCRIPTOR + (int) fake.n_descriptors, "a descriptor came from open");
+    descriptor *d = &fake.descriptors[fd - FIRST_DESCRIPTOR];
+    CHECK(atomic_load_explicit(&d->is_open, RELAXED), "no closed file is used");
+    return d;
+}
+
+static int file_close(int fd) {
+    atomic_store(&find_descriptor(fd)->is_open, false);
+    return 0;
+}
+
+static int file_identify(int fd, gp_file_id *id) {
+    const int error = begin(FAKE_FILE_IDENTIFY);
+    if (error != 0) {
+        return error;
+    }
+    fake_file *file = find_descriptor(fd)->file;
+    *id = (gp_file_id) { .device = 1, .inode = (uint64_t) (file - fake.files) + 1,
+                         .size_bytes = atomic_load_explicit(&file->size_bytes, RELAXED),
+                         .modified_ns = atomic_load_explicit(&file->modified_ns, RELAXED) };
+    return 0;
+}
+
+static int file_alignment(const char *path, uint32_t *offset_align, uint32_t *memory_align) {
+    (void) path;
+    *offset_align = fake.offset_align;
+    *memory_align = fake.memory_align;
+    return 0;
+}
+
+static bool happens(atomic_uint *one_in) {
+    const unsigned n = atomic_load_explicit(one_in, RELAXED);
+    return n > 0 && fake_random(n) == 0;
+}
+
+static size_t shorten(size_t bytes, bool is_direct) {
+    const size_t step = is_direct && !atomic_load_explicit(&fake.is_ragged, RELAXED) ? fake.offset_align : 1;
+    /* Some progress, in the file and in memory. */
+    const size_t align = fake.offset_align > fake.memory_align ? fake.offset_align : fake.memory_align;
+    const size_t least = is_direct ? align : 1;
+    if (bytes <= least) {
+        return bytes;
+    }
+    const size_t shorter = fake_random((uint32_t) bytes) / step * step;
+    return shorter < least ? least : shorter;
+}
+
+static int64_t file_read(int fd, void *into, size_t bytes, uint64_t offset_bytes) {
+    const int error = begin(FAKE_FILE_READ);
+    wait_at_gate();
+    const unsigned delay_us = atomic_load_explicit(&fake.delay_us, RELAXED);
+    if (delay_us > 0) {
+        nanosleep(&(struct timespec) { .tv_nsec = 1000L * fake_random(delay_us) }, NULL);
+    }
+    descriptor *d = find_descriptor(fd);
+    if (error != 0 || happens(&fake.interrupted_one_in)) {
+        return error != 0 ? error : -EINTR;
+    }
+    if (d->is_direct && (offset_bytes % fake.offset_align != 0 || bytes % fake.offset_align != 0
+                         || (uintptr_t) into % fake.memory_align != 0)) {
+        return -EINVAL;
+    }
+    const uint64_t bad_at = atomic_load_explicit(&d->file->bad_at, RELAXED);
+    const int bad_error = atomic_load_explicit(&d->file->bad_error, RELAXED);
+    if (bad_error != 0 && offset_bytes <= bad_at && bad_at < offset_bytes + bytes) {
+        return bad_error;
+    }
+    const uint64_t size_bytes = atomic_load_explicit(&d->file->size_bytes, RELAXED);
+    if (offset_bytes >= size_bytes) {
+        return 0;
+    }
+    size_t got = bytes < size_bytes - offset_bytes ? bytes : (size_t) (size_bytes - offset_bytes);
+    if (happens(&fake.short_one_in)) {
+        got = shorten(got, d->is_direct);
+    }
+    memcpy(into, d->file->bytes + offset_bytes, got);
+    return (int64_t) got;
+}
+
+/* ---- memory, threads, time -------------------------------------------------------------------------------------- */
+
+static int memory_open(void **out, size_t bytes) {
+    *out = NULL;
+    const int error = begin(FAKE_MEMORY_OPEN);
+    if (error != 0) {
+        return error;
+    }
+    CHECK(posix_memalign(out, 4096, bytes) == 0, "the test has memory");     /* no byte more: ASan watches the end */
+    memset(*out, 0xee, bytes);
+    atomic_fetch_add(&fake.memories, 1);
+    return 0;
+}
+
+static void memory_close(void *memory, size_t bytes) {
+    (void) bytes;
+    free(memory);
+    atomic_fetch_sub(&fake.memories, 1);
+}
+
+typedef struct {
+    void *(*body)(void *);
+    void *data;
+} thread_task;
+
+static void *run_thread(void *data) {
+    const thread_task task = *(thread_task *) data;
+    free(data);
+    void *result = task.body(task.data);
+    atomic_fetch_sub_explicit(&fake.threads, 1, RELAXED);
+    return result;
+}
+
+static int thread_start(pthread_t *thread, void *(*body)(void *), void *data) {
+    const int error = begin(FAKE_THREAD_START);
+    if (error != 0) {
+        return error;
+    }
+    thread_task *task = malloc(sizeof *task);
+    CHECK(task, "the test has memory");
+    *task = (thread_task) { body, data };
+    atomic_fetch_add(&fake.threads, 1);
+    CHECK(pthread_create(thread, NULL, run_thread, task) == 0, "the test has threads");
+    return 0;
+}
+
+static uint64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t) now.tv_sec * 1000000000u + (uint64_t) now.tv_nsec;
+}
+
+const gp_os fake_os = {
+    .file_open = file_open,
+    .file_close = file_close,
+    .file_identify = file_identify,
+    .file_alignment = file_alignment,
+    .file_read = file_read,
+    .memory_open = memory_open,
+    .memory_close = memory_close,
+    .thread_start = thread_start,
+    .now_ns = now_ns,
+};
+
+void *fake_malloc(size_t bytes) {
+    if (begin(FAKE_ALLOCATE) != 0) {
+        return NULL;
+    }
+    void *memory = malloc(bytes);
+    atomic_fetch_add_explicit(&fake.allocations, memory != NULL, RELAXED);
+    return memory;
+}
+
+void *fake_calloc(size_t n, size_t bytes) {
+    if (begin(FAKE_ALLOCATE) != 0) {
+        return NULL;
+    }
+    void *memory = calloc(n, bytes);
+    atomic_fetch_add_explicit(&fake.allocations, memory != NULL, RELAXED);
+    return memory;
+}
+
+void fake_free(void *memory) {
+    atomic_fetch_sub_explicit(&fake.allocations, memory != NULL, RELAXED);
+    free(memory);
+}
+
+/* ---- what is left ----------------------------------------------------------------------------------------------- */
+
+unsigned fake_open_files(void) {
+    unsigned n = 0;
+    for (unsigned i = 0; i < fake.n_descriptors; i++) {
+        n += atomic_load(&fake.descriptors[i].is_open);
+    }
+    return n;
+}
+
+unsigned fake_open_memories(void) {
+    return atomic_load(&fake.memories);
+}
+
+unsigned fake_running_threads(void) {
+    return atomic_load(&fake.threads);
+}
+
+unsigned fake_allocations(void) {
+    return atomic_load(&fake.allocations);
+}
+
+void fake_reset(void) {
+    CHECK(fake_open_files() == 0, "every file was closed");
+    CHECK(fake_open_memories() == 0, "every arena was closed");
+    CHECK(fake_running_threads() == 0, "every thread has ended");
+    CHECK(fake_allocations() == 0, "all memory was freed");
+    for (unsigned i = 0; i < fake.n_files; i++) {
+        free(fake.files[i].bytes);
+        atomic_store(&fake.files[i].bad_error, 0);
+    }
+    fake.n_files = fake.n_descriptors = 0;
+    for (int i = 0; i < FAKE_CALLS; i++) {
+        atomic_store(&fake.calls[i], 0);
+        atomic_store(&fake.fail_in[i], 0);
+    }
+    atomic_store(&fake.fail_any_in, 0);
+    fake_set_weather((fake_weather) { 0 });
+    fake_direct_align(1, 1);
+}

@@ -1,0 +1,68 @@
+/* An operating system in memory, for tests: files that fail, stop short, change; memory and threads that are refused.
+ *
+ * Reads take no lock of this side's, lest it hide a race of the other's from the thread sanitizer. So files are added
+ * and rewritten while nobody reads: before the pager is opened, or while reads are held back. */
+#ifndef GGUF_PAGER_TEST_FAKE_OS_H
+#define GGUF_PAGER_TEST_FAKE_OS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "os.h"
+
+typedef enum {
+    FAKE_FILE_OPEN, FAKE_FILE_IDENTIFY, FAKE_FILE_READ, FAKE_MEMORY_OPEN, FAKE_THREAD_START, FAKE_ALLOCATE,
+    FAKE_CALLS
+} fake_call;
+
+extern const gp_os fake_os;
+
+/* Forgets files and faults; open files, memory and threads must be gone. */
+void     fake_reset(void);
+
+/* Adds a file of random bytes and returns them. */
+uint8_t *fake_file_add(const char *path, uint64_t size_bytes);
+void     fake_file_truncate(const char *path, uint64_t size_bytes);
+void     fake_file_touch(const char *path);      /* its time of modification moves on */
+
+/* The nth call from now on (1: the next) returns `error`, once. */
+void     fake_fail(fake_call call, unsigned nth, int error);
+/* The same for whichever call of any kind comes nth, reads apart; allocations of the native sources included. */
+void     fake_fail_any(unsigned nth, int error);
+/* Every read that covers this byte of the file fails. error 0: no longer. */
+void     fake_fail_at(const char *path, uint64_t offset_bytes, int error);
+unsigned fake_count(fake_call call);
+/* Whether a fault that was ordered has not struck yet. */
+bool     fake_is_armed(void);
+
+/* Of direct reads; a misaligned one gets -EINVAL, as from Linux. 1, 1 from the start. */
+void     fake_direct_align(uint32_t offset_align, uint32_t memory_align);
+
+/* One read in so many stops short, is interrupted; each waits up to so long. 0: never. */
+typedef struct {
+    unsigned short_one_in, interrupted_one_in, delay_us;
+    bool     is_ragged;         /* direct reads may stop between multiples of the alignment */
+} fake_weather;
+void     fake_set_weather(fake_weather weather);
+
+/* Reads wait before they begin until they are let go; returns when n_waiting of them wait. */
+void     fake_hold_reads(void);
+void     fake_wait_for_reads(unsigned n_waiting);
+void     fake_let_some_go(unsigned n_reads);
+void     fake_let_reads_go(void);
+
+uint32_t fake_random(uint32_t below);
+
+/* What the tested code has not given back. */
+unsigned fake_open_files(void);
+unsigned fake_open_memories(void);
+unsigned fake_running_threads(void);
+unsigned fake_allocations(void);
+
+/* The native sources are compiled with malloc, calloc and free renamed to these. */
+void    *fake_malloc(size_t bytes);
+void    *fake_calloc(size_t n, size_t bytes);
+void     fake_free(void *memory);
+
+#endif

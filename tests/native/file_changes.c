@@ -1,0 +1,174 @@
+/* A file that is changed while the model is open: the decode ends with -ESTALE, and no byte that was read after the
+ * change is served, then or later, whoever read it. What was read before stays good. */
+#include <errno.h>
+#include <string.h>
+
+#include "check.h"
+#include "fake_os.h"
+#include "model.h"
+
+static model m;
+static gp_pager *pager;
+static gp_hold hold, other;
+
+static void begin(model_shape shape) {
+    model_make(&m, shape);
+    pager = model_open(&m);
+    CHECK(gp_hold_open(&hold, pager, 2) == 0 && gp_hold_open(&other, pager, 2) == 0, "two holds open");
+}
+
+static void end(void) {
+    model_check_invariants(pager);
+    gp_hold_close(&hold, pager);
+    gp_hold_close(&other, pager);
+    gp_pager_close(pager);
+    model_end(&m);
+}
+
+/* Other bytes in place of an expert's. */
+static void overwrite(uint32_t layer, int32_t expert) {
+    for (uint32_t s = 0; s < m.shape.n_slices; s++) {
+        const gp_slice_spec *slice = &m.layers[layer].slices[s];
+        memset(m.files[slice->file] + model_offset(&m, layer, s, expert), 0x5a, slice->slice_bytes);
+    }
+}
+
+static void rewrite_file(uint32_t file, uint32_t layer, int32_t expert) {
+    overwrite(layer, expert);
+    fake_file_touch(m.paths[file]);
+}
+
+static gp_failure is_refused(gp_hold *by, uint32_t layer, int32_t expert, int error) {
+    int32_t slot;
+    gp_failure failure;
+    CHECK(model_acquire(pager, by, layer, &expert, 1, 1, &slot, &failure) == error, "a changed file is refused");
+    CHECK(failure.error == error && by->n_slots == 0, "the failure says so, and nothing is held");
+    CHECK(!model_is_resident(pager, &m, layer, expert), "and what was read of it is not kept");
+    return failure;
+}
+
+static void newer_file_is_refused(void) {
+    begin((model_shape) { .n_files = 2 });
+    model_use(&m, pager, &hold, 0, (int32_t[]) { 1, 2 }, 2, 1);
+    rewrite_file(1, 0, 3);
+    for (int again = 0; again < 2; again++) {
+        const gp_failure failure = is_refused(&hold, 0, 3, -ESTALE);
+        CHECK(failure.file == 1, "the failure names the file that changed");
+    }
+    model_use(&m, pager, &hold, 0, (int32_t[]) { 1, 2 }, 2, 1);     /* read before the change */
+    end();
+}
+
+static void shorter_file_is_refused(void) {
+    begin((model_shape) { .n_readers = 1 });
+    fake_file_truncate(m.paths[0], model_offset(&m, 2, 2, 7) + 100);
+    CHECK(is_refused(&hold, 0, 3, -ESTALE).file == 0, "also for an expert that is still there");
+    is_refused(&hold, 2, 7, -ESTALE);       /* not -ENODATA: the change explains the missing bytes */
+    end();
+}
+
+/* What came intact besides a read that failed is of the changed file all the same. */
+static void failing_read_does_not_hide_the_change(void) {
+    begin((model_shape) { 0 });
+    rewrite_file(0, 1, 3);
+    fake_fail_at(m.paths[0], model_offset(&m, 1, 0, 4), -EIO);
+    int32_t slots[2];
+    gp_failure failure;
+    CHECK(model_acquire(pager, &hold, 1, (int32_t[]) { 4, 3 }, 2, 1, slots, &failure) < 0, "the demand fails");
+    CHECK(!model_is_resident(pager, &m, 1, 3), "bytes of a changed file are not kept");
+    end();
+}
+
+static void unidentifiable_file_is_refused(void) {
+    begin((model_shape) { 0 });
+    fake_fail(FAKE_FILE_IDENTIFY, 1, -EIO);
+    is_refused(&hold, 0, 3, -EIO);
+    model_use(&m, pager, &hold, 0, (int32_t[]) { 3 }, 1, 1);
+    end();
+}
+
+typedef struct {
+    gp_hold    *hold;
+    int         error;
+    gp_failure  failure;
+} waiter;
+
+static void *wait_for_3(void *data) {
+    waiter *w = data;
+    int32_t slot;
+    w->error = model_acquire(pager, w->hold, 1, (int32_t[]) { 3 }, 1, 1, &slot, &w->failure);
+    gp_pager_release(pager, w->hold);
+    return NULL;
+}
+
+/* The file changes after the demand has begun and before its reads have. */
+static void change_during_the_read_is_refused(void) {
+    begin((model_shape) { .n_readers = 3, .piece_bytes = 1 << 20 });
+    fake_hold_reads();
+    waiter w = { .hold = &hold };
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, wait_for_3, &w) == 0, "the test has threads");
+    fake_wait_for_reads(3);
+    rewrite_file(0, 1, 3);
+    fake_let_reads_go();
+    pthread_join(thread, NULL);
+    CHECK(w.error == -ESTALE, "a change during the read is seen");
+    CHECK(!model_is_resident(pager, &m, 1, 3), "and what was read is not kept");
+    end();
+}
+
+/* Nobody waits for read-ahead, so nobody looked at the file for it. */
+static void read_ahead_of_a_changed_file_is_refused(void) {
+    begin((model_shape) { .n_slots = 24, .piece_bytes = 1 << 20, .read_ahead = true });
+    const int32_t all[] = { 0, 1, 2, 3, 4, 5, 6, 7, 8 };
+    int32_t slots[9];
+    gp_failure failure;
+    fake_hold_reads();
+    fake_let_some_go(9 * 3);        /* the slices of layer 0 */
+    model_use(&m, pager, &hold, 0, all, 9, 9);
+    rewrite_file(0, 1, 3);
+    fake_let_reads_go();
+    model_settle(pager);
+    CHECK(model_is_resident(pager, &m, 1, 3), "the next layer was read ahead");
+    CHECK(model_acquire(pager, &hold, 1, all, 9, 9, slots, &failure) == -ESTALE, "what was read ahead is refused");
+    CHECK(!model_is_resident(pager, &m, 1, 3), "and not kept");
+    end();
+}
+
+/* Two contexts wait for one read of a changed file: neither may compute with it. */
+static void both_who_wait_are_refused(void) {
+    for (int round = 0; round < 30; round++) {
+        begin((model_shape) { .n_readers = 3, .piece_bytes = 1 << 20 });
+        rewrite_file(0, 1, 3);
+        fake_hold_reads();
+        waiter waiters[] = { { .hold = &hold }, { .hold = &other } };
+        pthread_t threads[2];
+        for (int i = 0; i < 2; i++) {
+            CHECK(pthread_create(&threads[i], NULL, wait_for_3, &waiters[i]) == 0, "the test has threads");
+        }
+        for (uint32_t n_waiting = 0; n_waiting < 2;) {
+            pthread_mutex_lock(&pager->lock);
+            n_waiting = hold.pending + other.pending;
+            pthread_mutex_unlock(&pager->lock);
+        }
+        fake_wait_for_reads(3);
+        fake_let_reads_go();
+        for (int i = 0; i < 2; i++) {
+            pthread_join(threads[i], NULL);
+            CHECK(waiters[i].error == -ESTALE, "neither of two who wait for a read is served from a changed file");
+        }
+        end();
+    }
+}
+
+int main(void) {
+    check_begin();
+    newer_file_is_refused();
+    shorter_file_is_refused();
+    unidentifiable_file_is_refused();
+    failing_read_does_not_hide_the_change();
+    change_during_the_read_is_refused();
+    read_ahead_of_a_changed_file_is_refused();
+    both_who_wait_are_refused();
+    return 0;
+}

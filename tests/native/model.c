@@ -1,0 +1,269 @@
+#define _POSIX_C_SOURCE 200809L
+#include "model.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "check.h"
+#include "fake_os.h"
+
+/* Odd on purpose: no slice is a multiple of a sector or of a piece, gate and up differ from down. */
+static const model_shape defaults = {
+    .n_layers = 3, .n_experts = 9, .n_used = 2, .n_slots = 7, .n_slices = 3, .slice_bytes = { 1184, 1184, 1696 },
+    .n_files = 1, .n_classes = 1, .n_readers = 3, .piece_bytes = 512, .policy = "lru",
+};
+
+static const char *const paths[MODEL_FILES] = { "model-00001-of-00002.gguf", "model-00002-of-00002.gguf" };
+
+static uint64_t round_up(uint64_t value, uint64_t step) {
+    return (value + step - 1) / step * step;
+}
+
+#define DEFAULT(field) if (!shape.field) shape.field = defaults.field
+
+static model_shape complete(model_shape shape) {
+    DEFAULT(n_layers);
+    DEFAULT(n_experts);
+    DEFAULT(n_used);
+    DEFAULT(n_slots);
+    DEFAULT(n_files);
+    DEFAULT(n_classes);
+    DEFAULT(n_readers);
+    DEFAULT(piece_bytes);
+    DEFAULT(policy);
+    if (!shape.n_slices) {
+        shape.n_slices = defaults.n_slices;
+        memcpy(shape.slice_bytes, defaults.slice_bytes, sizeof shape.slice_bytes);
+    }
+    return shape;
+}
+
+/* The arithmetic of gguf_pager/budget.py: slice_rooms. Returns the slot's size. */
+static uint64_t place_slices(gp_layer_spec *layer, uint64_t align) {
+    uint64_t at = 0;
+    for (uint32_t s = 0; s < layer->n_slices; s++) {
+        gp_slice_spec *slice = &layer->slices[s];
+        const uint64_t spare = align == 1 ? 0 : 2 * align;
+        uint64_t head = 0;
+        if (align > 1) {
+            head = slice->slice_bytes % align == 0 ? slice->offset_bytes % align : align;
+        }
+        slice->region_at = at;
+        slice->region_bytes = round_up(slice->slice_bytes + spare, align > 64 ? align : 64);
+        slice->data_at = at + head;
+        at += slice->region_bytes;
+    }
+    return at;
+}
+
+void model_make(model *m, model_shape wanted) {
+    const model_shape shape = complete(wanted);
+    const bool is_direct = shape.offset_align != 0;
+    const uint64_t align = !is_direct ? 1
+        : shape.offset_align > shape.memory_align ? shape.offset_align : shape.memory_align;
+    *m = (model) { .shape = shape };
+    uint64_t ends[MODEL_FILES] = { 4096 + 32 * 7, 96 };     /* the headers: aligned to 32 bytes and no more */
+    for (uint32_t l = 0; l < shape.n_layers; l++) {
+        gp_layer_spec *layer = &m->layers[l];
+        layer->n_slices = shape.n_slices;
+        layer->n_experts = shape.n_experts;
+        layer->n_used = shape.n_used;
+        layer->shape_class = l % shape.n_classes;
+        for (uint32_t s = 0; s < shape.n_slices; s++) {
+            gp_slice_spec *slice = &layer->slices[s];
+            const uint32_t file = s % shape.n_files;
+            static const char *const roles[] = { "gate", "up", "down", "more" };
+            snprintf(slice->name, sizeof slice->name, "blk.%u.ffn_%s_exps.weight", l, roles[s]);
+            slice->type = 12;
+            slice->slice_bytes = shape.slice_bytes[s] + 1024 * layer->shape_class;
+            slice->ne[0] = 32;
+            slice->ne[1] = (int64_t) slice->slice_bytes / 32;
+            slice->ne[2] = shape.n_experts;
+            slice->file = file;
+            slice->offset_bytes = ends[file];
+            ends[file] += round_up(slice->slice_bytes * shape.n_experts, 32);
+        }
+        gp_class_spec *c = &m->classes[layer->shape_class];
+        c->stride_bytes = place_slices(layer, align);
+        c->n_slots = shape.n_slots;
+    }
+    fake_direct_align(is_direct ? shape.offset_align : 1, is_direct ? shape.memory_align : 1);
+    for (uint32_t f = 0; f < shape.n_files; f++) {
+        m->paths[f] = paths[f];
+        m->files[f] = fake_file_add(paths[f], ends[f]);
+        m->truth[f] = malloc(ends[f]);
+        CHECK(m->truth[f], "the test has memory");
+        memcpy(m->truth[f], m->files[f], ends[f]);
+    }
+    m->config = (gp_config) {
+        .paths = m->paths, .n_paths = shape.n_files, .layers = m->layers, .n_layers = shape.n_layers,
+        .classes = m->classes, .n_classes = shape.n_classes, .policy = shape.policy, .direct = is_direct,
+        .read_ahead = shape.read_ahead, .offset_align = is_direct ? shape.offset_align : 1,
+        .memory_align = is_direct ? shape.memory_align : 1, .n_readers = shape.n_readers,
+        .piece_bytes = shape.piece_bytes,
+    };
+}
+
+void model_end(model *m) {
+    for (uint32_t f = 0; f < m->shape.n_files; f++) {
+        free(m->truth[f]);
+    }
+    fake_reset();
+}
+
+gp_pager *model_open(const model *m) {
+    gp_pager *pager;
+    CHECK(gp_pager_open(&pager, &fake_os, &m->config) == 0, "the pager opens");
+    return pager;
+}
+
+uint64_t model_offset(const model *m, uint32_t layer, uint32_t slice, int32_t expert) {
+    const gp_slice_spec *spec = &m->layers[layer].slices[slice];
+    return spec->offset_bytes + (uint64_t) expert * spec->slice_bytes;
+}
+
+const uint8_t *model_truth(const model *m, uint32_t layer, uint32_t slice, int32_t expert) {
+    return m->truth[m->layers[layer].slices[slice].file] + model_offset(m, layer, slice, expert);
+}
+
+bool model_slot_holds(const model *m, const gp_pager *pager, uint32_t slot, uint32_t layer, int32_t expert) {
+    uint32_t n_slots;
+    uint64_t stride_bytes;
+    const char *slots = gp_pager_slots(pager, m->layers[layer].shape_class, &n_slots, &stride_bytes);
+    CHECK(slot < n_slots, "a slot's number lies within its class");
+    for (uint32_t s = 0; s < m->layers[layer].n_slices; s++) {
+        const gp_slice_spec *slice = &m->layers[layer].slices[s];
+        if (memcmp(slots + slot * stride_bytes + slice->data_at, model_truth(m, layer, s, expert),
+                   slice->slice_bytes) != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+int model_acquire(gp_pager *pager, gp_hold *hold, uint32_t layer, const int32_t *experts, uint32_t n_experts,
+                  uint32_t n_tokens, int32_t *slots, gp_failure *failure) {
+    uint32_t counts[256];
+    for (uint32_t i = 0; i < n_experts; i++) {
+        counts[i] = 1;
+    }
+    const gp_demand demand = { .layer = layer, .experts = experts, .counts = counts, .n_experts = n_experts,
+                               .n_tokens = n_tokens };
+    return gp_pager_acquire(pager, hold, &demand, slots, failure);
+}
+
+void model_use(const model *m, gp_pager *pager, gp_hold *hold, uint32_t layer, const int32_t *experts,
+               uint32_t n_experts, uint32_t n_tokens) {
+    int32_t slots[256];
+    gp_failure failure;
+    CHECK(model_acquire(pager, hold, layer, experts, n_experts, n_tokens, slots, &failure) == 0, "the experts come");
+    for (uint32_t i = 0; i < n_experts; i++) {
+        CHECK(model_slot_holds(m, pager, (uint32_t) slots[i], layer, experts[i]), "a slot holds its expert's bytes");
+    }
+    gp_pager_release(pager, hold);
+}
+
+void model_draw(const model *m, int32_t *experts, uint32_t n_experts) {
+    for (uint32_t i = 0; i < n_experts; i++) {
+        bool is_new;
+        do {
+            /* Low numbers more often, as routers have favourites. */
+            const uint32_t below = 1 + fake_random(m->shape.n_experts);
+            experts[i] = (int32_t) fake_random(below);
+            is_new = true;
+            for (uint32_t j = 0; j < i; j++) {
+                is_new &= experts[j] != experts[i];
+            }
+        } while (!is_new);
+    }
+}
+
+bool model_is_resident(gp_pager *pager, const model *m, uint32_t layer, int32_t expert) {
+    uint8_t resident[256];
+    CHECK(m->shape.n_experts <= sizeof resident, "the test's models are small");
+    CHECK(gp_pager_resident(pager, layer, resident) == 0, "the layer exists");
+    return resident[expert] != 0;
+}
+
+void model_settle(gp_pager *pager) {
+    for (bool is_reading = true; is_reading;) {
+        is_reading = false;
+        pthread_mutex_lock(&pager->lock);
+        for (uint32_t i = 0; i < pager->n_slots; i++) {
+            is_reading |= pager->slots[i].state == READING;
+        }
+        pthread_mutex_unlock(&pager->lock);
+        if (is_reading) {
+            nanosleep(&(struct timespec) { .tv_nsec = 200000 }, NULL);
+        }
+    }
+}
+
+static void check_class(const gp_pager *p, uint32_t index) {
+    const gp_class *c = &p->classes[index];
+    uint32_t n_free = 0, n_transient = 0;
+    for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
+        const gp_slot *s = &p->slots[i];
+        if (s->state == FREE) {
+            n_free++;
+            CHECK(!s->users && !s->is_pinned, "a free slot is nobody's");
+            continue;
+        }
+        n_transient += s->is_transient;
+        CHECK(p->layers[s->layer].spec.shape_class == index, "a slot holds an expert of its own class");
+        CHECK(p->layers[s->layer].slot_of[s->expert] == (int32_t) i, "1: who is in a slot is found there");
+        CHECK((s->state == READING) == (s->slices_left > 0), "a slot is READING while slices are to come");
+    }
+    CHECK(c->n_free == n_free, "n_free is the number of free slots");
+    CHECK(c->n_transient == n_transient, "n_transient is the number of transient slots");
+}
+
+static void check_layer(const gp_pager *p, uint32_t index) {
+    const gp_layer *l = &p->layers[index];
+    uint32_t resident = 0, kept = 0;
+    for (uint32_t e = 0; e < l->spec.n_experts; e++) {
+        const int32_t at = l->slot_of[e];
+        if (at >= 0) {
+            const gp_slot *s = &p->slots[at];
+            CHECK(s->state != FREE && s->layer == index && s->expert == (int32_t) e, "1: a slot holds who points at it");
+            resident++;
+            kept += !s->is_transient;
+        }
+    }
+    CHECK(l->counters.resident == resident, "4: resident is the number of the layer's slots");
+    CHECK(l->kept == kept, "4: kept is the number of those that are not transient");
+}
+
+static void check_hold(const gp_pager *p, uint32_t bit) {
+    const gp_hold *hold = p->holds[bit];
+    uint32_t n_used = 0, pending = 0;
+    for (uint32_t i = 0; i < p->n_slots; i++) {
+        n_used += p->slots[i].users >> bit & 1;
+    }
+    if (!hold) {
+        CHECK(n_used == 0, "a closed hold holds nothing");
+        return;
+    }
+    CHECK(n_used == hold->n_slots, "a hold's slots are those that bear its bit");
+    for (uint32_t i = 0; i < hold->n_slots; i++) {
+        const gp_slot *s = &p->slots[hold->slots[i]];
+        CHECK(s->users >> bit & 1, "a hold's slots bear its bit");
+        pending += s->state == READING;
+    }
+    CHECK(hold->pending == pending, "3: pending is the number of held slots being read");
+}
+
+void model_check_invariants(gp_pager *pager) {
+    pthread_mutex_lock(&pager->lock);
+    for (uint32_t i = 0; i < pager->config.n_classes; i++) {
+        check_class(pager, i);
+    }
+    for (uint32_t i = 0; i < pager->config.n_layers; i++) {
+        check_layer(pager, i);
+    }
+    for (uint32_t bit = 0; bit < GP_MAX_TAPS; bit++) {
+        check_hold(pager, bit);
+    }
+    pthread_mutex_unlock(&pager->lock);
+}

@@ -1,0 +1,146 @@
+/* Whichever call of the system or of the allocator fails while a pager, a tap or a pin is opened: nothing is left
+ * behind, and the next try works. */
+#include <errno.h>
+
+#include "check.h"
+#include "fake_os.h"
+#include "model.h"
+
+enum { MAX_TRIES = 200 };
+
+static bool is_host(void *buffer) {
+    return buffer != NULL;
+}
+
+static const gp_ggml ggml = { .op_mul_mat_id = 1, .type_i32 = 26, .buffer_is_host = is_host };
+
+static void pager_opens_or_refuses(void) {
+    model m;
+    model_make(&m, (model_shape) { .n_files = 2, .n_classes = 2, .n_readers = 4 });
+    unsigned k = 1;
+    for (;; k++) {
+        CHECK(k < MAX_TRIES, "the calls come to an end");
+        gp_pager *pager = (gp_pager *) &m;
+        fake_fail_any(k, -EMFILE);
+        const int error = gp_pager_open(&pager, &fake_os, &m.config);
+        if (fake_is_armed()) {
+            CHECK(error == 0, "a pager opens when nothing fails");
+            gp_pager_close(pager);
+            break;
+        }
+        CHECK(error == -EMFILE || error == -ENOMEM, "the error is the system's own");
+        CHECK(!pager, "a constructor that fails stores NULL");
+        CHECK(fake_open_files() == 0 && fake_open_memories() == 0 && fake_running_threads() == 0
+              && fake_allocations() == 0, "a constructor that fails leaves nothing behind");
+    }
+    CHECK(k > 20, "arena, files, threads and tables were all refused once");
+    fake_fail_any(0, 0);
+    model_end(&m);
+}
+
+static void each_kind_of_call_is_made(void) {
+    model m;
+    model_make(&m, (model_shape) { .n_files = 2, .n_readers = 4 });
+    gp_pager *pager = model_open(&m);
+    CHECK(fake_count(FAKE_FILE_OPEN) == 2 && fake_count(FAKE_FILE_IDENTIFY) == 2, "every file is opened once");
+    CHECK(fake_count(FAKE_MEMORY_OPEN) == 1, "there is one arena");
+    CHECK(fake_count(FAKE_THREAD_START) == 4 && fake_running_threads() == 4, "every reader is started");
+    gp_pager_close(pager);
+    gp_pager_close(NULL);
+    model_end(&m);
+}
+
+static void tap_attaches_or_refuses(void) {
+    model m;
+    model_make(&m, (model_shape) { 0 });
+    gp_pager *pager = model_open(&m);
+    const unsigned before = fake_allocations();
+    for (unsigned k = 1;; k++) {
+        CHECK(k < MAX_TRIES, "the calls come to an end");
+        gp_tap *tap = (gp_tap *) &m;
+        fake_fail_any(k, -EAGAIN);
+        int error = gp_tap_open(&tap, &ggml, 16, NULL, NULL, NULL, NULL);
+        CHECK(error == 0 || !tap, "a constructor that fails stores NULL");
+        if (error == 0) {
+            error = gp_tap_attach(tap, pager);
+            if (error != 0) {
+                CHECK(gp_tap_attach(tap, pager) == 0, "a tap that could not be attached can be attached later");
+            }
+        }
+        const bool is_armed = fake_is_armed();
+        gp_tap_close(tap);
+        CHECK(gp_pager_n_taps(pager) == 0, "a closed tap holds nothing");
+        CHECK(fake_allocations() == before, "a closed tap leaves nothing behind");
+        if (is_armed) {
+            CHECK(error == 0, "a tap opens when nothing fails");
+            break;
+        }
+        CHECK(error == -ENOMEM, "the error is the allocator's");
+    }
+    fake_fail_any(0, 0);
+    gp_tap_close(NULL);
+    gp_pager_close(pager);
+    model_end(&m);
+}
+
+static void pin_works_or_refuses(void) {
+    model m;
+    model_make(&m, (model_shape) { 0 });
+    gp_pager *pager = model_open(&m);
+    const unsigned before = fake_allocations();
+    const int32_t experts[] = { 3, 5 };
+    gp_hold hold;
+    CHECK(gp_hold_open(&hold, pager, 2) == 0, "a hold opens");
+    for (unsigned k = 1;; k++) {
+        CHECK(k < MAX_TRIES, "the calls come to an end");
+        gp_failure failure;
+        fake_fail_any(k, -EIO);
+        const int error = gp_pager_pin(pager, 1, experts, 2, &failure);
+        const bool is_armed = fake_is_armed();
+        fake_fail_any(0, 0);
+        CHECK(fake_allocations() == before + 2, "a pin leaves nothing behind but the pin");
+        model_check_invariants(pager);
+        model_use(&m, pager, &hold, 1, experts, 2, 1);
+        gp_pager_unpin_all(pager);
+        if (is_armed) {
+            CHECK(error == 0, "a pin works when nothing fails");
+            break;
+        }
+        CHECK(error == -ENOMEM || error == -EIO, "the error is the system's own");
+    }
+    gp_hold_close(&hold, pager);
+    gp_pager_close(pager);
+    model_end(&m);
+}
+
+static void taps_are_few(void) {
+    model m;
+    model_make(&m, (model_shape) { 0 });
+    gp_pager *pager = model_open(&m);
+    gp_hold holds[GP_MAX_TAPS + 1];
+    for (int i = 0; i < GP_MAX_TAPS; i++) {
+        CHECK(gp_hold_open(&holds[i], pager, 2) == 0, "there is a bit for each of the first 64");
+    }
+    const unsigned before = fake_allocations();
+    CHECK(gp_hold_open(&holds[GP_MAX_TAPS], pager, 2) == -EMFILE, "one more is refused");
+    CHECK(fake_allocations() == before, "and leaves nothing behind");
+    /* The last bit of the mask works as the others do. */
+    model_use(&m, pager, &holds[GP_MAX_TAPS - 1], 0, (int32_t[]) { 0, 8 }, 2, 1);
+    gp_hold_close(&holds[7], pager);
+    CHECK(gp_hold_open(&holds[7], pager, 2) == 0 && holds[7].bit == 7, "a bit that was given back is free");
+    for (int i = 0; i < GP_MAX_TAPS; i++) {
+        gp_hold_close(&holds[i], pager);
+    }
+    gp_pager_close(pager);
+    model_end(&m);
+}
+
+int main(void) {
+    check_begin();
+    pager_opens_or_refuses();
+    each_kind_of_call_is_made();
+    tap_attaches_or_refuses();
+    pin_works_or_refuses();
+    taps_are_few();
+    return 0;
+}

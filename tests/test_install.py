@@ -1,0 +1,407 @@
+"""install(): models that other code opens, by high or low-level functions, are paged and compute the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from conftest import ARGUMENTS, UNWRAPPED, Factory, Footprint, Logits, evaluate, some_tokens
+from llama_cpp import llama_cpp as low
+
+import gguf_pager
+from gguf_pager import PagerError, PagerIOError, _native
+from gguf_pager.engine import I32
+
+Model = Callable[..., Path]
+
+
+@contextlib.contextmanager
+def low_level(path: Path, **settings: Any) -> Iterator[tuple[Any, Any]]:
+    """Open a model and a context with nothing but llama.h's functions; yield both."""
+    params = low.llama_model_default_params()
+    params.use_extra_bufts = False
+    model = low.llama_model_load_from_file(os.fsencode(path), params)
+    assert model
+    context_params = low.llama_context_default_params()
+    defaults = {"n_ctx": 128, "n_batch": 64, "n_ubatch": 64, "n_threads": 1, "n_threads_batch": 1,
+                "flash_attn_type": low.LLAMA_FLASH_ATTN_TYPE_DISABLED}
+    for name, value in (defaults | settings).items():
+        setattr(context_params, name, value)
+    context = low.llama_init_from_model(model, context_params)
+    assert context
+    try:
+        yield model, context
+    finally:
+        low.llama_free(context)
+        low.llama_model_free(model)
+
+
+def decode_status(context: Any, tokens: list[int], first: int = 0) -> int:
+    """Decode one batch that wants all logits; return what llama_decode returns."""
+    batch = low.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, first + i, 1, 0, 1
+    try:
+        return int(low.llama_decode(context, batch))
+    finally:
+        low.llama_batch_free(batch)
+
+
+def decode(model: Any, context: Any, tokens: list[int], first: int = 0) -> Logits:
+    assert decode_status(context, tokens, first) == 0
+    n_vocab = low.llama_vocab_n_tokens(low.llama_model_get_vocab(model))
+    return np.ctypeslib.as_array(low.llama_get_logits(context), shape=(len(tokens), n_vocab)).copy()
+
+
+def run(path: Path, **settings: Any) -> tuple[Logits, int]:
+    """Return the logits of a batch and three single tokens, and the n_ubatch in force."""
+    tokens = some_tokens(13)
+    with low_level(path, **settings) as (model, context):
+        rows = [decode(model, context, tokens[:10])]
+        rows += [decode(model, context, [tokens[i]], i) for i in range(10, 13)]
+        return np.concatenate(rows), low.llama_n_ubatch(context)
+
+
+def wrapped() -> set[str]:
+    return {name for name, function in UNWRAPPED.items() if getattr(low, name) is not function}
+
+
+# ---- paged and equal ----
+
+@pytest.mark.parametrize("budget", ("min", "60%"))
+def test_low_level_decoding_is_paged_and_equals_stock(zoo_model: Model, budget: str) -> None:
+    path = zoo_model("qwen3moe")
+    with gguf_pager.install(budget=budget) as installed:
+        seen = []
+        with low_level(path):
+            seen += installed.pagers
+        ours, n_ubatch = run(path)
+    theirs, _ = run(path, n_ubatch=n_ubatch)
+    assert len(seen) == 1
+    assert (ours == theirs).all() and theirs.std() > 0
+
+
+def test_llama_cpps_own_class_is_paged_while_installed(zoo_model: Model, stock: Factory) -> None:
+    path, tokens = zoo_model("qwen3moe"), some_tokens(20)
+    with gguf_pager.install(budget="60%", policy="lru") as installed:
+        llm = llama_cpp.Llama(str(path), logits_all=True, **ARGUMENTS)
+        (pager,) = installed.pagers
+        assert pager.options.policy == "lru"
+        ours = evaluate(llm, tokens, (12,))
+        n_ubatch = low.llama_n_ubatch(llm.ctx)
+        assert pager.stats().evictions > 0 and pager.stats().left_alone == 0
+        llm.close()
+    assert (ours == evaluate(stock(path, logits_all=True, n_ubatch=n_ubatch), tokens, (12,))).all()
+
+
+def test_models_of_all_threads_are_paged(zoo_model: Model) -> None:
+    with gguf_pager.install(budget="min") as installed:
+        found = []
+
+        def work() -> None:
+            with low_level(zoo_model("qwen3moe")):
+                found.extend(installed.pagers)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(30)
+    assert len(found) == 1
+
+
+def test_functions_of_the_package_itself_are_wrapped_too() -> None:
+    with gguf_pager.install(budget="min"):
+        assert llama_cpp.llama_decode == low.llama_decode != UNWRAPPED["llama_decode"]
+    assert llama_cpp.llama_decode is low.llama_decode is UNWRAPPED["llama_decode"]
+
+
+def test_functions_bound_before_are_paged_all_the_same(zoo_model: Model, tmp_path: Path) -> None:
+    """A failed read then shows as llama_decode's return value 2."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(zoo_model("qwen3moe").read_bytes())
+    tokens = some_tokens(4)
+    bound = UNWRAPPED["llama_decode"]
+    with gguf_pager.install(budget="min") as installed, low_level(path) as (_, context):
+        batch = low.llama_batch_get_one((ctypes.c_int * 4)(*tokens), 4)
+        assert bound(context, batch) == 0
+        assert installed.pagers[0].stats().misses > 0
+        status = os.stat(path)
+        os.utime(path, ns=(1, 1))
+        assert bound(context, low.llama_batch_get_one((ctypes.c_int * 4)(*some_tokens(4, seed=3)), 4)) == 2
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+# ---- installing and uninstalling ----
+
+def test_pagers_lists_models_that_are_open(zoo_model: Model) -> None:
+    with gguf_pager.install(budget="min") as installed:
+        assert installed.pagers == []
+        with low_level(zoo_model("qwen3moe")):
+            with low_level(zoo_model("gpt-oss")):
+                assert [pager.layout.architecture for pager in installed.pagers] == ["qwen3moe", "gpt-oss"]
+            assert [pager.layout.architecture for pager in installed.pagers] == ["qwen3moe"]
+        assert installed.pagers == []
+
+
+def test_models_opened_before_and_after_are_not_paged(zoo_model: Model) -> None:
+    before = llama_cpp.Llama(str(zoo_model("qwen3moe")), **ARGUMENTS)
+    installed = gguf_pager.install(budget="min")
+    before.eval(some_tokens(3))
+    assert installed.pagers == []
+    installed.uninstall()
+    after = llama_cpp.Llama(str(zoo_model("qwen3moe")), **ARGUMENTS)
+    assert installed.pagers == []
+    before.close()
+    after.close()
+
+
+def test_open_models_stay_paged_after_uninstall(zoo_model: Model, footprint: Callable[[Path], Footprint]) -> None:
+    path = zoo_model("qwen3moe")
+    before = footprint(path)
+    installed = gguf_pager.install(budget="min")
+    with low_level(path) as (model, context):
+        installed.uninstall()
+        installed.uninstall()
+        misses = installed.pagers[0].stats().misses
+        decode(model, context, some_tokens(5))
+        assert installed.pagers[0].stats().misses > misses
+        assert wrapped() == set(UNWRAPPED), "they are needed as long as the model lives"
+    assert footprint(path) == before
+
+
+def test_latest_installation_rules_and_ends_first(zoo_model: Model) -> None:
+    one, two = gguf_pager.install(budget="min"), gguf_pager.install(budget="100%")
+    with low_level(zoo_model("qwen3moe")):
+        assert (len(one.pagers), len(two.pagers)) == (0, 1)
+    gguf_pager.uninstall()
+    with low_level(zoo_model("qwen3moe")):
+        assert (len(one.pagers), len(two.pagers)) == (1, 0)
+    gguf_pager.uninstall()
+    assert wrapped() == set()
+
+
+def test_own_budget_of_our_llama_goes_before_the_installed_one(zoo_model: Model) -> None:
+    with gguf_pager.install(budget="100%") as installed:
+        llm = gguf_pager.Llama(str(zoo_model("qwen3moe")), budget="min", **ARGUMENTS)
+        assert installed.pagers == []
+        assert llm.pager.n_slots == tuple(need.n_least for need in llm.pager.needs)
+        llm.close()
+
+
+def test_uninstall_without_install_says_so() -> None:
+    with pytest.raises(PagerError, match=r"call install\(\) first"):
+        gguf_pager.uninstall()
+
+
+def test_unknown_option_is_refused_and_nothing_is_wrapped() -> None:
+    with pytest.raises(TypeError, match="n_reader.*it knows budget, policy"):
+        gguf_pager.install(n_reader=3)
+    with pytest.raises(PagerError, match="policy 'best' does not exist"):
+        gguf_pager.install(policy="best")
+    with pytest.raises(gguf_pager.BudgetError):
+        gguf_pager.install(budget="lots")
+    assert wrapped() == set()
+
+
+def test_body_that_raises_ends_the_installation() -> None:
+    with pytest.raises(KeyError), gguf_pager.install():
+        raise KeyError
+    assert wrapped() == set()
+
+
+def test_installing_before_llama_cpp_is_imported_works(zoo_model: Model) -> None:
+    program = (
+        "import sys, gguf_pager\n"
+        "installed = gguf_pager.install(budget='min')\n"
+        "from llama_cpp import Llama\n"
+        "llm = Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False)\n"
+        "llm('the', max_tokens=2)\n"
+        "assert installed.pagers[0].stats().misses > 0\n"
+        "llm.close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(zoo_model("qwen3moe"))], capture_output=True, text=True,
+                          timeout=60, check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- callbacks of the user's own ----
+
+def tensor(address: int) -> dict[str, Any]:
+    return _native.read_tensor(address)
+
+
+MUL_MAT_ID = b"MUL_MAT_ID"
+
+
+class Watcher:
+    """An eval callback that wants every matrix multiplication of experts, and notes what it is shown."""
+
+    def __init__(self, wants: Callable[[dict[str, Any]], bool]) -> None:
+        from gguf_pager import engine
+
+        self.op_name = engine.load().base.ggml_op_name
+        self.weights: list[tuple[str, tuple[int, ...]]] = []
+        self.asked: list[str] = []
+        self.ids: list[list[int]] = []
+        self.outputs: list[bytes] = []
+        self.data: list[int] = []
+        self.wants = wants
+        self.callback = low.ggml_backend_sched_eval_callback(self._called)
+
+    def _called(self, address: int, ask: bool, data: int | None) -> bool:
+        self.data.append(data or 0)
+        node = tensor(address)
+        if ask:
+            self.asked.append(node["name"])
+            return self.wants(node)
+        if self.op_name(node["op"]) == MUL_MAT_ID:
+            weights, ids = tensor(node["src"][0]), tensor(node["src"][2])
+            self.weights.append((weights["name"], weights["ne"]))
+            assert ids["type"] == I32
+            n_used, n_tokens = ids["ne"][:2]
+            self.ids.append([
+                ctypes.c_int.from_address(ids["data"] + token * ids["nb"][1] + rank * ids["nb"][0]).value
+                for token in range(n_tokens) for rank in range(n_used)
+            ])
+            n_bytes = 4 * node["ne"][0] * node["ne"][1] * node["ne"][2]
+            self.outputs.append(ctypes.string_at(node["data"], n_bytes))
+        return True
+
+    def is_expert_multiplication(self, node: dict[str, Any]) -> bool:
+        return self.op_name(node["op"]) == MUL_MAT_ID
+
+
+@pytest.mark.parametrize("everything", (False, True), ids=("experts", "every node"))
+def test_users_eval_callback_sees_the_graph_as_llama_cpp_made_it(zoo_model: Model, everything: bool) -> None:
+    """Tensors of the model, not of slots; expert ids, not slot numbers; the same results."""
+    path = zoo_model("qwen3moe")
+    seen = []
+    for budget in ("60%", None):
+        watcher = Watcher(lambda node: True)
+        if not everything:
+            watcher.wants = watcher.is_expert_multiplication
+        with contextlib.ExitStack() as stack:
+            if budget:
+                stack.enter_context(gguf_pager.install(budget=budget))
+            logits, n_ubatch = run(path, n_ubatch=2, cb_eval=watcher.callback, cb_eval_user_data=77)
+            assert n_ubatch == 2
+        seen.append((watcher, logits))
+    (ours, our_logits), (theirs, their_logits) = seen
+    assert {name for name, _ in ours.weights} == {
+        f"blk.{block}.ffn_{role}_exps.weight" for block in range(3) for role in ("gate", "up", "down")
+    }
+    assert {ne[2] for _, ne in ours.weights} == {10}
+    assert ours.weights == theirs.weights
+    assert ours.ids == theirs.ids
+    assert ours.outputs == theirs.outputs
+    assert ours.asked == theirs.asked
+    assert set(ours.data) == {77}
+    assert (our_logits == their_logits).all()
+
+
+def test_users_eval_callback_may_end_the_graph_as_in_stock(zoo_model: Model) -> None:
+    """False, given after a node is computed, ends the graph without an error: llama.cpp's own rule."""
+    path = zoo_model("qwen3moe")
+    counts = []
+    for budget in ("min", None):
+        calls: list[str] = []
+
+        @low.ggml_backend_sched_eval_callback
+        def stop(address: int, ask: bool, data: int | None, calls: list[str] = calls) -> bool:
+            name = tensor(address)["name"]
+            calls.append(name)
+            return ask and name == "ffn_moe_out-1"
+
+        with contextlib.ExitStack() as stack:
+            if budget:
+                stack.enter_context(gguf_pager.install(budget=budget))
+            with low_level(path, n_ubatch=1, cb_eval=stop) as (_, context):
+                assert decode_status(context, [5]) == 0
+        counts.append(calls)
+    assert counts[0] == counts[1]
+    assert counts[0][-1] == "ffn_moe_out-1"
+
+
+@pytest.mark.parametrize("when", ("created", "set"))
+def test_users_abort_callback_ends_a_decode_and_the_next_one_is_right(zoo_model: Model, when: str) -> None:
+    path, tokens = zoo_model("qwen3moe"), some_tokens(6)
+    calls: list[int] = []
+    is_aborting = False
+
+    @low.ggml_abort_callback
+    def abort(data: int | None) -> bool:
+        calls.append(data or 0)
+        return is_aborting and len(calls) > 20
+
+    settings = {"abort_callback": abort, "abort_callback_data": 99} if when == "created" else {}
+    with gguf_pager.install(budget="min"), low_level(path, **settings) as (model, context):
+        if when == "set":
+            low.llama_set_abort_callback(context, abort, ctypes.c_void_p(99))
+        ours = [decode(model, context, tokens[:3])]
+        assert set(calls) == {99} and len(calls) > 20
+        is_aborting = True
+        assert decode_status(context, tokens[3:], 3) == 2
+        is_aborting = False
+        ours.append(decode(model, context, tokens[3:], 3))
+    with low_level(path, n_ubatch=1) as (model, context):
+        theirs = [decode(model, context, tokens[:3]), decode(model, context, tokens[3:], 3)]
+    assert (np.concatenate(ours) == np.concatenate(theirs)).all()
+
+
+def test_abort_callback_can_be_taken_away_and_ours_stays(zoo_model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(zoo_model("qwen3moe").read_bytes())
+    calls: list[int] = []
+
+    @low.ggml_abort_callback
+    def abort(data: int | None) -> bool:
+        calls.append(1)
+        return True
+
+    touch_now = False
+
+    @low.ggml_backend_sched_eval_callback
+    def touch(address: int, ask: bool, data: int | None) -> bool:
+        if touch_now:
+            os.utime(path, ns=(1, 1))
+        return False
+
+    with gguf_pager.install(budget="min"), low_level(path, cb_eval=touch) as (model, context):
+        low.llama_set_abort_callback(context, abort, None)
+        assert decode_status(context, [5]) == 2 and calls
+        low.llama_set_abort_callback(context, low.ggml_abort_callback(0), None)
+        calls.clear()
+        decode(model, context, [5])
+        assert not calls
+        touch_now = True
+        with pytest.raises(PagerIOError, match="changed while in use"):  # which ours told llama.cpp to stop for
+            decode_status(context, [6], 1)
+
+
+def test_tap_survives_as_many_graphs_as_come(zoo_model: Model) -> None:
+    """Batches of every length make a graph each; some are used again, most are thrown away."""
+    path, tokens = zoo_model("qwen3moe"), some_tokens(120)
+    lengths = [1, 5, 1, 1, 3, 2, 7, 1, 4, 4, 1, 6, 2, 2, 8, 1, 1, 1, 3, 5]
+
+    def rows(n_ubatch: int) -> tuple[Logits, int]:
+        with low_level(path, n_ubatch=n_ubatch) as (model, context):
+            at, found = 0, []
+            for length in lengths:
+                found.append(decode(model, context, tokens[at : at + length], at))
+                at += length
+            return np.concatenate(found), low.llama_n_ubatch(context)
+
+    with gguf_pager.install(budget="100%"):
+        ours, n_ubatch = rows(64)
+    assert n_ubatch == 64
+    assert (ours == rows(n_ubatch)[0]).all()

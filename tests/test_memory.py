@@ -1,0 +1,71 @@
+"""A budget is honest: the process that was given one stays under it, measured from outside and by the kernel."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import make_trace_model
+import pytest
+
+from gguf_pager.cap import Cap, drop_from_page_cache, memory_cap
+
+BUDGET_BYTES = 300_000_000
+TOLERANCE = 1.03
+
+SCRIPT = """
+import json, resource, sys
+from pathlib import Path
+from gguf_pager import Llama
+path, budget = sys.argv[1], int(sys.argv[2])
+llm = Llama(path, budget=budget, n_ctx=700, n_batch=512, n_ubatch=512, n_threads=2, n_threads_batch=2, verbose=False)
+first = int(llm.metadata["gguf_pager.trace.first_token"])
+llm.eval([first + i for i in range(512)])
+for i in range(100):
+    llm.eval([first + 512 + i])
+stats = llm.pager.stats()
+peak = int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
+print(json.dumps({"peak_rss_bytes": peak * 1024, "arena_bytes": stats.arena_bytes, "left_alone": stats.left_alone,
+                  "resident_bytes": stats.resident_bytes, "evictions": stats.evictions}))
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 0.7 GB: more than twice the budget."""
+    path = tmp_path_factory.mktemp("memory") / "trace.gguf"
+    make_trace_model.make(path, preset="demo", layers=2)
+    assert path.stat().st_size > 2 * BUDGET_BYTES
+    yield path
+    path.unlink()
+
+
+def run(model: Path, cap: Cap) -> dict[str, int]:
+    drop_from_page_cache([model])
+    command = cap.command([sys.executable, "-c", SCRIPT, str(model), str(BUDGET_BYTES)])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_process_stays_under_its_budget(model: Path) -> None:
+    result = run(model, Cap("none", None))
+    assert result["peak_rss_bytes"] <= BUDGET_BYTES * TOLERANCE
+    assert result["evictions"] > 0 and result["left_alone"] == 0
+    assert result["resident_bytes"] <= result["arena_bytes"] < BUDGET_BYTES
+    assert result["peak_rss_bytes"] > 0.75 * BUDGET_BYTES, "the budget is used, not wasted"
+
+
+def test_process_lives_under_a_cap_of_its_budget(model: Path) -> None:
+    with memory_cap(BUDGET_BYTES) as cap:
+        if cap.method == "none":
+            pytest.skip(f"no memory cap can be made here: {cap.reason}")
+        result = run(model, cap)
+        peak = cap.peak_bytes()
+    assert result["evictions"] > 0 and result["left_alone"] == 0
+    assert peak is None or peak <= BUDGET_BYTES
