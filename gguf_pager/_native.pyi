@@ -1,16 +1,17 @@
 """The C core. Private: pager.py, probe.py and engine.py are its only users. Errors are OSError with the errno."""
 
 from collections.abc import Sequence
+from typing import Self, TypeAlias
 
-_Slice = tuple[str, int, tuple[int, int, int], int, int, int, int, int, int]
+_Slice: TypeAlias = tuple[str, int, tuple[int, int, int], int, int, int, int, int, int]
 """name, ggml type, ne, file, offset_bytes, slice_bytes, data_at, region_at, region_bytes"""
-_Layer = tuple[int, int, int, Sequence[_Slice]]
+_Layer: TypeAlias = tuple[int, int, int, Sequence[_Slice]]
 """n_experts, n_used, shape class, slices"""
-_Counters = tuple[int, int, int, int, int, int, int, int, int]
+_Counters: TypeAlias = tuple[int, int, int, int, int, int, int, int, int]
 """hits, misses, bytes_read, stall_ns, evictions, left_alone, visits, tokens, resident"""
-_Failure = tuple[int, int, int]
+_Failure: TypeAlias = tuple[int, int, int]
 """errno, file, offset_bytes"""
-_Ggml = tuple[int, int, int, int, int, int, int, int]
+_Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 """op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, type_i32, address of ggml_backend_buffer_is_host"""
 
 class Pager:
@@ -29,7 +30,7 @@ class Pager:
         memory_align: int,
         n_readers: int,
         piece_bytes: int,
-    ) -> Pager:
+    ) -> Self:
         """`classes` are (stride_bytes, n_slots)."""
     def close(self) -> None: ...
     def counters(self) -> list[_Counters]: ...
@@ -44,7 +45,7 @@ class Tap:
 
     def __new__(
         cls, *, ggml: _Ggml, max_ids: int, next_eval: int, next_eval_data: int, next_abort: int, next_abort_data: int
-    ) -> Tap: ...
+    ) -> Self: ...
     def attach(self, pager: Pager, /) -> None: ...
     def addresses(self) -> tuple[int, int, int]:
         """Return the addresses of the eval callback, the abort callback, and the data both take."""

@@ -35,7 +35,7 @@ class Budget:
     value: float | None = None
 
 
-def parse_budget(text: int | float | str) -> Budget:
+def parse_budget(text: float | str) -> Budget:
     """Read a budget: bytes as a number, or "4GiB", "3500MB", "25%", "min", "auto".
 
     Raises:

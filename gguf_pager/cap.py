@@ -131,7 +131,7 @@ def _systemd_allows() -> bool:
         return False
     trial = ["systemd-run", "--user", "--scope", "--quiet", "-p", "MemoryMax=64M", "true"]
     try:
-        return subprocess.run(trial, capture_output=True, timeout=10).returncode == 0
+        return subprocess.run(trial, capture_output=True, timeout=10, check=False).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 

@@ -78,6 +78,8 @@ static int open_arena(gp_pager *p) {
     if (error != 0) {
         return error;
     }
+    /* Never swapped where the limit allows it; where it does not, doctor says what that means on a machine with swap. */
+    (void) gp_os_memory_lock(p->arena, p->arena_bytes);
     uint64_t at = 0;
     for (uint32_t i = 0; i < config->n_classes; i++) {
         at = round_up(at, 4096);

@@ -146,7 +146,8 @@ def run_child(arguments: argparse.Namespace, mode: str, start: int) -> dict[str,
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     command += ["--start", str(start)] + (["--prompt", arguments.prompt] if arguments.prompt else [])
     with memory_cap(cap_bytes) as cap:
-        done = subprocess.run(cap.command(command), capture_output=True, text=True, timeout=arguments.timeout)
+        done = subprocess.run(cap.command(command), capture_output=True, text=True, timeout=arguments.timeout,
+                              check=False)
         peak = cap.peak_bytes()
     if done.returncode != 0:
         return {"mode": mode, "error": f"exit {done.returncode}: {done.stderr.strip()[-300:]}"}

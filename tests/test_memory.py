@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(model: Path, cap: Cap) -> dict[str, int]:
     drop_from_page_cache([model])
     command = cap.command([sys.executable, "-c", SCRIPT, str(model), str(BUDGET_BYTES)])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return result

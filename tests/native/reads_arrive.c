@@ -53,7 +53,7 @@ static const model_shape shapes[] = {
     { RAGGED, .offset_align = 512, .memory_align = 4, .piece_bytes = 512 },
     { RAGGED, .offset_align = 512, .memory_align = 512, .piece_bytes = 512 },
     { RAGGED, .offset_align = 4096, .memory_align = 4096, .piece_bytes = 4096, .n_files = 2, .n_classes = 2 },
-    { RAGGED, .offset_align = 512, .memory_align = 1024, .piece_bytes = 1024 },
+    { RAGGED, .offset_align = 512, .memory_align = 1024, .piece_bytes = 4096 },
 };
 
 /* A slice of whole sectors is read in place; so is any slice where memory may lie at any fourth byte. Where both the

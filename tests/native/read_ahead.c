@@ -1,0 +1,175 @@
+/* In a large batch the next layer is read while this one computes: into slots whose loss costs nothing, and never a
+ * second time. */
+#include "check.h"
+#include "fake_os.h"
+#include "model.h"
+
+enum { EXPERTS = 10 };
+
+static const int32_t all[EXPERTS] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 };
+
+static model m;
+static gp_pager *pager;
+static gp_hold hold;
+
+static void begin(model_shape shape) {
+    shape.n_experts = EXPERTS;
+    shape.read_ahead = true;
+    model_make(&m, shape);
+    pager = model_open(&m);
+    CHECK(gp_hold_open(&hold, pager, EXPERTS) == 0, "a hold opens");
+}
+
+static void end(void) {
+    model_check_invariants(pager);
+    gp_hold_close(&hold, pager);
+    gp_pager_close(pager);
+    model_end(&m);
+}
+
+static gp_counters counters_of(uint32_t layer) {
+    gp_counters counters[MODEL_LAYERS];
+    gp_pager_counters(pager, counters);
+    return counters[layer];
+}
+
+static uint32_t resident(uint32_t layer) {
+    return counters_of(layer).resident;
+}
+
+static void next_layer_is_read(void) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS });
+    model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
+    model_settle(pager);
+    CHECK(resident(1) == EXPERTS && resident(2) == 0, "the next layer is read, and no other");
+    CHECK(counters_of(1).tokens == 0 && counters_of(1).misses == 0, "nothing is counted as wanted yet");
+    const uint64_t bytes_read = counters_of(1).bytes_read;
+    model_use(&m, pager, &hold, 1, all, EXPERTS, 5);
+    CHECK(counters_of(1).bytes_read == bytes_read, "what was read ahead is not read again");
+    CHECK(counters_of(1).hits == EXPERTS, "and is a hit");
+    model_settle(pager);
+    model_use(&m, pager, &hold, 2, all, EXPERTS, 5);    /* the last: nothing follows */
+    model_settle(pager);
+    CHECK(counters_of(0).evictions + counters_of(1).evictions == 0, "there was room");
+    end();
+}
+
+/* The next layer comes before its reads are done: it waits for them, and reads nothing twice. */
+static void reads_in_flight_are_joined(void) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS });
+    fake_set_weather((fake_weather) { .delay_us = 300, .short_one_in = 4 });
+    for (int round = 0; round < 5; round++) {
+        for (uint32_t l = 0; l < m.shape.n_layers; l++) {
+            model_use(&m, pager, &hold, l, all, EXPERTS, 5);
+        }
+    }
+    for (uint32_t l = 0; l < m.shape.n_layers; l++) {
+        uint64_t expert_bytes = 0;
+        for (uint32_t s = 0; s < m.shape.n_slices; s++) {
+            expert_bytes += m.layers[l].slices[s].slice_bytes;
+        }
+        CHECK(counters_of(l).bytes_read == EXPERTS * expert_bytes, "with room for all, each is read once");
+    }
+    end();
+}
+
+static void nothing_is_read_ahead(const char *why, uint32_t layer, uint32_t n_experts, uint32_t n_tokens) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS });
+    model_use(&m, pager, &hold, layer, all, n_experts, n_tokens);
+    model_settle(pager);
+    CHECK(resident(0) + resident(1) + resident(2) == n_experts, why);
+    end();
+}
+
+static void off_is_off(void) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS });
+    gp_hold_close(&hold, pager);
+    gp_pager_close(pager);
+    m.config.read_ahead = false;
+    pager = model_open(&m);
+    CHECK(gp_hold_open(&hold, pager, EXPERTS) == 0, "a hold opens");
+    model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
+    model_settle(pager);
+    CHECK(resident(1) == 0, "nothing is read ahead when it is off");
+    end();
+}
+
+/* Three layers of ten in 15 slots: what decoding has kept may not go for read-ahead. */
+static void kept_experts_are_not_given_up(void) {
+    begin((model_shape) { .n_slots = 15, .policy = "lfru" });
+    for (int token = 0; token < 30; token++) {
+        for (uint32_t l = 0; l < m.shape.n_layers; l++) {
+            model_use(&m, pager, &hold, l, (int32_t[]) { token % 5, 5 }, 2, 1);
+        }
+    }
+    for (int round = 0; round < 3; round++) {
+        for (uint32_t l = 0; l < m.shape.n_layers; l++) {
+            int32_t slots[EXPERTS];
+            gp_failure failure;
+            CHECK(model_acquire(pager, &hold, l, all, EXPERTS, 5, slots, &failure) == 0, "the experts come");
+            uint32_t kept[MODEL_LAYERS];
+            pthread_mutex_lock(&pager->lock);
+            for (uint32_t i = 0; i < m.shape.n_layers; i++) {
+                kept[i] = pager->layers[i].kept;
+            }
+            CHECK(pager->classes[0].n_transient <= pager->classes[0].transient_limit, "the limit holds for it too");
+            pthread_mutex_unlock(&pager->lock);
+            model_settle(pager);
+            for (uint32_t i = 0; i < m.shape.n_layers; i++) {
+                CHECK(pager->layers[i].kept == kept[i], "read-ahead gives up no expert that is kept");
+            }
+            gp_pager_release(pager, &hold);
+        }
+    }
+    end();
+}
+
+/* Reading one of the next layer's experts ahead by giving up another of them gains nothing. */
+static void its_own_layer_is_not_given_up(void) {
+    begin((model_shape) { .n_layers = 2, .n_slots = 14, .policy = "lru" });
+    for (int round = 0; round < 6; round++) {
+        for (uint32_t l = 0; l < 2; l++) {
+            const uint32_t other = 1 - l;
+            int32_t slots[EXPERTS];
+            gp_failure failure;
+            model_settle(pager);
+            uint8_t before[EXPERTS], after[EXPERTS];
+            CHECK(gp_pager_resident(pager, other, before) == 0, "the layer exists");
+            const uint64_t evictions = counters_of(other).evictions;
+            CHECK(model_acquire(pager, &hold, l, all, EXPERTS, 5, slots, &failure) == 0, "the experts come");
+            const uint64_t by_demand = counters_of(other).evictions - evictions;
+            model_settle(pager);
+            CHECK(gp_pager_resident(pager, other, after) == 0, "the layer exists");
+            if (l == 0 && by_demand == 0) {
+                for (int e = 0; e < EXPERTS; e++) {
+                    CHECK(!before[e] || after[e], "read-ahead does not give up the experts it works for");
+                }
+            }
+            gp_pager_release(pager, &hold);
+        }
+    }
+    end();
+}
+
+static void close_while_reading(void) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS, .piece_bytes = 256 });
+    fake_set_weather((fake_weather) { .delay_us = 200 });
+    model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
+    gp_hold_close(&hold, pager);
+    gp_pager_close(pager);      /* waits for the reads: their memory and files are about to go */
+    model_end(&m);
+}
+
+int main(void) {
+    check_begin();
+    next_layer_is_read();
+    reads_in_flight_are_joined();
+    nothing_is_read_ahead("a single token reads nothing ahead", 0, 2, 1);
+    nothing_is_read_ahead("a batch that needs less than nine tenths reads nothing ahead", 0, 8, 5);
+    nothing_is_read_ahead("behind the last layer there is nothing to read", 2, EXPERTS, 5);
+    off_is_off();
+    kept_experts_are_not_given_up();
+    its_own_layer_is_not_given_up();
+    close_while_reading();
+    return 0;
+}
