@@ -7,6 +7,7 @@ or to turn weight repacking off. The wrappers pass every model and context that 
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import math
 import os
@@ -214,7 +215,7 @@ class _Hooks:
     def llama_model_free(self, model: Any, /) -> None:
         """Free a model, its contexts' taps and its pager."""
         with self._lock:  # before the address can be given to another model
-            paged = self.models.pop(int(model), None) if model else None
+            paged = self.models.pop(_handle(model), None)
             forgotten = [self._forget_context(address) for address in list(paged.contexts)] if paged else []
         self._call("llama_model_free", model)
         if paged is None:
@@ -231,7 +232,7 @@ class _Hooks:
 
     def llama_init_from_model(self, model: Any, params: Any, /) -> Any:
         """Make a context; of a paged model one whose graph passes through a tap."""
-        paged = self.models.get(int(model)) if model else None
+        paged = self.models.get(_handle(model))
         if paged is None:
             return self._call("llama_init_from_model", model, params)
         params = type(params).from_buffer_copy(params)
@@ -245,7 +246,7 @@ class _Hooks:
                 wanted = int(low.llama_n_ubatch(context))  # not params.n_ubatch: 0 means n_batch there
                 n_ubatch = _open_or_shrink(paged, wanted, _is_uncut(params, context, paged.pager.layout), before)
                 if n_ubatch == wanted:
-                    tap.attach(paged.pager.native())
+                    _attach(tap, paged.pager)
                     break
             except BaseException:
                 self._call("llama_free", context)
@@ -283,7 +284,7 @@ class _Hooks:
     def llama_free(self, ctx: Any, /) -> None:
         """Free a context and its tap."""
         with self._lock:  # before the address can be given to another context
-            entry = self._forget_context(int(ctx)) if ctx else None
+            entry = self._forget_context(_handle(ctx))
         self._call("llama_free", ctx)
         if entry is not None:
             entry.tap.close()
@@ -297,7 +298,7 @@ class _Hooks:
         return self._compute("llama_encode", ctx, batch)
 
     def _compute(self, name: str, ctx: Any, batch: Any) -> int:
-        entry = self.contexts.get(int(ctx)) if ctx else None
+        entry = self.contexts.get(_handle(ctx))
         if entry is None:
             return int(self._call(name, ctx, batch))
         if entry.pid != os.getpid():
@@ -316,7 +317,7 @@ class _Hooks:
 
     def llama_set_abort_callback(self, ctx: Any, abort_callback: Any, abort_callback_data: Any, /) -> None:
         """Set the user's abort callback behind ours, which must stay."""
-        entry = self.contexts.get(int(ctx)) if ctx else None
+        entry = self.contexts.get(_handle(ctx))
         if entry is None:
             self._call("llama_set_abort_callback", ctx, abort_callback, abort_callback_data)
             return
@@ -326,6 +327,20 @@ class _Hooks:
 
 
 hooks = _Hooks()
+
+
+def _handle(pointer: Any) -> int:
+    """Return the address behind a model or context, which llama_cpp hands out as int and takes as c_void_p, too."""
+    return int((pointer.value if isinstance(pointer, ctypes.c_void_p) else pointer) or 0)
+
+
+def _attach(tap: _native.Tap, pager: Pager) -> None:
+    try:
+        tap.attach(pager.native())
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise EngineError("This model has as many contexts as a paged model can have: free one.") from None
+        raise BudgetError(f"The tables of a context cannot be allocated: {error.strerror}. Lower the budget.") from None
 
 
 def _address(function: Any) -> int:

@@ -498,6 +498,31 @@ def test_file_changed_in_the_middle_of_a_graph_aborts_it(
     assert (np.concatenate(rows) == expected).all()
 
 
+def test_file_changed_in_a_graph_that_reads_nothing_is_an_error_too(working: tuple[Path, list[int], Logits]) -> None:
+    """All experts are resident, so that only a look at the file after the graph can tell."""
+    path, tokens, expected = working
+    status, is_meddling = path.stat(), False
+
+    @low.ggml_backend_sched_eval_callback
+    def meddle(address: int, ask: bool, data: int | None) -> bool:
+        if is_meddling:
+            touch(path)
+        return False
+
+    with gguf_pager.install(budget="100%") as installed, low_level(path, cb_eval=meddle, n_ubatch=1) as (model, context):
+        first = decode(model, context, tokens)
+        assert low.llama_memory_seq_rm(low.llama_get_memory(context), 0, 23, -1)
+        misses, is_meddling = installed.pagers[0].stats().misses, True
+        with pytest.raises(PagerIOError, match="changed while in use"):
+            decode_status(context, tokens[23:], 23)
+        is_meddling = False
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert low.llama_memory_seq_rm(low.llama_get_memory(context), 0, 23, -1)
+        again = decode(model, context, tokens[23:], 23)
+        assert installed.pagers[0].stats().misses == misses, "nothing was read meanwhile"
+    assert (first == expected).all() and (again == expected[23:]).all()
+
+
 @pytest.mark.parametrize("arch", ("jamba", "qwen3next"))
 def test_recurrent_model_after_a_failure_refuses_until_reset(
     zoo_model: Model, stock: Factory, tmp_path: Path, arch: str

@@ -388,6 +388,162 @@ def test_abort_callback_can_be_taken_away_and_ours_stays(zoo_model: Model, tmp_p
             decode_status(context, [6], 1)
 
 
+# ---- the rest of llama.h ----
+
+def test_handles_may_be_pointers_as_in_stock(zoo_model: Model) -> None:
+    """The functions take c_void_p as well as the numbers that they return."""
+    tokens = some_tokens(5)
+    with gguf_pager.install(budget="min") as installed:
+        params = low.llama_model_default_params()
+        model = ctypes.c_void_p(low.llama_model_load_from_file(os.fsencode(zoo_model("qwen3moe")), params))
+        context_params = low.llama_context_default_params()
+        context_params.n_ctx, context_params.n_threads, context_params.n_threads_batch = 64, 1, 1
+        context = ctypes.c_void_p(low.llama_init_from_model(model, context_params))
+        decode(model, context, tokens)
+        assert installed.pagers[0].stats().misses > 0
+        low.llama_free(context)
+        low.llama_model_free(model)
+        assert installed.pagers == []
+    assert wrapped() == set()
+
+
+@pytest.mark.parametrize("kv_unified", (False, True))
+def test_batches_of_several_sequences_equal_stock(zoo_model: Model, kv_unified: bool) -> None:
+    path, tokens = zoo_model("qwen3moe"), some_tokens(24)
+
+    def logits(**settings: Any) -> tuple[Logits, int]:
+        with low_level(path, n_seq_max=4, kv_unified=kv_unified, **settings) as (model, context):
+            batch = low.llama_batch_init(24, 0, 4)
+            batch.n_tokens = 24
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, i // 4, 1
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, i % 4
+            assert low.llama_decode(context, batch) == 0
+            n_vocab = low.llama_vocab_n_tokens(low.llama_model_get_vocab(model))
+            found = np.array([np.ctypeslib.as_array(low.llama_get_logits_ith(context, i), shape=(n_vocab,)).copy()
+                              for i in range(24)])
+            low.llama_batch_free(batch)
+            return found, low.llama_n_ubatch(context)
+
+    for budget in ("60%", "100%"):
+        with gguf_pager.install(budget=budget):
+            ours, n_ubatch = logits()
+        assert (ours == logits(n_ubatch=n_ubatch)[0]).all()
+
+
+def test_adapters_put_on_and_taken_off_equal_stock(zoo_model: Model, lora: Path) -> None:
+    path, tokens = zoo_model("qwen3moe"), some_tokens(30)
+
+    def logits(n_ubatch: int) -> tuple[Logits, int]:
+        with low_level(path, n_ubatch=n_ubatch) as (model, context):
+            adapter = low.llama_adapter_lora_init(model, os.fsencode(lora))
+            rows = []
+            for step, scale in enumerate((0.0, 1.0, 0.0, 0.5, 1.0, 0.0)):
+                adapters = (low.llama_adapter_lora_p_ctypes * 1)(adapter)
+                scales = (ctypes.c_float * 1)(scale)
+                assert low.llama_set_adapters_lora(context, adapters, 1 if scale else 0, scales) == 0
+                first = step * 5
+                rows += [decode(model, context, tokens[first : first + 3], first)]
+                rows += [decode(model, context, [tokens[first + i]], first + i) for i in (3, 4)]
+            return np.concatenate(rows), low.llama_n_ubatch(context)
+
+    with gguf_pager.install(budget="60%") as installed:
+        ours, n_ubatch = logits(64)
+        assert installed.pagers == []
+    assert (ours == logits(n_ubatch)[0]).all()
+
+
+def test_block_for_multi_token_prediction_may_be_loaded(zoo_model: Model) -> None:
+    """Its experts are in the file and not in the layout: llama.cpp computes them from its mapping."""
+    path, tokens = zoo_model("glm4moe"), some_tokens(8)
+
+    def logits(n_ubatch: int) -> tuple[Logits, int]:
+        load = low.llama_model_load_from_file
+
+        def with_mtp(path_model: bytes, params: Any, /) -> Any:
+            params.load_mtp = True
+            return load(path_model, params)
+
+        low.llama_model_load_from_file = with_mtp
+        try:
+            with low_level(path, n_ubatch=n_ubatch) as (model, context):
+                return decode(model, context, tokens), low.llama_n_ubatch(context)
+        finally:
+            low.llama_model_load_from_file = load
+
+    with gguf_pager.install(budget="min"):
+        ours, n_ubatch = logits(64)
+    assert (ours == logits(n_ubatch)[0]).all()
+
+
+def test_contexts_made_and_freed_beside_a_working_one_change_no_bit(zoo_model: Model) -> None:
+    path, tokens = zoo_model("qwen3moe"), some_tokens(40)
+    with gguf_pager.install(budget="60%"), low_level(path) as (model, context):
+        n_ubatch = low.llama_n_ubatch(context)
+        params = low.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_threads, params.n_threads_batch = 64, 16, 1, 1
+        is_done = threading.Event()
+        n_made = 0
+
+        def make_and_free() -> None:
+            nonlocal n_made
+            while not is_done.is_set() or n_made < 5:
+                other = low.llama_init_from_model(model, params)
+                decode(model, other, tokens[:6])
+                low.llama_free(other)
+                n_made += 1
+
+        thread = threading.Thread(target=make_and_free)
+        thread.start()
+        ours = []
+        for _ in range(5):
+            low.llama_memory_clear(low.llama_get_memory(context), True)
+            ours.append(np.concatenate([decode(model, context, [token], i) for i, token in enumerate(tokens)]))
+        is_done.set()
+        thread.join(60)
+        assert not thread.is_alive()
+    with low_level(path, n_ubatch=n_ubatch) as (model, context):
+        theirs = np.concatenate([decode(model, context, [token], i) for i, token in enumerate(tokens)])
+    assert n_made >= 5
+    assert all((rows == theirs).all() for rows in ours)
+
+
+def test_one_context_too_many_is_refused_and_the_others_go_on(zoo_model: Model) -> None:
+    params = low.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_threads, params.n_threads_batch = 64, 4, 1, 1
+    with gguf_pager.install(budget="min"), low_level(zoo_model("gpt-oss")) as (model, context):
+        contexts = [low.llama_init_from_model(model, params) for _ in range(63)]
+        with pytest.raises(gguf_pager.EngineError, match="free one"):
+            low.llama_init_from_model(model, params)
+        decode(model, context, [5])
+        decode(model, contexts[-1], [5])
+        low.llama_free(contexts.pop())
+        contexts.append(low.llama_init_from_model(model, params))
+        decode(model, contexts[-1], [5])
+        for other in contexts:
+            low.llama_free(other)
+
+
+AT_EXIT = """
+import sys, gguf_pager
+keep = gguf_pager.Llama(sys.argv[1], budget="min", n_ctx=64, n_threads=1, verbose=False)
+keep("the", max_tokens=2)
+generator = keep("the", max_tokens=20, stream=True)
+next(generator)
+installed = gguf_pager.install(budget="min")
+import llama_cpp
+other = llama_cpp.Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False)
+other("the", max_tokens=2)
+print("done")
+"""
+
+
+def test_process_that_ends_with_models_open_ends_quietly(zoo_model: Model) -> None:
+    done = subprocess.run([sys.executable, "-c", AT_EXIT, str(zoo_model("qwen3moe"))], capture_output=True, text=True,
+                          timeout=60, check=False, cwd=Path(__file__).parent.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
 def test_tap_survives_as_many_graphs_as_come(zoo_model: Model) -> None:
     """Batches of every length make a graph each; some are used again, most are thrown away."""
     path, tokens = zoo_model("qwen3moe"), some_tokens(120)

@@ -1,4 +1,4 @@
-"""Open, use and close, two hundred times: memory, threads and descriptors end where they began."""
+"""Open, use and close, hundreds of times: memory, threads and descriptors end where they began."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ WARM_UP = 40
 """Cycles after which the heap has found its size: stock llama_cpp.Llama grows by 6 MB in its first forty, too."""
 
 BOUND_BYTES = 2 << 20
-"""Growth allowed over 200 cycles, ten kilobytes each: the smallest thing a cycle allocates for its slots and taps is
-larger (one slot of qwen3moe's is 350 kB, the tables of a tap 12 kB), and what was measured is 0.1 MB in all."""
+"""Growth allowed over 200 cycles, ten kilobytes each: a cycle's slots (350 kB each) and a tap's tables (12 kB) are
+larger, and what was measured is 0.1 MB in all. Over 100 cycles only the slots would be seen, and a context's buffers."""
 
 
 def check_constant(cycle: Callable[[], None], n_cycles: int, folder: Path) -> None:
@@ -37,8 +37,8 @@ def check_constant(cycle: Callable[[], None], n_cycles: int, folder: Path) -> No
     assert probe.process_memory().resident_bytes - resident_bytes < BOUND_BYTES
 
 
-@pytest.mark.parametrize("lock_dense", ("auto", "copy"))
-def test_opening_and_closing_leaks_nothing(zoo_model: Model, lock_dense: str) -> None:
+@pytest.mark.parametrize(("lock_dense", "n_cycles"), (("auto", 200), ("copy", 100)))
+def test_opening_and_closing_leaks_nothing(zoo_model: Model, lock_dense: str, n_cycles: int) -> None:
     path = zoo_model("qwen3moe")
 
     def cycle() -> None:
@@ -46,7 +46,7 @@ def test_opening_and_closing_leaks_nothing(zoo_model: Model, lock_dense: str) ->
         llm.eval(some_tokens(4))
         llm.close()
 
-    check_constant(cycle, 200, path)
+    check_constant(cycle, n_cycles, path)
 
 
 def test_contexts_on_one_model_leak_nothing(zoo_model: Model) -> None:
@@ -57,7 +57,7 @@ def test_contexts_on_one_model_leak_nothing(zoo_model: Model) -> None:
             decode(model, context, some_tokens(4))
 
     with gguf_pager.install(budget="60%") as installed:
-        check_constant(cycle, 200, path)
+        check_constant(cycle, 100, path)
         assert installed.pagers == [] and len(installed._pagers) == 0
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import make_trace_model
 import make_zoo
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from conftest import ARGUMENTS, Factory, Footprint, Logits, drop_identity, evalu
 from llama_cpp import llama_cpp as low
 
 import gguf_pager
-from gguf_pager import EngineError
+from gguf_pager import EngineError, budget, probe
 
 Model = Callable[..., Path]
 
@@ -428,6 +429,27 @@ def test_model_that_fits_runs_as_stock_when_auto(zoo_model: Model, paged: Factor
         assert "fit" in ours.not_paged_reason
         check_equal(evaluate(ours, some_tokens(12), (8,)), expected)
         ours.close()
+
+
+def test_model_that_does_not_fit_is_paged_when_auto(
+    pair: Factory, paged: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that can spare 70 MB for a model of 85."""
+    path = tmp_path / "model.gguf"
+    make_trace_model.make(path, "tiny", layers=6, experts=64, n_ff=512)
+    spare_bytes = 70_000_000
+    machine = probe.Memory(8 << 30, spare_bytes + budget.AUTO_RESERVE_BYTES, None, 0)
+    assert path.stat().st_size > spare_bytes
+    monkeypatch.setattr(probe, "memory", lambda: machine)
+    ours, theirs = pair(path, "auto", logits_all=True)
+    assert ours.not_paged_reason is None
+    assert all(0 < n < need.n_all for n, need in zip(ours.pager.n_slots, ours.pager.needs, strict=True))
+    assert ours.pager.arena_bytes < spare_bytes - budget.WORK_BYTES
+    tokens = make_trace_model.trace_tokens(ours.metadata)[:40]
+    check_equal(evaluate(ours, tokens, (20,)), evaluate(theirs, tokens, (20,)))
+    monkeypatch.setattr(probe, "memory", lambda: probe.Memory(8 << 30, 1 << 20, None, 0))
+    with pytest.raises(gguf_pager.BudgetError, match="too small: this model needs at least"):
+        paged(path, "auto")
 
 
 def test_paged_model_has_no_reason_not_to_be(zoo_model: Model, paged: Factory) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 from collections.abc import Callable
@@ -42,7 +43,8 @@ def test_locked_weights_are_locked(zoo_model: Model, paged: Factory) -> None:
     dense_bytes = llm.pager.layout.dense_bytes
     assert state_of(llm).method == "lock"
     assert state_of(llm).n_bytes >= dense_bytes
-    assert dense_bytes <= locked_bytes() - before < dense_bytes + (1 << 20)
+    # Whole pages; and the arena, where the limit allows.
+    assert dense_bytes <= locked_bytes() - before < dense_bytes + llm.pager.arena_bytes + (1 << 20)
     llm.close()
     assert locked_bytes() == before
 
@@ -62,7 +64,7 @@ def test_weights_left_off_are_left_alone(zoo_model: Model, paged: Factory) -> No
     before = locked_bytes()
     llm = paged(zoo_model("gemma4"), lock_dense="off")
     assert state_of(llm) == residency.Residency("off", 0)
-    assert locked_bytes() == before
+    assert locked_bytes() - before in (0, -(-llm.pager.arena_bytes // mmap.PAGESIZE) * mmap.PAGESIZE), "but the arena"
     assert len(mapped_offsets(zoo_model("gemma4"))) == 1
 
 

@@ -74,7 +74,7 @@ static bool strike(atomic_uint *left) {
 
 static int begin(fake_call call) {
     atomic_fetch_add_explicit(&fake.calls[call], 1, RELAXED);
-    if (call != FAKE_FILE_READ && strike(&fake.fail_any_in)) {
+    if (call != FAKE_FILE_READ && call != FAKE_MEMORY_LOCK && strike(&fake.fail_any_in)) {
         return atomic_load_explicit(&fake.fail_any_with, RELAXED);
     }
     return strike(&fake.fail_in[call]) ? atomic_load_explicit(&fake.fail_with[call], RELAXED) : 0;
@@ -356,6 +356,11 @@ const gp_os fake_os = {
     .thread_start = thread_start,
     .now_ns = now_ns,
 };
+
+int gp_os_memory_lock(void *memory, size_t bytes) {
+    CHECK(memory && bytes > 0, "there is memory to lock");
+    return begin(FAKE_MEMORY_LOCK);
+}
 
 void *fake_malloc(size_t bytes) {
     if (begin(FAKE_ALLOCATE) != 0) {

@@ -12,8 +12,8 @@
 #include "os.h"
 
 typedef enum {
-    FAKE_FILE_OPEN, FAKE_FILE_IDENTIFY, FAKE_FILE_READ, FAKE_MEMORY_OPEN, FAKE_THREAD_START, FAKE_ALLOCATE,
-    FAKE_CALLS
+    FAKE_FILE_OPEN, FAKE_FILE_IDENTIFY, FAKE_FILE_READ, FAKE_MEMORY_OPEN, FAKE_MEMORY_LOCK, FAKE_THREAD_START,
+    FAKE_ALLOCATE, FAKE_CALLS
 } fake_call;
 
 extern const gp_os fake_os;
@@ -28,7 +28,7 @@ void     fake_file_touch(const char *path);      /* its time of modification mov
 
 /* The nth call from now on (1: the next) returns `error`, once. */
 void     fake_fail(fake_call call, unsigned nth, int error);
-/* The same for whichever call of any kind comes nth, reads apart; allocations of the native sources included. */
+/* The same for whichever call comes nth that a constructor cannot do without; allocations included. */
 void     fake_fail_any(unsigned nth, int error);
 /* Every read that covers this byte of the file fails. error 0: no longer. */
 void     fake_fail_at(const char *path, uint64_t offset_bytes, int error);

@@ -50,6 +50,15 @@ static void each_kind_of_call_is_made(void) {
     model_end(&m);
 }
 
+static void arena_that_may_not_be_locked(void) {
+    model m;
+    model_make(&m, (model_shape) { 0 });
+    fake_fail(FAKE_MEMORY_LOCK, 1, -EPERM);
+    gp_pager_close(model_open(&m));     /* anonymous memory serves as well, where nothing swaps it out */
+    CHECK(!fake_is_armed(), "the pager tries to lock its arena");
+    model_end(&m);
+}
+
 static void tap_attaches_or_refuses(void) {
     model m;
     model_make(&m, (model_shape) { 0 });
@@ -139,6 +148,7 @@ int main(void) {
     check_begin();
     pager_opens_or_refuses();
     each_kind_of_call_is_made();
+    arena_that_may_not_be_locked();
     tap_attaches_or_refuses();
     pin_works_or_refuses();
     taps_are_few();

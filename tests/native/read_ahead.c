@@ -127,27 +127,14 @@ static void kept_experts_are_not_given_up(void) {
 /* Reading one of the next layer's experts ahead by giving up another of them gains nothing. */
 static void its_own_layer_is_not_given_up(void) {
     begin((model_shape) { .n_layers = 2, .n_slots = 14, .policy = "lru" });
-    for (int round = 0; round < 6; round++) {
-        for (uint32_t l = 0; l < 2; l++) {
-            const uint32_t other = 1 - l;
-            int32_t slots[EXPERTS];
-            gp_failure failure;
-            model_settle(pager);
-            uint8_t before[EXPERTS], after[EXPERTS];
-            CHECK(gp_pager_resident(pager, other, before) == 0, "the layer exists");
-            const uint64_t evictions = counters_of(other).evictions;
-            CHECK(model_acquire(pager, &hold, l, all, EXPERTS, 5, slots, &failure) == 0, "the experts come");
-            const uint64_t by_demand = counters_of(other).evictions - evictions;
-            model_settle(pager);
-            CHECK(gp_pager_resident(pager, other, after) == 0, "the layer exists");
-            if (l == 0 && by_demand == 0) {
-                for (int e = 0; e < EXPERTS; e++) {
-                    CHECK(!before[e] || after[e], "read-ahead does not give up the experts it works for");
-                }
-            }
-            gp_pager_release(pager, &hold);
-        }
-    }
+    model_use(&m, pager, &hold, 1, all, EXPERTS, 5);        /* the last layer: nothing is read ahead */
+    model_use(&m, pager, &hold, 0, all, 4, 1);
+    pthread_mutex_lock(&pager->lock);
+    CHECK(pager->classes[0].n_free == 0 && pager->classes[0].n_transient > 0, "only the batch's slots can be spared");
+    const int32_t for_other = gp_slot_choose_spare(pager, &pager->layers[0]);
+    CHECK(for_other >= 0 && pager->slots[for_other].layer == 1, "they can be, for another layer");
+    CHECK(gp_slot_choose_spare(pager, &pager->layers[1]) < 0, "but not for the layer whose experts they hold");
+    pthread_mutex_unlock(&pager->lock);
     end();
 }
 

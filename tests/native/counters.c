@@ -1,0 +1,125 @@
+/* What is counted: experts wanted, found or not; tokens; bytes; waiting; and nothing twice. */
+#include "check.h"
+#include "fake_os.h"
+#include "model.h"
+
+static model m;
+static gp_pager *pager;
+static gp_hold hold;
+
+static void begin(model_shape shape) {
+    model_make(&m, shape);
+    pager = model_open(&m);
+    CHECK(gp_hold_open(&hold, pager, 2) == 0, "a hold opens");
+}
+
+static void end(void) {
+    model_check_invariants(pager);
+    gp_hold_close(&hold, pager);
+    gp_pager_close(pager);
+    model_end(&m);
+}
+
+static gp_counters counters_of(uint32_t layer) {
+    gp_counters counters[MODEL_LAYERS];
+    gp_pager_counters(pager, counters);
+    return counters[layer];
+}
+
+static void hits_and_misses(void) {
+    begin((model_shape) { .n_slots = 9 });
+    fake_set_weather((fake_weather) { .delay_us = 500 });
+    uint64_t expert_bytes = 0;
+    for (uint32_t s = 0; s < m.shape.n_slices; s++) {
+        expert_bytes += m.layers[1].slices[s].slice_bytes;
+    }
+    model_use(&m, pager, &hold, 1, (int32_t[]) { 3, 4 }, 2, 1);
+    model_use(&m, pager, &hold, 1, (int32_t[]) { 4, 5 }, 2, 1);
+    model_use(&m, pager, &hold, 1, (int32_t[]) { 3, 4, 5, 6 }, 4, 7);
+    const gp_counters c = counters_of(1);
+    CHECK(c.hits == 1 + 3 && c.misses == 2 + 1 + 1, "a hit or miss is one distinct expert of a batch");
+    CHECK(c.visits == 3 && c.tokens == 1 + 1 + 7, "a batch is one visit of its tokens");
+    CHECK(c.bytes_read == 4 * expert_bytes, "bytes are those that were wanted, not their cover");
+    CHECK(c.resident == 4 && c.evictions == 0, "four experts lie in slots");
+    CHECK(c.stall_ns > 0, "waiting for reads is counted");
+    const uint64_t stall_ns = c.stall_ns;
+    model_use(&m, pager, &hold, 1, (int32_t[]) { 3, 4 }, 2, 1);
+    CHECK(counters_of(1).stall_ns == stall_ns, "a hit waits for nothing");
+    CHECK(counters_of(0).hits + counters_of(0).misses + counters_of(0).tokens == 0, "layers count for themselves");
+    for (int32_t e = 0; e < 9; e++) {
+        model_use(&m, pager, &hold, 0, &e, 1, 1);
+    }
+    const gp_counters after = counters_of(1);
+    CHECK(after.evictions == 4 - after.resident && after.evictions > 0, "an eviction is counted where the expert was");
+    end();
+}
+
+/* The same ids are handed over for gate, up and down, when each is a piece of graph by itself. */
+static void again_is_not_counted(void) {
+    begin((model_shape) { 0 });
+    const int32_t experts[] = { 1, 2 };
+    const uint32_t counts[] = { 1, 1 };
+    gp_demand demand = { .layer = 0, .experts = experts, .counts = counts, .n_experts = 2, .n_tokens = 1 };
+    int32_t slots[2];
+    gp_failure failure;
+    for (int node = 0; node < 3; node++) {
+        demand.is_again = node > 0;
+        CHECK(gp_pager_acquire(pager, &hold, &demand, slots, &failure) == 0, "the experts come");
+        gp_pager_release(pager, &hold);
+    }
+    const gp_counters c = counters_of(0);
+    CHECK(c.hits == 0 && c.misses == 2 && c.visits == 1 && c.tokens == 1, "a demand made again is counted once");
+    CHECK(pager->layers[0].uses[1] == 1, "also as a use");
+    end();
+}
+
+static void holding_twice_is_holding_once(void) {
+    begin((model_shape) { 0 });
+    const int32_t experts[] = { 1, 2 };
+    int32_t slots[2];
+    gp_failure failure;
+    for (int i = 0; i < 3; i++) {
+        CHECK(model_acquire(pager, &hold, 0, experts, 2, 1, slots, &failure) == 0, "the experts come");
+        model_check_invariants(pager);
+    }
+    CHECK(hold.n_slots == 2, "a slot is held once");
+    gp_pager_release(pager, &hold);
+    CHECK(hold.n_slots == 0, "and given back once");
+    end();
+}
+
+/* An old subject fades: counts are halved every 4,096 tokens. */
+static void uses_fade(void) {
+    begin((model_shape) { 0 });
+    const int32_t favourite = 1, other = 2;
+    for (int i = 0; i < 100; i++) {
+        model_use(&m, pager, &hold, 0, &favourite, 1, 1);
+    }
+    CHECK(pager->layers[0].uses[favourite] == 100, "each token is a use");
+    for (int i = 0; i < 4096 - 101; i++) {
+        model_use(&m, pager, &hold, 0, &other, 1, 1);
+    }
+    CHECK(pager->layers[0].uses[favourite] == 100, "until the 4,096th token");
+    model_use(&m, pager, &hold, 0, &other, 1, 1);
+    CHECK(pager->layers[0].uses[favourite] == 50, "and half of it afterwards");
+    end();
+}
+
+static void unknown_layers_are_refused(void) {
+    begin((model_shape) { 0 });
+    uint8_t resident[16];
+    CHECK(gp_pager_resident(pager, m.shape.n_layers, resident) < 0, "a layer that is not there has no residents");
+    CHECK(!gp_pager_layer(pager, m.shape.n_layers) && gp_pager_layer(pager, 0), "nor a description");
+    CHECK(gp_policy_exists("lru") && gp_policy_exists("lfru") && !gp_policy_exists("fifo"), "policies have names");
+    end();
+}
+
+int main(void) {
+    check_begin();
+    hits_and_misses();
+    again_is_not_counted();
+    holding_twice_is_holding_once();
+    uses_fade();
+    unknown_layers_are_refused();
+    return 0;
+}

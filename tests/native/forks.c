@@ -1,0 +1,98 @@
+/* A fork has the parent's memory and none of its threads. It may not decode; to close what it inherited must neither
+ * hang nor disturb the parent, even when a thread of the parent was waiting at the time. */
+#define _POSIX_C_SOURCE 200809L
+#include <errno.h>
+#include <sys/wait.h>
+#include <time.h>
+
+#include "check.h"
+#include "fake_os.h"
+#include "model.h"
+
+static model m;
+static gp_pager *pager;
+static gp_hold hold, other;
+
+enum { CHILD_SECONDS = 5 };
+
+static void *wait_for_expert(void *data) {
+    (void) data;
+    model_use(&m, pager, &hold, 0, (int32_t[]) { 1, 2 }, 2, 1);
+    return NULL;
+}
+
+static void *wait_for_slots(void *data) {
+    (void) data;
+    int32_t slots[2];
+    gp_failure failure;
+    (void) model_acquire(pager, &other, 1, (int32_t[]) { 1, 2 }, 2, 1, slots, &failure);    /* in vain, if it takes long */
+    gp_pager_release(pager, &other);
+    return NULL;
+}
+
+static int child(void) {
+    alarm(CHILD_SECONDS);
+    int32_t slots[2];
+    gp_failure failure;
+    CHECK(model_acquire(pager, &other, 0, (int32_t[]) { 1, 2 }, 2, 1, slots, &failure) == -ECHILD,
+          "a fork does not decode with its parent's pager");
+    CHECK(failure.error == -ECHILD, "and says why");
+    gp_hold_close(&hold, pager);
+    gp_hold_close(&other, pager);
+    gp_pager_close(pager);
+    return 0;
+}
+
+static bool child_ends_well(void) {
+    const pid_t pid = fork();
+    if (pid == 0) {
+        _exit(child());
+    }
+    int status;
+    CHECK(pid > 0 && waitpid(pid, &status, 0) == pid, "the test can fork");
+    return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+static void begin(void) {
+    model_make(&m, (model_shape) { .n_slots = 2, .n_readers = 3, .piece_bytes = 1 << 20 });
+    pager = model_open(&m);
+    CHECK(gp_hold_open(&hold, pager, 2) == 0 && gp_hold_open(&other, pager, 2) == 0, "two holds open");
+}
+
+static void end(void) {
+    model_use(&m, pager, &hold, 2, (int32_t[]) { 1, 2 }, 2, 1);
+    model_check_invariants(pager);
+    gp_hold_close(&hold, pager);
+    gp_hold_close(&other, pager);
+    gp_pager_close(pager);
+    model_end(&m);
+}
+
+static void fork_of_an_idle_parent(void) {
+    begin();
+    CHECK(child_ends_well(), "a fork can close what it inherited");
+    end();
+}
+
+static void fork_while_the_parent_waits(void) {
+    begin();
+    fake_hold_reads();
+    pthread_t reading, waiting;
+    CHECK(pthread_create(&reading, NULL, wait_for_expert, NULL) == 0, "the test has threads");
+    fake_wait_for_reads(3);
+    CHECK(pthread_create(&waiting, NULL, wait_for_slots, NULL) == 0, "the test has threads");
+    nanosleep(&(struct timespec) { .tv_nsec = 50000000 }, NULL);    /* both are asleep by now */
+    const bool is_well = child_ends_well();
+    fake_let_reads_go();
+    pthread_join(reading, NULL);
+    pthread_join(waiting, NULL);
+    CHECK(is_well, "also when threads of the parent were waiting");
+    end();
+}
+
+int main(void) {
+    check_begin();
+    fork_of_an_idle_parent();
+    fork_while_the_parent_waits();
+    return 0;
+}

@@ -1,0 +1,223 @@
+#include "graph.h"
+
+#include <string.h>
+
+#include "check.h"
+#include "fake_os.h"
+
+int graph_host_buffer, graph_device_buffer;
+
+static bool is_host(void *buffer) {
+    return buffer == &graph_host_buffer;
+}
+
+const gp_ggml graph_ggml = {
+    .op_none = OP_NONE, .op_mul_mat_id = OP_MUL_MAT_ID, .op_argsort = OP_ARGSORT, .op_top_k = OP_TOP_K,
+    .op_view = OP_VIEW, .op_reshape = OP_RESHAPE, .type_i32 = TYPE_I32, .buffer_is_host = is_host,
+};
+
+/* ---- tensors ---------------------------------------------------------------------------------------------------- */
+
+static void set_shape(ggml_tensor *t, size_t element_bytes, int64_t ne0, int64_t ne1, int64_t ne2) {
+    const int64_t ne[GGML_DIMS] = { ne0, ne1, ne2, 1 };
+    size_t bytes = element_bytes;
+    for (int i = 0; i < GGML_DIMS; i++) {
+        t->ne[i] = ne[i];
+        t->nb[i] = bytes;
+        bytes *= (size_t) ne[i];
+    }
+}
+
+static ggml_tensor new_tensor(int32_t op, int32_t type, const char *role, uint32_t layer) {
+    ggml_tensor t = { .op = op, .type = type, .buffer = &graph_host_buffer };
+    snprintf(t.name, sizeof t.name, "%s-%u", role, layer);
+    return t;
+}
+
+static ggml_tensor new_ids(int32_t op, const char *role, uint32_t layer, void *data, int64_t k, int64_t n_tokens) {
+    ggml_tensor t = new_tensor(op, TYPE_I32, role, layer);
+    set_shape(&t, sizeof(int32_t), k, n_tokens, 1);
+    t.data = data;
+    return t;
+}
+
+void weights_map(weights *w, const model *m) {
+    w->m = m;
+    for (uint32_t l = 0; l < m->shape.n_layers; l++) {
+        for (uint32_t s = 0; s < m->layers[l].n_slices; s++) {
+            const gp_slice_spec *spec = &m->layers[l].slices[s];
+            ggml_tensor *t = &w->tensors[l][s];
+            *t = (ggml_tensor) { .op = OP_NONE, .type = spec->type, .buffer = &graph_host_buffer };
+            set_shape(t, 1, spec->ne[0], spec->ne[1], spec->ne[2]);
+            t->data = m->files[spec->file] + spec->offset_bytes;
+            CHECK(t->nb[2] == spec->slice_bytes, "the made-up type has one byte per element");
+            strcpy(t->name, spec->name);
+        }
+    }
+}
+
+/* ---- graphs ----------------------------------------------------------------------------------------------------- */
+
+static void add(graph *g, ggml_tensor *node) {
+    CHECK(g->n_nodes < GRAPH_NODES, "the test's graphs are small");
+    g->nodes[g->n_nodes++] = node;
+}
+
+static void build_ids(graph *g, uint32_t layer) {
+    graph_layer *l = &g->layers[layer];
+    const int64_t k = g->w->m->shape.n_used, n_tokens = g->n_tokens;
+    l->ids_node = new_ids(g->source == GIVEN_IDS ? OP_NONE : OP_CAST, "ids", layer, l->ids_data, k, n_tokens);
+    l->ids = &l->ids_node;
+    if (g->source == GIVEN_IDS) {
+        return;     /* an input is no node */
+    }
+    l->ranking = new_ids(OP_ARGSORT, "ffn_moe_argsort", layer, l->ranking_data, GRAPH_EXPERTS, n_tokens);
+    add(g, &l->ranking);
+    l->top_k = new_ids(OP_VIEW, g->source == UNNAMED_VIEW ? "view" : "ffn_moe_topk", layer, l->ranking_data, k, n_tokens);
+    memcpy(l->top_k.nb, l->ranking.nb, sizeof l->top_k.nb);
+    l->top_k.view_src = &l->ranking;
+    l->top_k.src[0] = &l->ranking;
+    add(g, &l->top_k);
+    if (g->source == COMPUTED_IDS) {
+        l->ids_node.src[0] = &l->top_k;
+        add(g, &l->ids_node);
+        return;
+    }
+    l->ids = &l->top_k;
+    if (g->source == TOP_K_RESHAPED) {
+        l->reshaped = l->top_k;
+        l->reshaped.op = OP_RESHAPE;
+        snprintf(l->reshaped.name, sizeof l->reshaped.name, "reshaped-%u", layer);
+        l->reshaped.src[0] = &l->top_k;
+        add(g, &l->reshaped);
+        l->ids = &l->reshaped;
+    }
+}
+
+void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source) {
+    /* llama.cpp multiplies up before gate, and gate before down. */
+    static const uint32_t order[GP_MAX_SLICES] = { 1, 0, 2, 3 };
+    CHECK(n_tokens <= GRAPH_TOKENS && w->m->shape.n_experts <= GRAPH_EXPERTS, "the test's graphs are small");
+    g->w = w;
+    g->n_tokens = n_tokens;
+    g->source = source;
+    g->n_nodes = 0;
+    g->split_at = 0;
+    for (uint32_t i = 0; i < w->m->shape.n_layers; i++) {
+        graph_layer *l = &g->layers[i];
+        build_ids(g, i);
+        l->other = new_tensor(OP_OTHER, TYPE_F32, "ffn_moe_weights", i);
+        set_shape(&l->other, sizeof(float), 1, n_tokens, 1);
+        l->other.src[0] = l->ids;
+        add(g, &l->other);
+        for (uint32_t s = 0; s < w->m->shape.n_slices; s++) {
+            const uint32_t slice = w->m->shape.n_slices == 1 ? 0 : order[s];
+            ggml_tensor *node = &l->matmuls[slice];
+            *node = new_tensor(OP_MUL_MAT_ID, TYPE_F32, "ffn_moe_matmul", i);
+            set_shape(node, sizeof(float), 1, w->m->shape.n_used, n_tokens);
+            node->src[0] = &w->tensors[i][slice];
+            node->src[1] = &l->other;
+            node->src[2] = l->ids;
+            add(g, node);
+        }
+    }
+}
+
+void graph_route(graph *g) {
+    for (uint32_t i = 0; i < g->w->m->shape.n_layers; i++) {
+        graph_layer *l = &g->layers[i];
+        for (uint32_t t = 0; t < g->n_tokens; t++) {
+            model_draw(g->w->m, l->chosen[t], g->w->m->shape.n_used);
+            if (g->source == GIVEN_IDS) {
+                memcpy(l->ids_data + t * g->w->m->shape.n_used, l->chosen[t], g->w->m->shape.n_used * sizeof(int32_t));
+            }
+        }
+    }
+}
+
+/* ---- computing -------------------------------------------------------------------------------------------------- */
+
+/* Ids of the last time lie in the data until the router has run: whoever reads too early gets these. */
+static void compute_ranking(const graph *g, graph_layer *l) {
+    for (uint32_t t = 0; t < g->n_tokens; t++) {
+        memcpy(l->ranking_data[t], l->chosen[t], sizeof l->chosen[t]);
+    }
+}
+
+static void compute_ids(const graph *g, graph_layer *l) {
+    for (uint32_t t = 0; t < g->n_tokens; t++) {
+        memcpy(l->ids_data + t * g->w->m->shape.n_used, l->chosen[t], g->w->m->shape.n_used * sizeof(int32_t));
+    }
+}
+
+static int32_t id_at(const ggml_tensor *ids, uint32_t rank, uint32_t token) {
+    return *(const int32_t *) ((const char *) ids->data + token * ids->nb[1] + rank * ids->nb[0]);
+}
+
+static void multiply(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
+    const ggml_tensor *node = &g->layers[layer].matmuls[slice];
+    const ggml_tensor *experts = node->src[0], *ids = node->src[2];
+    const bool is_mapping = experts == &g->w->tensors[layer][slice];
+    const bool is_void = tap && gp_tap_abort(tap);      /* what this node computes is thrown away */
+    CHECK(!is_mapping || ids == g->layers[layer].ids, "2: a node points at its own tensors or at both of ours");
+    CHECK(is_mapping || ids != g->layers[layer].ids, "2: a node points at its own tensors or at both of ours");
+    CHECK(ids->ne[0] == g->w->m->shape.n_used && ids->ne[1] == g->n_tokens && ids->type == TYPE_I32,
+          "slot numbers look as expert ids do");
+    CHECK(!is_void || !is_mapping, "4: after a failure the mapping is not touched");
+    for (uint32_t t = 0; t < g->n_tokens; t++) {
+        for (uint32_t r = 0; r < g->w->m->shape.n_used; r++) {
+            const int32_t id = id_at(ids, r, t);
+            CHECK(id >= 0 && id < experts->ne[2], "a slot's number lies within the view");
+            const char *row = (const char *) experts->data + (uint64_t) id * experts->nb[2];
+            const uint64_t bytes = g->w->m->layers[layer].slices[slice].slice_bytes;
+            CHECK(is_void || memcmp(row, model_truth(g->w->m, layer, slice, g->layers[layer].chosen[t][r]), bytes) == 0,
+                  "a node computes with the bytes of the chosen expert");
+        }
+    }
+    g->n_from_mapping += is_mapping;
+    g->n_from_slots += !is_mapping;
+}
+
+static void compute(graph *g, ggml_tensor *node, gp_tap *tap) {
+    for (uint32_t i = 0; i < g->w->m->shape.n_layers; i++) {
+        graph_layer *l = &g->layers[i];
+        if (node == &l->ranking) {
+            compute_ranking(g, l);
+        } else if (node == &l->ids_node) {
+            compute_ids(g, l);
+        }
+        for (uint32_t s = 0; s < g->w->m->shape.n_slices; s++) {
+            if (node == &l->matmuls[s]) {
+                multiply(g, i, s, tap);
+            }
+        }
+    }
+}
+
+/* ggml_backend_sched_compute_splits, and ggml_graph_compute_thread for the abort. */
+int graph_run(graph *g, gp_tap *tap) {
+    g->n_from_slots = g->n_from_mapping = g->n_callbacks = 0;
+    const uint32_t ends[] = { g->split_at, g->n_nodes };
+    for (uint32_t split = 0, first = 0; split < 2; first = ends[split++]) {
+        for (uint32_t from = first; from < ends[split]; from++) {
+            uint32_t to = from;
+            bool wants = tap && gp_tap_eval(g->nodes[to], true, tap);
+            while (!wants && to + 1 < ends[split]) {
+                to++;
+                wants = tap && gp_tap_eval(g->nodes[to], true, tap);
+            }
+            for (uint32_t i = from; i <= to; i++) {
+                compute(g, g->nodes[i], tap);
+                if (tap && gp_tap_abort(tap)) {
+                    return 2;
+                }
+            }
+            g->n_callbacks += wants;
+            if (wants && !gp_tap_eval(g->nodes[to], false, tap)) {
+                break;
+            }
+            from = to;
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,68 @@
+/* A made-up llama.cpp: weights in a mapping, graphs of the shape it builds, and a scheduler that asks and calls back as
+ * ggml's does. Its matrix multiply checks every row: the bytes it is pointed at must be those of the expert that the
+ * router chose. */
+#ifndef GGUF_PAGER_TEST_GRAPH_H
+#define GGUF_PAGER_TEST_GRAPH_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "ggml_tensor.h"
+#include "model.h"
+
+enum { GRAPH_TOKENS = 8, GRAPH_EXPERTS = 16, GRAPH_NODES = 96 };
+
+/* Numbers unlike ggml's, so that nothing rests on them. */
+enum { OP_NONE = 40, OP_MUL_MAT_ID, OP_ARGSORT, OP_TOP_K, OP_VIEW, OP_RESHAPE, OP_CAST, OP_OTHER };
+enum { TYPE_F32 = 3, TYPE_I32 = 26 };
+
+extern const gp_ggml graph_ggml;
+extern int graph_host_buffer, graph_device_buffer;      /* their addresses stand for buffers */
+
+/* The tensors of a loaded model; contexts share them. */
+typedef struct {
+    const model *m;
+    ggml_tensor  tensors[MODEL_LAYERS][GP_MAX_SLICES];
+} weights;
+
+void weights_map(weights *w, const model *m);
+
+/* Where a layer's ids come from. */
+typedef enum {
+    TOP_K_VIEW,         /* the first k of a full ranking: rows lie n_experts apart */
+    TOP_K_RESHAPED,     /* a reshaped view of that */
+    COMPUTED_IDS,       /* a node of its own: a cast, a look-up in a hash table */
+    GIVEN_IDS,          /* an input of the graph */
+    UNNAMED_VIEW,       /* a view that does not say what it is */
+} id_source;
+
+typedef struct {
+    ggml_tensor ranking, top_k, reshaped, ids_node;
+    ggml_tensor matmuls[GP_MAX_SLICES], other, lora;
+    ggml_tensor *ids;                                   /* what the matmuls take as src[2] */
+    int32_t     ranking_data[GRAPH_TOKENS][GRAPH_EXPERTS];
+    int32_t     ids_data[GRAPH_TOKENS * GRAPH_EXPERTS]; /* rows of k */
+    int32_t     chosen[GRAPH_TOKENS][GRAPH_EXPERTS];    /* by the router, this time */
+} graph_layer;
+
+typedef struct {
+    weights     *w;
+    uint32_t     n_tokens;
+    id_source    source;
+    graph_layer  layers[MODEL_LAYERS];
+    ggml_tensor *nodes[GRAPH_NODES];
+    uint32_t     n_nodes;
+    uint32_t     split_at;          /* a split ends before this node; 0: one split */
+
+    /* What the last run did. */
+    uint32_t     n_from_slots, n_from_mapping, n_callbacks;
+} graph;
+
+/* Builds the graph from nothing, as llama.cpp does in memory that it used for the last one. */
+void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source);
+/* What the routers will choose: at random, all different within a token. */
+void graph_route(graph *g);
+/* llama_decode: 0, or 2 when the abort callback said so. The tap may be NULL. */
+int  graph_run(graph *g, gp_tap *tap);
+
+#endif

@@ -1,0 +1,330 @@
+/* Which nodes the tap points at slots, and which it leaves as llama.cpp made them. The graph checks every byte. */
+#include <string.h>
+
+#include "check.h"
+#include "fake_os.h"
+#include "graph.h"
+
+static model m;
+static weights w;
+static graph g;
+static gp_pager *pager;
+static gp_tap *tap;
+
+static void begin_with(model_shape shape, uint32_t max_ids) {
+    shape.n_used = shape.n_used ? shape.n_used : 3;
+    model_make(&m, shape);
+    weights_map(&w, &m);
+    pager = model_open(&m);
+    CHECK(gp_tap_open(&tap, &graph_ggml, max_ids, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+    CHECK(gp_tap_attach(tap, pager) == 0, "a tap is attached");
+}
+
+static void begin(void) {
+    begin_with((model_shape) { .n_slots = 9 }, 64);
+}
+
+static void end(void) {
+    gp_tap_close(tap);
+    model_check_invariants(pager);
+    gp_pager_close(pager);
+    model_end(&m);
+}
+
+static uint64_t left_alone(uint32_t layer) {
+    gp_counters counters[MODEL_LAYERS];
+    gp_pager_counters(pager, counters);
+    return counters[layer].left_alone;
+}
+
+static uint32_t n_matmuls(void) {
+    return m.shape.n_layers * m.shape.n_slices;
+}
+
+static void build(uint32_t n_tokens, id_source source) {
+    graph_build(&g, &w, n_tokens, source);
+    graph_route(&g);
+}
+
+/* Builds, routes, runs; all the matmuls go one way. */
+static void all_served(uint32_t n_tokens, id_source source, int n_runs) {
+    for (int i = 0; i < n_runs; i++) {
+        graph_build(&g, &w, n_tokens, source);
+        graph_route(&g);
+        CHECK(graph_run(&g, tap) == 0, "the graph is computed");
+        CHECK(g.n_from_slots == n_matmuls(), "every paged node is served from slots");
+        CHECK(left_alone(0) == 0, "none is left alone");
+        model_check_invariants(pager);
+    }
+}
+
+static void all_left_alone(const char *why) {
+    const uint64_t before = left_alone(0);
+    CHECK(graph_run(&g, tap) == 0, "the graph is computed");
+    CHECK(g.n_from_mapping == n_matmuls(), why);
+    CHECK(left_alone(0) == before + m.shape.n_slices, "each is counted");
+}
+
+static void tokens_and_batches(void) {
+    begin();
+    all_served(1, TOP_K_VIEW, 40);
+    all_served(3, TOP_K_VIEW, 40);      /* rows of the ranking lie n_experts apart */
+    all_served(1, TOP_K_RESHAPED, 10);
+    all_served(2, COMPUTED_IDS, 20);
+    gp_tap_idle(tap);
+    all_served(1, GIVEN_IDS, 1);
+    gp_counters counters[MODEL_LAYERS];
+    gp_pager_counters(pager, counters);
+    CHECK(counters[0].visits == 111 && counters[0].tokens == 40 + 120 + 10 + 40 + 1, "three nodes are one visit");
+    CHECK(counters[1].evictions > 0, "there were fewer slots than experts");
+    end();
+}
+
+static void shapes_of_layers(void) {
+    begin_with((model_shape) { .n_slots = 9, .n_classes = 2, .n_files = 2, .n_layers = 4 }, 64);
+    all_served(2, TOP_K_VIEW, 30);
+    end();
+    begin_with((model_shape) { .n_slots = 9, .n_slices = 2, .slice_bytes = { 2080, 1184 } }, 64);
+    all_served(2, TOP_K_VIEW, 10);
+    end();
+    begin_with((model_shape) { .n_slots = 9, .n_slices = 3, .slice_bytes = { 1120, 1120, 2208 }, .offset_align = 512,
+                               .memory_align = 4 }, 64);
+    all_served(2, TOP_K_VIEW, 10);
+    end();
+}
+
+static void view_of_slots(void) {
+    begin();
+    graph_build(&g, &w, 1, TOP_K_VIEW);
+    graph_route(&g);
+    CHECK(graph_run(&g, tap) == 0, "the graph is computed");
+    const ggml_tensor *own = &w.tensors[1][2], *view = g.layers[1].matmuls[2].src[0];
+    const ggml_tensor *slots = g.layers[1].matmuls[2].src[2];
+    CHECK(view != own && view->type == own->type && view->ne[0] == own->ne[0] && view->ne[1] == own->ne[1],
+          "the view is of the original's type and shape");
+    CHECK(view->ne[2] == m.classes[0].n_slots && view->nb[2] == m.classes[0].stride_bytes && view->nb[1] == own->nb[1],
+          "with slots in place of experts");
+    CHECK(view->nb[3] == view->nb[2] * m.classes[0].n_slots && view->op == OP_NONE && !view->view_src, "a plain tensor");
+    CHECK(slots->nb[0] == 4 && slots->nb[1] == 12 && slots->op == OP_NONE && !slots->view_src && !slots->src[0],
+          "slot numbers lie side by side");
+    CHECK(g.layers[1].matmuls[0].src[2] == slots, "a layer's nodes share them");
+    CHECK(own->data == m.files[0] + m.layers[1].slices[2].offset_bytes && own->ne[2] == m.shape.n_experts,
+          "the model's tensor is not touched");
+    end();
+}
+
+/* What the tap answers decides how a graph is cut into pieces. */
+static void answers(void) {
+    begin();
+    graph_build(&g, &w, 1, TOP_K_VIEW);
+    graph_route(&g);
+    CHECK(graph_run(&g, tap) == 0 && g.n_callbacks == m.shape.n_layers, "one stop per layer");
+    graph_layer *l = &g.layers[0];
+    CHECK(!gp_tap_eval(&l->ranking, true, tap), "no stop at a ranking, for its view follows");
+    CHECK(gp_tap_eval(&l->top_k, true, tap), "a stop at the router's result");
+    CHECK(gp_tap_eval(&l->top_k, false, tap), "true after it: false would end the graph in silence");
+    CHECK(!gp_tap_eval(&l->other, true, tap), "no stop at any other node");
+    CHECK(!gp_tap_eval(&l->matmuls[0], true, tap), "nor at a served one");
+    CHECK(gp_tap_eval(&l->other, false, tap), "true whatever was computed");
+    gp_tap_idle(tap);
+    end();
+}
+
+static void a_split_may_end_anywhere(void) {
+    begin();
+    for (uint32_t at = 1; at < 18; at++) {
+        graph_build(&g, &w, 2, TOP_K_VIEW);
+        graph_route(&g);
+        g.split_at = at;
+        CHECK(graph_run(&g, tap) == 0 && g.n_from_slots == n_matmuls(), "a split ends without a call back");
+    }
+    end();
+}
+
+/* Ids that are an input: no stop tells where one graph ends and the next begins, and both use the same tensors. */
+static void given_ids_of_one_graph_after_another(void) {
+    begin();
+    for (int i = 0; i < 20; i++) {
+        build(1 + i % 2, GIVEN_IDS);
+        CHECK(graph_run(&g, tap) == 0, "the graph is computed, with the right bytes");
+        if (i % 5 == 4) {
+            gp_tap_idle(tap);
+        }
+    }
+    gp_tap_idle(tap);
+    build(1, GIVEN_IDS);
+    CHECK(graph_run(&g, tap) == 0 && g.n_from_slots == n_matmuls(), "after a decode the next one is served");
+    for (int i = 0; i < 5; i++) {       /* the same graph, used again */
+        graph_route(&g);
+        CHECK(graph_run(&g, tap) == 0, "the graph is computed, with the right bytes");
+    }
+    end();
+}
+
+/* ---- left alone ------------------------------------------------------------------------------------------------- */
+
+static void ids_that_may_not_be_computed(void) {
+    begin();
+    build(2, UNNAMED_VIEW);
+    all_left_alone("ids that are not known to be computed are not read");
+    build(2, TOP_K_VIEW);
+    CHECK(graph_run(&g, tap) == 0 && g.n_from_slots == n_matmuls(), "the next graph is served");
+    build(2, UNNAMED_VIEW);
+    all_left_alone("known ids at the same address in an earlier graph say nothing of these");
+    end();
+}
+
+static void ids_elsewhere(void) {
+    begin();
+    build(2, TOP_K_VIEW);
+    for (uint32_t i = 0; i < m.shape.n_layers; i++) {
+        g.layers[i].top_k.buffer = &graph_device_buffer;
+    }
+    all_left_alone("ids on a device are not read");
+    build(2, TOP_K_VIEW);
+    for (uint32_t i = 0; i < m.shape.n_layers; i++) {
+        g.layers[i].top_k.buffer = NULL;
+    }
+    all_left_alone("ids without a buffer are not read");
+    build(2, TOP_K_VIEW);
+    for (uint32_t i = 0; i < m.shape.n_layers; i++) {
+        g.layers[i].top_k.ne[2] = 2;
+    }
+    all_left_alone("ids in three dimensions are not understood");
+    end();
+}
+
+static void more_ids_than_foreseen(void) {
+    begin_with((model_shape) { .n_slots = 9 }, 6);
+    build(2, TOP_K_VIEW);
+    CHECK(graph_run(&g, tap) == 0 && g.n_from_slots == n_matmuls(), "as many ids as foreseen are served");
+    build(3, TOP_K_VIEW);
+    all_left_alone("more have no room");
+    end();
+}
+
+/* One row of the ids is nonsense, the others are not: the graph's own check does not apply, its nodes are asked alone. */
+static void ids_out_of_range(void) {
+    begin();
+    const int32_t bad[] = { -1, 9, INT32_MIN, INT32_MAX };
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        build(2, TOP_K_VIEW);
+        graph_layer *l = &g.layers[0];
+        l->chosen[1][2] = bad[i];
+        memcpy(l->ranking_data, l->chosen, sizeof l->ranking_data);
+        const uint64_t before = left_alone(0);
+        (void) gp_tap_eval(&l->ranking, true, tap);
+        (void) gp_tap_eval(&l->top_k, true, tap);
+        (void) gp_tap_eval(&l->top_k, false, tap);
+        CHECK(!gp_tap_eval(&l->matmuls[0], true, tap), "no stop");
+        CHECK(l->matmuls[0].src[0] == &w.tensors[0][0] && l->matmuls[0].src[2] == &l->top_k && left_alone(0) == before + 1,
+              "ids that name no expert are left to llama.cpp");
+        CHECK(!gp_tap_abort(tap), "and are no failure");
+    }
+    build(2, TOP_K_VIEW);
+    CHECK(graph_run(&g, tap) == 0 && g.n_from_slots == n_matmuls(), "the next graph is served");
+    end();
+}
+
+static void no_tokens(void) {
+    begin();
+    all_served(1, TOP_K_VIEW, 1);
+    graph_build(&g, &w, 0, TOP_K_VIEW);
+    CHECK(graph_run(&g, tap) == 0 && g.n_from_mapping == n_matmuls() && left_alone(0) == 0,
+          "a node without tokens is not touched, and no loss");
+    all_served(1, TOP_K_VIEW, 1);
+    end();
+}
+
+static void another_tensor_with_these_ids(void) {
+    begin();
+    build(2, TOP_K_VIEW);
+    ggml_tensor low_rank = w.tensors[0][1];
+    strcat(low_rank.name, ".lora_a");
+    graph_layer *l = &g.layers[0];
+    l->lora = l->matmuls[1];
+    l->lora.src[0] = &low_rank;
+    /* In the graph right before the layer's own. */
+    memmove(&g.nodes[4], &g.nodes[3], (g.n_nodes - 3) * sizeof g.nodes[0]);
+    g.nodes[3] = &l->lora;
+    g.n_nodes++;
+    CHECK(graph_run(&g, tap) == 0, "the graph is computed");
+    CHECK(l->lora.src[0] == &low_rank && l->lora.src[2] == &l->top_k, "LoRA's own multiply is not touched");
+    CHECK(g.n_from_slots == n_matmuls() && left_alone(0) == 0, "the layer's is served all the same");
+    end();
+}
+
+static void changed_weights(void (*change)(ggml_tensor *), const char *why) {
+    begin();
+    for (uint32_t s = 0; s < m.shape.n_slices; s++) {
+        change(&w.tensors[0][s]);
+    }
+    build(1, TOP_K_VIEW);
+    for (int again = 0; again < 2; again++) {
+        for (uint32_t i = 0; i < g.n_nodes; i++) {
+            if (gp_tap_eval(g.nodes[i], true, tap)) {
+                memcpy(g.layers[0].ranking_data, g.layers[0].chosen, sizeof g.layers[0].chosen);
+                memcpy(g.layers[1].ranking_data, g.layers[1].chosen, sizeof g.layers[1].chosen);
+                memcpy(g.layers[2].ranking_data, g.layers[2].chosen, sizeof g.layers[2].chosen);
+                CHECK(gp_tap_eval(g.nodes[i], false, tap), "the graph goes on");
+            }
+        }
+        for (uint32_t s = 0; s < m.shape.n_slices; s++) {
+            CHECK(g.layers[0].matmuls[s].src[0] == &w.tensors[0][s] && g.layers[0].matmuls[s].src[2] == &g.layers[0].top_k,
+                  why);
+            CHECK(g.layers[1].matmuls[s].src[0] != &w.tensors[1][s], "the other layers are served");
+        }
+    }
+    end();
+}
+
+static void of_another_type(ggml_tensor *t)  { t->type++; }
+static void on_a_device(ggml_tensor *t)      { t->buffer = &graph_device_buffer; }
+static void without_a_buffer(ggml_tensor *t) { t->buffer = NULL; }
+static void of_other_rows(ggml_tensor *t)    { t->ne[1]--; }
+static void of_other_columns(ggml_tensor *t) { t->ne[0]--; }
+static void of_fewer_experts(ggml_tensor *t) { t->ne[2]--; }
+static void of_four_dimensions(ggml_tensor *t) { t->ne[3] = 2; }
+static void of_another_stride(ggml_tensor *t)  { t->nb[2] += 32; }
+static void that_are_computed(ggml_tensor *t)  { t->op = OP_OTHER; }
+
+static void before_the_pager_is_there(void) {
+    model_make(&m, (model_shape) { .n_slots = 9, .n_used = 3 });
+    weights_map(&w, &m);
+    CHECK(gp_tap_open(&tap, &graph_ggml, 64, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+    build(2, TOP_K_VIEW);
+    CHECK(graph_run(&g, tap) == 0 && g.n_from_mapping == n_matmuls(), "without a pager every node is left as it is");
+    gp_tap_idle(tap);
+    CHECK(!gp_tap_abort(tap) && gp_tap_take_failure(tap).error == 0, "and nothing has failed");
+    pager = model_open(&m);
+    CHECK(gp_tap_attach(tap, pager) == 0, "a tap is attached");
+    all_served(2, TOP_K_VIEW, 3);
+    end();
+}
+
+int main(void) {
+    check_begin();
+    tokens_and_batches();
+    shapes_of_layers();
+    view_of_slots();
+    answers();
+    a_split_may_end_anywhere();
+    given_ids_of_one_graph_after_another();
+    ids_that_may_not_be_computed();
+    ids_elsewhere();
+    more_ids_than_foreseen();
+    ids_out_of_range();
+    no_tokens();
+    another_tensor_with_these_ids();
+    changed_weights(of_another_type, "weights of another type are not ours");
+    changed_weights(on_a_device, "weights on a device are not ours");
+    changed_weights(without_a_buffer, "weights without a buffer are not ours");
+    changed_weights(of_other_rows, "weights of another shape are not ours");
+    changed_weights(of_other_columns, "weights of another shape are not ours");
+    changed_weights(of_fewer_experts, "weights of fewer experts are not ours");
+    changed_weights(of_four_dimensions, "weights of four dimensions are not ours");
+    changed_weights(of_another_stride, "weights with gaps are not ours");
+    changed_weights(that_are_computed, "weights that are computed are not ours");
+    before_the_pager_is_there();
+    return 0;
+}

@@ -1,0 +1,119 @@
+"""Imports within the package run one way, and importing it costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "gguf_pager"
+
+# A module imports from those above it only.
+ORDER = ("errors", "_native", "engine", "layout", "budget", "probe", "cap", "pager", "residency", "hooks", "llama",
+         "doctor", "report", "cli", "__main__")
+
+ANY_NAME = ("__version__",)  # of the package itself, which is complete before any module is
+
+USERS_OF_LLAMA_CPP = {"hooks", "llama"}
+USERS_OF_NATIVE = {"engine", "pager", "residency", "hooks", "doctor"}
+
+
+def room(path: Path) -> str:
+    """Return the module, or the folder of modules, that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def files() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+def imports(path: Path, *, whole: bool = True) -> Iterator[str]:
+    """Yield the dotted names that a file imports; with `whole` false only those that run when it is imported."""
+    tree = ast.parse(path.read_text())
+    nodes: list[ast.AST] = list(ast.walk(tree)) if whole else list(tree.body)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def package_imports(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports from, anywhere in it."""
+    found = set()
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "gguf_pager" and len(parts) > 1 and parts[1] not in ANY_NAME:
+            found.add(parts[1])
+    return found
+
+
+def test_table_holds_every_module() -> None:
+    assert {room(path) for path in files()} | {"_native"} == set(ORDER), "a new module has its place in ORDER"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_import_from_above_only(path: Path) -> None:
+    own = room(path)
+    for name in package_imports(path):
+        if own == "cli" and name in ("cli", "Llama"):  # commands share their folder, and open models as users do
+            continue
+        assert name in ORDER, f"{path.name} imports gguf_pager.{name}"
+        assert ORDER.index(name) < ORDER.index(own), f"{own} imports {name}"
+
+
+def test_only_the_hooks_and_the_face_import_llama_cpp() -> None:
+    """Commands may, in the functions that need it, so that `--help` does not load it."""
+    users = {room(path) for path in files() if any(name.split(".")[0] == "llama_cpp" for name in imports(path))}
+    assert users - {"cli"} == USERS_OF_LLAMA_CPP
+    for path in files():
+        if room(path) not in USERS_OF_LLAMA_CPP:
+            assert not any(name.split(".")[0] == "llama_cpp" for name in imports(path, whole=False)), path
+
+
+def test_only_few_modules_use_the_core() -> None:
+    assert {room(path) for path in files() if "_native" in package_imports(path)} == USERS_OF_NATIVE
+
+
+def python(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False,
+                          cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    loaded = python("import sys, gguf_pager; print(*sorted(m for m in sys.modules if '.' not in m))").split()
+    assert not {"llama_cpp", "numpy", "gguf", "psutil", "ctypes", "click"} & set(loaded)
+
+
+@pytest.mark.parametrize("module", [name for name in ORDER if name not in ("hooks", "llama", "cli", "__main__")])
+def test_modules_load_without_llama_cpp(module: str) -> None:
+    assert python(f"import sys, gguf_pager.{module}; print('llama_cpp' in sys.modules)") == "False"
+
+
+def test_every_name_that_is_promised_is_there() -> None:
+    found = python(
+        "import gguf_pager\n"
+        "assert set(gguf_pager.__all__) <= set(dir(gguf_pager))\n"
+        "for name in gguf_pager.__all__: assert getattr(gguf_pager, name).__name__ == name, name\n"
+        "print(len(gguf_pager.__all__))\n"
+    )
+    assert int(found) >= 15
+
+
+def test_name_that_does_not_exist_is_an_attribute_error() -> None:
+    assert python(
+        "import gguf_pager\ntry: gguf_pager.Lama\nexcept AttributeError as error: print(error)"
+    ) == "module 'gguf_pager' has no attribute 'Lama'"
+
+
+def test_from_import_of_the_drop_in_bounds_spinning_before_llama_cpp_is_loaded() -> None:
+    program = ("import os; [os.environ.pop(n, None) for n in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')]\n"
+               "from gguf_pager import Llama; print(os.environ['GOMP_SPINCOUNT'])")
+    assert python(program) == "20000"
