@@ -58,13 +58,21 @@ void weights_map(weights *w, const model *m) {
 
 /* ---- graphs ----------------------------------------------------------------------------------------------------- */
 
+graph_layer *graph_layer_of(graph *g, uint32_t layer) {
+    return &g->layers[(layer + g->shift) % g->w->m->shape.n_layers];
+}
+
+ggml_tensor *graph_matmul(graph *g, uint32_t layer, uint32_t slice) {
+    return &graph_layer_of(g, layer)->matmuls[(slice + g->shift) % g->w->m->shape.n_slices];
+}
+
 static void add(graph *g, ggml_tensor *node) {
     CHECK(g->n_nodes < GRAPH_NODES, "the test's graphs are small");
     g->nodes[g->n_nodes++] = node;
 }
 
 static void build_ids(graph *g, uint32_t layer) {
-    graph_layer *l = &g->layers[layer];
+    graph_layer *l = graph_layer_of(g, layer);
     const int64_t k = g->w->m->shape.n_used, n_tokens = g->n_tokens;
     l->ids_node = new_ids(g->source == GIVEN_IDS ? OP_NONE : OP_CAST, "ids", layer, l->ids_data, k, n_tokens);
     l->ids = &l->ids_node;
@@ -104,7 +112,7 @@ void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source) {
     g->n_nodes = 0;
     g->split_at = 0;
     for (uint32_t i = 0; i < w->m->shape.n_layers; i++) {
-        graph_layer *l = &g->layers[i];
+        graph_layer *l = graph_layer_of(g, i);
         build_ids(g, i);
         l->other = new_tensor(OP_OTHER, TYPE_F32, "ffn_moe_weights", i);
         set_shape(&l->other, sizeof(float), 1, n_tokens, 1);
@@ -112,7 +120,7 @@ void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source) {
         add(g, &l->other);
         for (uint32_t s = 0; s < w->m->shape.n_slices; s++) {
             const uint32_t slice = w->m->shape.n_slices == 1 ? 0 : order[s];
-            ggml_tensor *node = &l->matmuls[slice];
+            ggml_tensor *node = graph_matmul(g, i, slice);
             *node = new_tensor(OP_MUL_MAT_ID, TYPE_F32, "ffn_moe_matmul", i);
             set_shape(node, sizeof(float), 1, w->m->shape.n_used, n_tokens);
             node->src[0] = &w->tensors[i][slice];
@@ -125,7 +133,7 @@ void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source) {
 
 void graph_route(graph *g) {
     for (uint32_t i = 0; i < g->w->m->shape.n_layers; i++) {
-        graph_layer *l = &g->layers[i];
+        graph_layer *l = graph_layer_of(g, i);
         for (uint32_t t = 0; t < g->n_tokens; t++) {
             model_draw(g->w->m, l->chosen[t], g->w->m->shape.n_used);
             if (g->source == GIVEN_IDS) {
@@ -155,12 +163,12 @@ static int32_t id_at(const ggml_tensor *ids, uint32_t rank, uint32_t token) {
 }
 
 static void multiply(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
-    const ggml_tensor *node = &g->layers[layer].matmuls[slice];
+    const graph_layer *l = graph_layer_of(g, layer);
+    const ggml_tensor *node = graph_matmul(g, layer, slice);
     const ggml_tensor *experts = node->src[0], *ids = node->src[2];
     const bool is_mapping = experts == &g->w->tensors[layer][slice];
     const bool is_void = tap && gp_tap_abort(tap);      /* what this node computes is thrown away */
-    CHECK(!is_mapping || ids == g->layers[layer].ids, "2: a node points at its own tensors or at both of ours");
-    CHECK(is_mapping || ids != g->layers[layer].ids, "2: a node points at its own tensors or at both of ours");
+    CHECK(is_mapping == (ids == l->ids), "2: a node points at its own tensors or at both of ours");
     CHECK(ids->ne[0] == g->w->m->shape.n_used && ids->ne[1] == g->n_tokens && ids->type == TYPE_I32,
           "slot numbers look as expert ids do");
     CHECK(!is_void || !is_mapping, "4: after a failure the mapping is not touched");
@@ -170,7 +178,7 @@ static void multiply(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
             CHECK(id >= 0 && id < experts->ne[2], "a slot's number lies within the view");
             const char *row = (const char *) experts->data + (uint64_t) id * experts->nb[2];
             const uint64_t bytes = g->w->m->layers[layer].slices[slice].slice_bytes;
-            CHECK(is_void || memcmp(row, model_truth(g->w->m, layer, slice, g->layers[layer].chosen[t][r]), bytes) == 0,
+            CHECK(is_void || memcmp(row, model_truth(g->w->m, layer, slice, l->chosen[t][r]), bytes) == 0,
                   "a node computes with the bytes of the chosen expert");
         }
     }
@@ -180,14 +188,14 @@ static void multiply(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
 
 static void compute(graph *g, ggml_tensor *node, gp_tap *tap) {
     for (uint32_t i = 0; i < g->w->m->shape.n_layers; i++) {
-        graph_layer *l = &g->layers[i];
+        graph_layer *l = graph_layer_of(g, i);
         if (node == &l->ranking) {
             compute_ranking(g, l);
         } else if (node == &l->ids_node) {
             compute_ids(g, l);
         }
         for (uint32_t s = 0; s < g->w->m->shape.n_slices; s++) {
-            if (node == &l->matmuls[s]) {
+            if (node == graph_matmul(g, i, s)) {
                 multiply(g, i, s, tap);
             }
         }

@@ -49,6 +49,7 @@ typedef struct {
     weights     *w;
     uint32_t     n_tokens;
     id_source    source;
+    uint32_t     shift;             /* set before building: layer l lies in layers[l + shift], its slices likewise */
     graph_layer  layers[MODEL_LAYERS];
     ggml_tensor *nodes[GRAPH_NODES];
     uint32_t     n_nodes;
@@ -57,6 +58,9 @@ typedef struct {
     /* What the last run did. */
     uint32_t     n_from_slots, n_from_mapping, n_callbacks;
 } graph;
+
+graph_layer *graph_layer_of(graph *g, uint32_t layer);
+ggml_tensor *graph_matmul(graph *g, uint32_t layer, uint32_t slice);
 
 /* Builds the graph from nothing, as llama.cpp does in memory that it used for the last one. */
 void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source);

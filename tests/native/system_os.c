@@ -1,0 +1,119 @@
+/* system_os FILE: the operating system's own table keeps the contract of os.h. FILE holds 30,000 bytes, i % 251 each. */
+#define _POSIX_C_SOURCE 200809L
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+
+#include "check.h"
+#include "os.h"
+
+enum { FILE_BYTES = 30000, LAST_PAGE = FILE_BYTES / 4096 * 4096, ALIGNED = 4096 };
+
+static const gp_os *const os = &gp_os_system;
+static _Alignas(ALIGNED) unsigned char buffer[4 * ALIGNED];
+
+static bool is_right(uint64_t from, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        if (buffer[i] != (from + (uint64_t) i) % 251) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void buffered_files(const char *path) {
+    int fd;
+    CHECK(os->file_open(path, false, &fd) == 0 && fd >= 0, "a file opens");
+    CHECK(fcntl(fd, F_GETFD) & FD_CLOEXEC, "a child process does not inherit it");
+    CHECK(os->file_read(fd, buffer, 100, 77) == 100 && is_right(77, 100), "any range can be read");
+    CHECK(os->file_read(fd, buffer, 100, FILE_BYTES - 40) == 40 && is_right(FILE_BYTES - 40, 40), "the end cuts it short");
+    CHECK(os->file_read(fd, buffer, 100, FILE_BYTES) == 0, "behind the end there is nothing");
+    gp_file_id id;
+    CHECK(os->file_identify(fd, &id) == 0, "a file has an identity");
+    struct stat status;
+    CHECK(fstat(fd, &status) == 0 && id.size_bytes == FILE_BYTES && id.inode == status.st_ino, "its own");
+    CHECK(id.modified_ns / 1000000000 == status.st_mtime, "with a time in nanoseconds");
+    CHECK(os->file_close(fd) == 0, "a file closes");
+    CHECK(os->file_read(fd, buffer, 1, 0) == -EBADF && os->file_close(fd) == -EBADF, "errors are negative errnos");
+    CHECK(os->file_identify(fd, &id) == -EBADF, "of each call");
+    CHECK(os->file_open("/nonexistent/file", false, &fd) == -ENOENT, "also of open");
+    uint32_t at, memory;
+    CHECK(os->file_alignment("/nonexistent/file", &at, &memory) == -ENOENT, "and of the question for alignment");
+}
+
+static void direct_files(const char *path) {
+    uint32_t at, memory;
+    const int error = os->file_alignment(path, &at, &memory);
+    if (error != 0) {
+        CHECK(error == -ENOTSUP || error == -EINVAL, "a file system without direct reads says so");
+        return;
+    }
+    CHECK(at > 0 && memory > 0 && at <= ALIGNED && memory <= ALIGNED && (at & (at - 1)) == 0 && (memory & (memory - 1)) == 0,
+          "alignments are powers of two and no larger than a page");
+    int fd;
+    CHECK(os->file_open(path, true, &fd) == 0, "a file opens for direct reads");
+    CHECK(os->file_read(fd, buffer, ALIGNED, ALIGNED) == ALIGNED && is_right(ALIGNED, ALIGNED), "aligned ranges come");
+    CHECK(os->file_read(fd, buffer + memory, 2 * at, at) == 2 * at, "as little aligned as was said");
+    const int64_t got = os->file_read(fd, buffer, 2 * ALIGNED, LAST_PAGE);
+    CHECK(got >= FILE_BYTES - LAST_PAGE && is_right(LAST_PAGE, FILE_BYTES - LAST_PAGE), "the end cuts it short");
+    CHECK(os->file_close(fd) == 0, "a file closes");
+}
+
+static void memory(void) {
+    static const size_t sizes[] = { 1, 4096, 100000, (2 << 20) - 4096, (5 << 20) + 3 };
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        void *at;
+        CHECK(os->memory_open(&at, sizes[i]) == 0 && (uintptr_t) at % 4096 == 0, "memory begins at a page");
+        char *bytes = at;
+        CHECK(bytes[0] == 0 && bytes[sizes[i] - 1] == 0, "it is empty");
+        memset(bytes, 1, sizes[i]);
+        const int locked = gp_os_memory_lock(at, sizes[i]);
+        CHECK(locked == 0 || locked == -ENOMEM || locked == -EPERM || locked == -EAGAIN, "it is locked or the limit is told");
+        os->memory_close(at, sizes[i]);
+    }
+    void *at = buffer;
+    CHECK(os->memory_open(&at, SIZE_MAX / 4 * 3 / ALIGNED * ALIGNED) == -ENOMEM && !at, "too much is refused");
+    os->memory_close(NULL, 0);
+}
+
+static void *body(void *data) {
+    *(int *) data = 42;
+    char frame[64 << 10];       /* a reader's frames are far smaller */
+    memset(frame, 1, sizeof frame);
+    *(int *) data += frame[100];
+    return data;
+}
+
+static void threads_and_time(void) {
+    int seen = 0;
+    pthread_t thread;
+    CHECK(os->thread_start(&thread, body, &seen) == 0, "a thread starts");
+    void *result;
+    pthread_join(thread, &result);
+    CHECK(seen == 43 && result == &seen, "and runs its body");
+    const uint64_t before = os->now_ns();
+    nanosleep(&(struct timespec) { .tv_nsec = 2000000 }, NULL);
+    const uint64_t passed = os->now_ns() - before;
+    CHECK(passed >= 2000000 && passed < 5000000000, "the clock counts nanoseconds");
+}
+
+/* What cannot be switched is left alone; end without begin does nothing. */
+static void lazy_load_of_something_else(void) {
+    const int begun = gp_os_lazy_load_begin("/nonexistent/libllama.so");
+    CHECK(begun == -ENOTSUP || begun == 0, "an unknown library is not touched");
+    gp_os_lazy_load_end();
+    gp_os_lazy_load_end();
+}
+
+int main(int argc, char **argv) {
+    check_begin();
+    CHECK(argc == 2, "a file is given");
+    buffered_files(argv[1]);
+    direct_files(argv[1]);
+    memory();
+    threads_and_time();
+    lazy_load_of_something_else();
+    return 0;
+}

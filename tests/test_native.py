@@ -1,0 +1,180 @@
+"""The C core, compiled against the fake operating system in tests/native and run: plain and under sanitizers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE = Path(os.environ.get("GGUF_PAGER_NATIVE", ROOT / "native"))
+HERE = ROOT / "tests" / "native"
+TRACE = ROOT / "scripts" / "traces" / "qwen3-30b-a3b" / "code.npz"
+
+CORE = ("arena", "fetch", "pager", "policy", "slots", "tap")
+SUPPORT = ("fake_os", "model", "graph")
+OF_SYSTEM = ("system_os",)
+WITH_ARGUMENTS = ("policy_replay", "system_os")
+PROGRAMS = tuple(sorted(path.stem for path in HERE.glob("*.c") if path.stem not in SUPPORT))
+
+WARNINGS = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-pthread")
+VARIANTS = {
+    "plain": ("-O2", "-DNDEBUG"),  # as setuptools compiles the extension
+    "address": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-O1", "-g", "-fsanitize=thread"),
+}
+RENAMED = ("-Dmalloc=fake_malloc", "-Dcalloc=fake_calloc", "-Dfree=fake_free")
+RUN_SECONDS = 60
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc")
+
+
+def _compile(*arguments: object) -> None:
+    done = subprocess.run([str(argument) for argument in (_compiler(), *arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Build:
+    """The test programs of one variant, compiled when they are first asked for."""
+
+    def __init__(self, variant: str, folder: Path) -> None:
+        self.folder = folder
+        self.flags = (*WARNINGS, *VARIANTS[variant], f"-I{HERE}", f"-I{NATIVE}")
+        self.reason = self._reason_to_skip()
+        if self.reason is None:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(self._object, (*CORE, *SUPPORT)))
+                list(pool.map(self._program, PROGRAMS))
+
+    def _reason_to_skip(self) -> str | None:
+        if _compiler() is None:
+            return "there is no C compiler"
+        source = self.folder / "probe.c"
+        source.write_text("int main(void) { return 0; }\n")
+        probe = subprocess.run([str(_compiler()), *self.flags, str(source), "-o", str(self.folder / "probe")],
+                               capture_output=True, text=True)
+        if probe.returncode != 0:
+            return f"the compiler lacks this sanitizer: {probe.stderr.strip().splitlines()[-1]}"
+        ran = subprocess.run([str(self.folder / "probe")], capture_output=True, text=True)
+        return None if ran.returncode == 0 else f"this system cannot run the sanitizer: {ran.stderr.strip()[:200]}"
+
+    def _object(self, name: str) -> None:
+        source, renamed = (NATIVE / f"{name}.c", RENAMED) if name in CORE else (HERE / f"{name}.c", ())
+        _compile(*self.flags, *renamed, "-c", source, "-o", self.folder / f"{name}.o")
+
+    def _program(self, name: str) -> None:
+        system = "os_macos" if platform.system() == "Darwin" else "os_linux"
+        parts = ([NATIVE / f"{system}.c"] if name in OF_SYSTEM
+                 else [self.folder / f"{part}.o" for part in (*CORE, *SUPPORT)])
+        _compile(*self.flags, HERE / f"{name}.c", *parts, "-o", self.folder / name)
+
+    def run(self, name: str, *arguments: str, text: str = "") -> str:
+        """Run a program and return what it printed; it says on standard error what does not hold."""
+        done = subprocess.run([str(self.folder / name), *arguments], input=text, capture_output=True, text=True,
+                              timeout=RUN_SECONDS)
+        assert done.returncode == 0, f"{name} ended with {done.returncode}:\n{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    made = Build(request.param, tmp_path_factory.mktemp(f"native_{request.param}"))
+    if made.reason is not None:
+        pytest.skip(f"{request.param}: {made.reason}")
+    return made
+
+
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in WITH_ARGUMENTS])
+def test_program_finds_nothing_wrong(build: Build, program: str) -> None:
+    build.run(program)
+
+
+def test_system_os_keeps_its_contract(build: Build, tmp_path: Path) -> None:
+    path = tmp_path / "numbers"
+    path.write_bytes(bytes(i % 251 for i in range(30_000)))
+    build.run("system_os", str(path))
+
+
+# ---- policies: counted again in Python, to the unit -------------------------------------------------------------------
+
+
+def _recorded_ids() -> np.ndarray:
+    """Return [token, layer, rank]: 150 tokens of four layers of Qwen3-30B-A3B, with little and with much locality."""
+    experts = np.load(TRACE)["experts"]
+    return experts[[0, 5, 16, 40], 300:450].transpose(1, 0, 2)
+
+
+def _worth(policy: str, uses: int, age: int, away: int, n_layers: int) -> float:
+    return float(-(age * n_layers + away)) if policy == "lru" else uses / (age + 1)
+
+
+def _replay(policy: str, n_slots: int, ids: np.ndarray) -> list[tuple[int, int, int]]:
+    """Return (hits, misses, evictions) per layer, as slots.c describes its choice: free, then least worth, floors kept."""
+    _, n_layers, n_used = ids.shape
+    floor = min(n_used, n_slots // n_layers)
+    slots: list[tuple[int, int] | None] = [None] * n_slots
+    where: dict[tuple[int, int], int] = {}
+    uses: Counter[tuple[int, int]] = Counter()
+    last: dict[tuple[int, int], int] = {}
+    clock = [0] * n_layers
+    hits, misses, evictions = [0] * n_layers, [0] * n_layers, [0] * n_layers
+    for token in ids.tolist():
+        for layer, chosen in enumerate(token):
+            clock[layer] += 1
+            wanted = [(layer, expert) for expert in chosen]
+            for key in wanted:
+                uses[key] += 1
+                last[key] = clock[layer]
+            held = {where[key] for key in wanted if key in where}
+            hits[layer] += len(held)
+            for key in wanted:
+                if key in where:
+                    continue
+                misses[layer] += 1
+                if None in slots:
+                    at = slots.index(None)
+                else:
+                    kept = Counter(owner for owner, _ in filter(None, slots))
+                    at = min(
+                        (i for i, (owner, _) in enumerate(filter(None, slots))
+                         if i not in held and (owner == layer or kept[owner] > floor)),
+                        key=lambda i: _worth(policy, uses[slots[i]], clock[slots[i][0]] - last[slots[i]],
+                                             (slots[i][0] - layer) % n_layers or n_layers, n_layers),
+                    )
+                    evictions[slots[at][0]] += 1
+                    del where[slots[at]]
+                slots[at] = key
+                where[key] = at
+                held.add(at)
+    return list(zip(hits, misses, evictions, strict=True))
+
+
+GOLDEN = {
+    ("lru", 64): [242, 590, 640, 665],
+    ("lru", 128): [513, 810, 848, 844],
+    ("lru", 256): [1023, 1094, 1106, 1078],
+    ("lfru", 64): [236, 656, 667, 698],
+    ("lfru", 128): [553, 890, 905, 874],
+    ("lfru", 256): [1035, 1106, 1119, 1095],
+}
+"""Hits per layer, of 1,200; 64, 128 and 256 slots are 12.5, 25 and 50 % of four layers' 128 experts."""
+
+
+@pytest.mark.parametrize(("policy", "n_slots"), GOLDEN)
+def test_policy_hits_are_golden(build: Build, policy: str, n_slots: int) -> None:
+    ids = _recorded_ids()
+    n_tokens, n_layers, n_used = ids.shape
+    text = f"{n_layers} 128 {n_used} {n_tokens}\n" + " ".join(map(str, ids.reshape(-1).tolist()))
+    printed = build.run("policy_replay", policy, str(n_slots), text=text)
+    counted = [tuple(map(int, line.split())) for line in printed.splitlines()]
+    assert counted == _replay(policy, n_slots, ids)
+    assert [hits for hits, _, _ in counted] == GOLDEN[policy, n_slots]
