@@ -48,7 +48,7 @@ static bool child_ends_well(void) {
     if (pid == 0) {
         _exit(child());
     }
-    int status;
+    int status = 0;
     CHECK(pid > 0 && waitpid(pid, &status, 0) == pid, "the test can fork");
     return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }

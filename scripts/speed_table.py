@@ -1,0 +1,56 @@
+"""Writes the README's speed table from the rows that scripts/compare.py printed; run it after adding rows.
+
+    $ python scripts/compare.py models/qwen3-30b-16l.gguf --cap 2.1GB ... | grep '^{' >> benchmarks/results/MACHINE/compare.jsonl
+    $ python scripts/speed_table.py
+
+With --check it changes nothing and fails if the README is not what it would write.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- speed table: scripts/speed_table.py -->\n", "<!-- end of speed table -->\n"
+FIGURES = (("decode_ts", "decode, tok/s", 1), ("prefill_ts", "prefill of 512 tokens, tok/s", 1),
+           ("mb_per_token", "read while decoding, MB per token", 1))
+
+
+def cell(result: dict[str, Any], key: str, mode: str) -> str:
+    """Return median and range of one figure."""
+    values = [row[key] for row in result["rows"] if row["mode"] == mode and row.get(key) is not None]
+    return f"{result['summary'][key][mode]:.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the table in Markdown: a line per figure and cap."""
+    lines = ["| memory cap | | gguf_pager | stock, mmap | ratio |", "|---|---|---|---|---|"]
+    for result in results:
+        cap = f"{result['rows'][0]['cap_bytes'] / 1e9:.1f} GB"
+        for key, label, _ in FIGURES:
+            if key in result["summary"]:
+                ratio = result["summary"][key]["ratio"]
+                lines.append(f"| {cap} | {label} | {cell(result, key, 'paged')} | {cell(result, key, 'stock')} | {ratio:.2f} |")
+                cap = ""
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Rewrite or check the README."""
+    results = [json.loads(line) for path in sorted((ROOT / "benchmarks" / "results").glob("*/compare.jsonl"))
+               for line in path.read_text().splitlines()]
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    head, rest = before.split(BEGIN)
+    after = head + BEGIN + table(results) + END + rest.split(END)[1]
+    if "--check" in sys.argv:
+        return int(after != before)
+    readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""The README is true on the day: its first screen has the two commands, its table is made from recorded rows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_first_screen_has_the_two_commands() -> None:
+    first_screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
+    for command in ("scripts/demo", "scripts/test"):
+        assert command in first_screen
+        assert (ROOT / command).stat().st_mode & 0o111, f"{command} is executable"
+
+
+def test_speed_table_is_made_from_recorded_rows() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "speed_table.py"), "--check"], check=False)
+    assert done.returncode == 0, "run scripts/speed_table.py"
+
+
+def test_readme_names_every_argument_of_llama() -> None:
+    from gguf_pager import Options
+
+    readme = (ROOT / "README.md").read_text()
+    for name in ("budget", *Options.__dataclass_fields__):
+        assert f"`{name}`" in readme
