@@ -38,6 +38,7 @@ _WRAPPED = (
     "llama_decode",
     "llama_encode",
     "llama_set_abort_callback",
+    "llama_set_causal_attn",
 )
 
 
@@ -73,6 +74,7 @@ class _Context:
     model: _Model
     tap: _native.Tap
     pid: int
+    is_cut: bool
     keep: tuple[Any, ...]
     """The user's own callbacks, which must live as long as the context."""
 
@@ -236,6 +238,7 @@ class _Hooks:
         if paged is None:
             return self._call("llama_init_from_model", model, params)
         params = type(params).from_buffer_copy(params)
+        is_cut = False
         params.op_offload = False  # a GPU build would copy host experts to the device for large batches
         while True:
             before = probe.process_memory()
@@ -253,10 +256,10 @@ class _Hooks:
                 raise
             self._call("llama_free", context)
             log.info("n_ubatch is %d instead of %d: the budget has no slots for more", n_ubatch, wanted)
-            params.n_ubatch = n_ubatch
+            params.n_ubatch, is_cut = n_ubatch, True
         keep = (params, params.cb_eval, params.abort_callback)
         with self._lock:
-            self.contexts[int(context)] = paged.contexts[int(context)] = _Context(paged, tap, os.getpid(), keep)
+            self.contexts[int(context)] = paged.contexts[int(context)] = _Context(paged, tap, os.getpid(), is_cut, keep)
         return context
 
     def _make_context(self, paged: _Model, params: Any) -> tuple[_native.Tap, Any]:
@@ -314,6 +317,14 @@ class _Hooks:
         if failure is not None:
             raise pager.failure_error(failure)
         return result
+
+    def llama_set_causal_attn(self, ctx: Any, causal_attn: bool, /) -> None:
+        """Refuse to let tokens see all others where batches were cut: llama.cpp would end the process."""
+        entry = self.contexts.get(_handle(ctx))
+        if entry is not None and entry.is_cut and not causal_attn:
+            raise EngineError("Non-causal attention needs whole batches, and this budget has made n_ubatch smaller: "
+                              "raise the budget or lower n_ubatch.")
+        self._call("llama_set_causal_attn", ctx, causal_attn)
 
     def llama_set_abort_callback(self, ctx: Any, abort_callback: Any, abort_callback_data: Any, /) -> None:
         """Set the user's abort callback behind ours, which must stay."""

@@ -561,3 +561,15 @@ def test_tap_survives_as_many_graphs_as_come(zoo_model: Model) -> None:
         ours, n_ubatch = rows(64)
     assert n_ubatch == 64
     assert (ours == rows(n_ubatch)[0]).all()
+
+
+def test_non_causal_attention_on_cut_batches_is_refused_instead_of_aborting(zoo_model: Model) -> None:
+    with gguf_pager.install("min"), low_level(zoo_model("qwen3moe"), n_ubatch=16) as (_, context):
+        assert low.llama_n_ubatch(context) < 16
+        low.llama_set_causal_attn(context, True)
+        with pytest.raises(gguf_pager.EngineError, match="raise the budget"):
+            low.llama_set_causal_attn(context, False)
+        assert decode_status(context, some_tokens(10)) == 0
+    with gguf_pager.install("100%"), low_level(zoo_model("qwen3moe"), n_ubatch=16) as (_, context):
+        low.llama_set_causal_attn(context, False)
+        assert decode_status(context, some_tokens(10)) == 0
