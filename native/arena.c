@@ -11,13 +11,23 @@ static uint64_t round_up(uint64_t value, uint64_t step) {
     return (value + step - 1) / step * step;
 }
 
-enum { ANY_SLOT = 1 << 20 };
+enum { ARENA_ALIGN = 4096, ANY_SLOT = 1 << 20, MAX_SLOTS = INT32_MAX / GP_MAX_SLICES };
+
+#define MAX_ARENA_BYTES (UINT64_C(1) << 47)    /* addresses a process has */
 
 static int check_slice(const gp_config *config, const gp_layer_spec *layer, const gp_slice_spec *slice) {
     const gp_class_spec *c = &config->classes[layer->shape_class];
-    if (slice->file >= config->n_paths || slice->slice_bytes == 0
-        || slice->ne[2] != (int64_t) layer->n_experts || slice->region_at + slice->region_bytes > c->stride_bytes) {
+    if (slice->file >= config->n_paths || slice->slice_bytes == 0 || slice->ne[2] != (int64_t) layer->n_experts
+        || slice->region_at > c->stride_bytes || slice->region_bytes > c->stride_bytes - slice->region_at
+        || slice->data_at > c->stride_bytes || slice->slice_bytes > c->stride_bytes
+        || slice->offset_bytes > INT64_MAX - layer->n_experts * c->stride_bytes) {
         return -EINVAL;
+    }
+    for (const gp_slice_spec *other = layer->slices; other < slice; other++) {     /* reads of both run at once */
+        if (slice->region_at < other->region_at + other->region_bytes
+            && other->region_at < slice->region_at + slice->region_bytes) {
+            return -EINVAL;
+        }
     }
     const gp_fetch_config fetch = { .direct = config->direct, .offset_align = config->offset_align,
                                     .memory_align = config->memory_align };
@@ -41,9 +51,21 @@ static int check_config(const gp_config *config) {
     if (config->n_layers == 0 || config->n_classes == 0 || config->n_paths == 0) {
         return -EINVAL;
     }
+    /* Slots begin at multiples of ARENA_ALIGN and of the stride: both must be multiples of memory_align. */
+    if (config->direct && (config->offset_align == 0 || config->memory_align == 0
+                           || ARENA_ALIGN % config->memory_align != 0)) {
+        return -EINVAL;
+    }
+    uint64_t n_slots = 0, arena_bytes = 0;
     for (uint32_t i = 0; i < config->n_classes; i++) {
-        if (config->classes[i].n_slots == 0 || config->classes[i].stride_bytes == 0
-            || (config->direct && config->classes[i].stride_bytes % config->memory_align != 0)) {
+        const gp_class_spec *c = &config->classes[i];
+        if (c->n_slots == 0 || c->stride_bytes == 0 || c->stride_bytes > MAX_ARENA_BYTES / c->n_slots
+            || (config->direct && c->stride_bytes % config->memory_align != 0)) {
+            return -EINVAL;
+        }
+        n_slots += c->n_slots;
+        arena_bytes += c->n_slots * c->stride_bytes;
+        if (n_slots > MAX_SLOTS || arena_bytes > MAX_ARENA_BYTES) {
             return -EINVAL;
         }
     }
@@ -71,18 +93,20 @@ static int open_arena(gp_pager *p) {
         return -ENOMEM;
     }
     for (uint32_t i = 0; i < config->n_classes; i++) {
-        p->arena_bytes = round_up(p->arena_bytes, 4096);
+        p->arena_bytes = round_up(p->arena_bytes, ARENA_ALIGN);
         p->arena_bytes += config->classes[i].n_slots * config->classes[i].stride_bytes;
     }
-    int error = p->os->memory_open((void **) &p->arena, p->arena_bytes);
+    void *arena;
+    int error = p->os->memory_open(&arena, p->arena_bytes);
     if (error != 0) {
         return error;
     }
+    p->arena = arena;
     /* Never swapped where the limit allows it; where it does not, doctor says what that means on a machine with swap. */
     (void) gp_os_memory_lock(p->arena, p->arena_bytes);
     uint64_t at = 0;
     for (uint32_t i = 0; i < config->n_classes; i++) {
-        at = round_up(at, 4096);
+        at = round_up(at, ARENA_ALIGN);
         p->classes[i] = (gp_class) {
             .slots = p->arena + at, .stride_bytes = config->classes[i].stride_bytes,
             .first = p->n_slots, .n_slots = config->classes[i].n_slots, .n_free = config->classes[i].n_slots,
@@ -130,7 +154,7 @@ static int open_layers(gp_pager *p) {
     for (uint32_t i = 0; i < config->n_classes; i++) {
         gp_class *c = &p->classes[i];
         const uint32_t aside = c->transient_limit < c->n_slots / 2 ? c->transient_limit : c->n_slots / 2;
-        c->batch_share = (c->n_slots - aside) / c->n_layers;
+        c->batch_share = c->n_layers ? (c->n_slots - aside) / c->n_layers : 0;
     }
     return 0;
 }
@@ -219,7 +243,9 @@ void gp_pager_close(gp_pager *p) {
     free(p->classes);
     free(p->file_ids);
     free(p->files);
-    pthread_cond_destroy(&p->released);
-    pthread_mutex_destroy(&p->lock);
+    if (getpid() == p->pid) {   /* in a fork: glibc's destroy would wait for the parent's waiters */
+        pthread_cond_destroy(&p->released);
+        pthread_mutex_destroy(&p->lock);
+    }
     free(p);
 }

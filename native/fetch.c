@@ -19,6 +19,7 @@ struct gp_fetch {
     gp_read        *first, *last;   /* lock */
     uint32_t        n_asleep;       /* lock */
     bool            closing;        /* lock */
+    uint64_t        step_bytes;     /* a multiple of both alignments */
     uint32_t        n_threads;
     pthread_t       threads[];
 };
@@ -29,6 +30,10 @@ static uint64_t round_down(uint64_t value, uint64_t step) {
 
 static uint64_t round_up(uint64_t value, uint64_t step) {
     return round_down(value + step - 1, step);
+}
+
+static bool is_power_of_two(uint32_t value) {
+    return value != 0 && (value & (value - 1)) == 0;
 }
 
 /* Chooses what to read and where to. A direct read covers whole sectors. If the cover can be placed so that the wanted
@@ -80,7 +85,8 @@ static int read_piece(gp_fetch *fetch, const gp_read *read, uint64_t piece_at, u
     if (left > fetch->config.piece_bytes) {
         left = fetch->config.piece_bytes;
     }
-    char *into = read->cover_into + piece_at;
+    char *const begin = read->cover_into + piece_at;
+    char *into = begin;
     while (left > 0 && at < wanted_end) {
         const int64_t got = fetch->os->file_read(read->fd, into, left, at);
         if (got == -EINTR) {
@@ -93,16 +99,15 @@ static int read_piece(gp_fetch *fetch, const gp_read *read, uint64_t piece_at, u
         at += (uint64_t) got;
         into += got;
         left -= (uint64_t) got;
-        /* A direct read may stop anywhere at the end of the file; elsewhere the rest would be misaligned. */
-        if (fetch->config.direct && left > 0 && at < wanted_end && at % fetch->config.offset_align != 0) {
-            const uint64_t back = at % fetch->config.offset_align;
-            at -= back;
-            into -= back;
-            left += back;
-            if ((uint64_t) got <= back) {
-                *error_offset = at;
-                return -ENODATA;
-            }
+        /* A direct read may stop anywhere; the next begins at the last place that is aligned in the file and in memory. */
+        const uint64_t back = fetch->config.direct && left > 0 && at < wanted_end
+            ? (uint64_t) (into - begin) % fetch->step_bytes : 0;
+        at -= back;
+        into -= back;
+        left += back;
+        if ((uint64_t) got <= back) {
+            *error_offset = at;
+            return -ENODATA;
         }
     }
     return 0;
@@ -184,8 +189,9 @@ int gp_fetch_open(gp_fetch **out, const gp_os *os, const gp_fetch_config *config
     if (config->n_readers == 0 || config->piece_bytes == 0) {
         return -EINVAL;
     }
-    if (config->direct && (config->offset_align == 0 || config->memory_align == 0
-                           || config->piece_bytes % config->offset_align != 0)) {
+    const uint64_t step_bytes = config->offset_align > config->memory_align ? config->offset_align : config->memory_align;
+    if (config->direct && (!is_power_of_two(config->offset_align) || !is_power_of_two(config->memory_align)
+                           || config->piece_bytes % step_bytes != 0)) {
         return -EINVAL;
     }
     gp_fetch *fetch = calloc(1, sizeof *fetch + config->n_readers * sizeof(pthread_t));
@@ -194,6 +200,7 @@ int gp_fetch_open(gp_fetch **out, const gp_os *os, const gp_fetch_config *config
     }
     fetch->os = os;
     fetch->config = *config;
+    fetch->step_bytes = step_bytes;
     pthread_mutex_init(&fetch->lock, NULL);
     pthread_cond_init(&fetch->work, NULL);
     for (uint32_t i = 0; i < config->n_readers; i++) {

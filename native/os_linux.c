@@ -256,7 +256,9 @@ static int search_object(struct dl_phdr_info *info, size_t info_bytes, void *dat
             dynamic = (const ElfW(Dyn) *) (base + header->p_vaddr);
         } else if (header->p_type == PT_GNU_RELRO) {
             s->relro_begin = base + header->p_vaddr;
-            s->relro_end = s->relro_begin + header->p_memsz;
+            /* The loader protects whole pages; the last one may hold ordinary data behind the table. */
+            const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
+            s->relro_end = (char *) (((uintptr_t) s->relro_begin + header->p_memsz) / page * page);
         }
     }
     const ElfW(Sym) *symbols = NULL;

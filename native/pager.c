@@ -37,6 +37,10 @@ static void release_from(gp_pager *p, gp_hold *hold, uint32_t first) {
         }
     }
     hold->n_slots = first;
+}
+
+static void release_and_tell(gp_pager *p, gp_hold *hold, uint32_t first) {
+    release_from(p, hold, first);
     pthread_cond_broadcast(&p->released);
 }
 
@@ -45,7 +49,7 @@ void gp_pager_release(gp_pager *p, gp_hold *hold) {
         return;
     }
     pthread_mutex_lock(&p->lock);
-    release_from(p, hold, 0);
+    release_and_tell(p, hold, 0);
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -77,13 +81,23 @@ static bool is_worth_keeping(const gp_layer *l, const gp_class *c, const gp_dema
     return better < c->batch_share;
 }
 
-/* Takes slots for all misses. Returns the number of reads, or -EBUSY with nothing taken. */
+/* Slots that could be given up now. */
+static uint32_t count_takeable(const gp_pager *p, const gp_class *c) {
+    uint32_t n = 0;
+    for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
+        const gp_slot *s = &p->slots[i];
+        n += s->state == FREE || (s->state == READY && !s->users && !s->is_pinned);
+    }
+    return n;
+}
+
+/* Takes slots for all misses. Returns the number of reads, or -EBUSY with nothing taken and nobody evicted. */
 static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint32_t *n_missed) {
     gp_layer *l = &p->layers[demand->layer];
     const gp_class *c = &p->classes[l->spec.shape_class];
     const bool is_batch = demand->n_experts > c->share && demand->n_tokens > 1;
     const uint32_t first_held = hold->n_slots;
-    uint32_t n_reads = 0;
+    uint32_t n_reads = 0, n_wanted = 0;
     *n_missed = 0;
     for (uint32_t i = 0; i < demand->n_experts; i++) {      /* hits first: our own misses must not push them out */
         const int32_t index = l->slot_of[demand->experts[i]];
@@ -94,7 +108,13 @@ static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint3
             if (!is_batch || (s->is_transient && is_worth_keeping(l, c, demand, i))) {
                 gp_slot_keep(p, s);     /* read ahead for this batch, or left over from an earlier one */
             }
+        } else {
+            n_wanted++;
         }
+    }
+    if (n_wanted > c->n_free && n_wanted > count_takeable(p, c)) {
+        release_from(p, hold, first_held);
+        return -EBUSY;
     }
     for (uint32_t i = 0; i < demand->n_experts; i++) {
         if (l->slot_of[demand->experts[i]] >= 0) {
@@ -102,17 +122,7 @@ static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint3
         }
         const bool is_transient = is_batch && !is_worth_keeping(l, c, demand, i);
         const int32_t victim = gp_slot_choose(p, l, is_transient);
-        if (victim < 0) {
-            for (uint32_t r = 0; r < n_reads; r += l->spec.n_slices) {
-                gp_slot *s = &p->slots[hold->reads[r]->tag];
-                hold->pending--;
-                s->users = 0;
-                gp_slot_empty(p, s);
-                hold->n_slots--;    /* the last ones held are the ones just taken */
-            }
-            release_from(p, hold, first_held);
-            return -EBUSY;
-        }
+        assert(victim >= 0);    /* they were counted */
         gp_slot_assign(p, (uint32_t) victim, demand->layer, demand->experts[i], is_transient);
         hold_slot(hold, &p->slots[victim], (uint32_t) victim);
         n_reads += gp_slot_prepare_reads(p, (uint32_t) victim, hold->reads + n_reads);
@@ -187,6 +197,28 @@ static struct timespec seconds_from_now(int seconds) {
     return when;
 }
 
+/* Looks at the files once the reads are done, so that no change during them is missed, for slots that nobody has done
+ * it for: our misses, reads of others that we joined, read-ahead. Unlocks meanwhile; we hold the slots. */
+static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, const gp_layer_spec *spec,
+                           gp_failure *failure) {
+    bool is_checked = true;
+    for (uint32_t i = first; i < hold->n_slots; i++) {
+        is_checked &= p->slots[hold->slots[i]].is_checked;
+    }
+    if (is_checked) {
+        return 0;
+    }
+    pthread_mutex_unlock(&p->lock);
+    const int error = check_files(p, spec, failure);
+    pthread_mutex_lock(&p->lock);
+    for (uint32_t i = first; i < hold->n_slots; i++) {
+        gp_slot *s = &p->slots[hold->slots[i]];
+        s->has_failed |= error != 0 && !s->is_checked;
+        s->is_checked |= error == 0;
+    }
+    return error;
+}
+
 int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_t *slots, gp_failure *failure) {
     gp_layer *l = &p->layers[demand->layer];
     *failure = (gp_failure) { 0 };
@@ -213,16 +245,11 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         l->counters.hits += demand->n_experts - n_missed;
         l->counters.misses += n_missed;
     }
-    hold->failure = (gp_failure) { 0 };
     const uint64_t started_ns = hold->pending ? p->os->now_ns() : 0;
     if (n_reads > 0) {
         pthread_mutex_unlock(&p->lock);
-        const int changed = check_files(p, &l->spec, failure);
         gp_fetch_submit(p->fetch, hold->reads, (uint32_t) n_reads);
         pthread_mutex_lock(&p->lock);
-        if (changed != 0 && hold->failure.error == 0) {
-            hold->failure = *failure;
-        }
     }
     while (hold->pending > 0) {
         pthread_cond_wait(&hold->arrived, &p->lock);
@@ -230,24 +257,19 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
     if (started_ns) {
         l->counters.stall_ns += p->os->now_ns() - started_ns;
     }
-    int error = hold->failure.error;
+    int error = check_new_slots(p, hold, first_held, &l->spec, failure);
     for (uint32_t i = 0; i < demand->n_experts; i++) {
         const int32_t index = l->slot_of[demand->experts[i]];
         assert(index >= 0 && p->slots[index].state == READY);
         slots[i] = index - (int32_t) p->classes[l->spec.shape_class].first;
-        if (p->slots[index].has_failed && error == 0) {     /* another context's read, which we joined too late to hear */
-            error = -EIO;
-            hold->failure = (gp_failure) { error, l->spec.slices[0].file, l->spec.slices[0].offset_bytes };
+        if (error == 0 && p->slots[index].has_failed) {
+            *failure = gp_slot_failure(p, (uint32_t) index);
+            error = failure->error;
         }
     }
-    *failure = hold->failure;
     uint32_t n_ahead = 0;
     if (error != 0) {
-        /* Bytes of a changed file must not serve a later batch either. */
-        for (uint32_t i = first_held; i < hold->n_slots; i++) {
-            p->slots[hold->slots[i]].has_failed |= error == -ESTALE;
-        }
-        release_from(p, hold, first_held);
+        release_and_tell(p, hold, first_held);
     } else if (!demand->is_again && demand->n_tokens > 1) {
         n_ahead = plan_read_ahead(p, demand);
     }
@@ -296,13 +318,13 @@ fail:
 }
 
 void gp_hold_close(gp_hold *hold, gp_pager *p) {
-    if (getpid() == p->pid) {
+    if (getpid() == p->pid) {   /* in a fork: glibc's destroy would wait for the parent's waiters */
         pthread_mutex_lock(&p->lock);
-        release_from(p, hold, 0);
+        release_and_tell(p, hold, 0);
         p->holds[hold->bit] = NULL;
         pthread_mutex_unlock(&p->lock);
+        pthread_cond_destroy(&hold->arrived);
     }
-    pthread_cond_destroy(&hold->arrived);
     free(hold->reads);
     free(hold->slots);
 }
@@ -341,9 +363,13 @@ int gp_pager_pin(gp_pager *p, uint32_t layer_index, const int32_t *experts, uint
         goto fail;
     }
     pthread_mutex_lock(&p->lock);
-    uint32_t n_pinned = n_experts;
+    uint32_t n_pinned = 0;
     for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
         n_pinned += p->slots[i].is_pinned;
+    }
+    for (uint32_t i = 0; i < n_experts; i++) {      /* those that are pinned already take no more */
+        const int32_t index = l->slot_of[experts[i]];
+        n_pinned += index < 0 || !p->slots[index].is_pinned;
     }
     uint32_t n_needed = l->spec.n_used;
     for (uint32_t i = 0; i < GP_MAX_TAPS; i++) {

@@ -12,7 +12,6 @@ typedef struct {
     uint32_t        n_slots;    /* lock */
     uint32_t        pending;    /* lock; how many of them are still being read */
     pthread_cond_t  arrived;
-    gp_failure      failure;    /* lock */
     gp_read       **reads;      /* room for one submission */
     uint32_t        n_needed;   /* the most slots of one class it may hold at a time */
 } gp_hold;

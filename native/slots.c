@@ -15,6 +15,7 @@
 #include "slots.h"
 
 #include <assert.h>
+#include <errno.h>
 
 /* ---- worth and victims ------------------------------------------------------------------------------------------ */
 
@@ -40,16 +41,21 @@ static int32_t find_free(const gp_pager *p, const gp_class *c) {
     return -1;
 }
 
+typedef enum { ALL, TRANSIENT, TRANSIENT_OF_OTHERS } choice;
+
 /* Invariant 2 lives here. Returns the slot of least worth, or -1. */
-static int32_t find_least(const gp_pager *p, const gp_class *c, const gp_layer *for_layer, bool transient_only) {
+static int32_t find_least(const gp_pager *p, const gp_class *c, const gp_layer *for_layer, choice among) {
     int32_t best = -1;
     double least = 0;
     for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
         const gp_slot *s = &p->slots[i];
-        if (s->state != READY || s->users || s->is_pinned || (transient_only && !s->is_transient)) {
+        if (s->state != READY || s->users || s->is_pinned || (among != ALL && !s->is_transient)) {
             continue;
         }
         const gp_layer *own = &p->layers[s->layer];
+        if (among == TRANSIENT_OF_OTHERS && own == for_layer) {
+            continue;
+        }
         if (!s->is_transient && own != for_layer && own->kept <= c->floor) {
             continue;
         }
@@ -77,16 +83,16 @@ int32_t gp_slot_choose(const gp_pager *p, const gp_layer *for_layer, bool is_tra
     const gp_class *c = &p->classes[for_layer->spec.shape_class];
     int32_t victim = -1;
     if (is_transient && c->n_transient >= c->transient_limit) {
-        victim = find_least(p, c, for_layer, true);
+        victim = find_least(p, c, for_layer, TRANSIENT);
     }
     if (victim < 0) {
         victim = find_free(p, c);
     }
     if (victim < 0) {
-        victim = find_least(p, c, for_layer, true);
+        victim = find_least(p, c, for_layer, TRANSIENT);
     }
     if (victim < 0) {
-        victim = find_least(p, c, for_layer, false);
+        victim = find_least(p, c, for_layer, ALL);
     }
     return victim < 0 ? find_any(p, c) : victim;
 }
@@ -94,7 +100,8 @@ int32_t gp_slot_choose(const gp_pager *p, const gp_layer *for_layer, bool is_tra
 int32_t gp_slot_choose_spare(const gp_pager *p, const gp_layer *for_layer) {
     const gp_class *c = &p->classes[for_layer->spec.shape_class];
     const int32_t victim = c->n_transient < c->transient_limit ? find_free(p, c) : -1;
-    return victim < 0 ? find_least(p, c, for_layer, true) : victim;
+    /* The layer's own are wanted as much as the one that would take their place. */
+    return victim < 0 ? find_least(p, c, for_layer, TRANSIENT_OF_OTHERS) : victim;
 }
 
 /* ---- states of a slot ------------------------------------------------------------------------------------------- */
@@ -142,8 +149,9 @@ void gp_slot_assign(gp_pager *p, uint32_t index, uint32_t layer_index, int32_t e
     }
 }
 
-/* In a reader thread: one slice has come, or has not. */
+/* In a reader thread: one slice has come, or has not. The read keeps its error until the slot is assigned anew. */
 static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
+    (void) error_offset_bytes;
     gp_pager *p = read->owner;
     gp_slot *s = &p->slots[read->tag];
     pthread_mutex_lock(&p->lock);
@@ -151,16 +159,11 @@ static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
         p->layers[s->layer].counters.bytes_read += read->bytes;
     } else {
         s->has_failed = true;
-        for (uint32_t bit = 0; bit < GP_MAX_TAPS; bit++) {
-            if (s->users >> bit & 1 && p->holds[bit]->failure.error == 0) {
-                p->holds[bit]->failure = (gp_failure) { error, read->file, error_offset_bytes };
-            }
-        }
     }
     if (--s->slices_left == 0) {
         const uint64_t users = s->users;
         s->state = READY;
-        for (uint32_t bit = 0; users >> bit && bit < GP_MAX_TAPS; bit++) {
+        for (uint32_t bit = 0; bit < GP_MAX_TAPS && users >> bit; bit++) {
             if (users >> bit & 1 && --p->holds[bit]->pending == 0) {
                 pthread_cond_signal(&p->holds[bit]->arrived);
             }
@@ -171,6 +174,18 @@ static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
         pthread_cond_broadcast(&p->released);
     }
     pthread_mutex_unlock(&p->lock);
+}
+
+gp_failure gp_slot_failure(const gp_pager *p, uint32_t index) {
+    const gp_layer_spec *spec = &p->layers[p->slots[index].layer].spec;
+    for (uint32_t i = 0; i < spec->n_slices; i++) {
+        gp_read *read = &p->reads[index * GP_MAX_SLICES + i];
+        const int error = atomic_load(&read->error);
+        if (error != 0) {
+            return (gp_failure) { error, read->file, atomic_load(&read->error_offset) };
+        }
+    }
+    return (gp_failure) { -ESTALE, spec->slices[0].file, spec->slices[0].offset_bytes };
 }
 
 /* Fills in the reads of one slot; returns how many. */

@@ -15,6 +15,7 @@ typedef struct {
     bool       is_transient;    /* came for a large batch; first to go */
     bool       is_pinned;
     bool       has_failed;
+    bool       is_checked;      /* the file was still the same one after these bytes were read */
     uint8_t    slices_left;     /* to be read */
     int32_t    expert;
     uint32_t   layer;
@@ -77,5 +78,7 @@ void     gp_slot_empty(gp_pager *pager, gp_slot *slot);
 void     gp_slot_keep(gp_pager *pager, gp_slot *slot);     /* no longer transient */
 /* Fills in the reads of a slot that was assigned; returns how many. */
 uint32_t gp_slot_prepare_reads(gp_pager *pager, uint32_t index, gp_read **reads);
+/* What went wrong with a slot that has failed. */
+gp_failure gp_slot_failure(const gp_pager *pager, uint32_t index);
 
 #endif

@@ -26,6 +26,8 @@ typedef struct {
     uint32_t           index;       /* among the layer's slices */
     bool               is_foreign;  /* a tensor of that name is something else: leave it alone */
     ggml_tensor       *original;
+    uint64_t           piece;       /* in which it was last served, with these ids: */
+    const ggml_tensor *ids;
     ggml_tensor        view;
 } slice_view;
 
@@ -41,7 +43,8 @@ typedef struct {
     ggml_tensor *nodes[NODES];          /* the last ones pointed at `slots` */
     uint32_t     n_nodes;
     uint64_t     last_used;
-    bool         is_current;            /* filled in for the piece of graph being asked about */
+    uint64_t     piece;                 /* the piece of graph it was filled in for */
+    uint64_t     refused_piece;         /* one for which no slots were to be had */
 } routing;
 
 struct gp_tap {
@@ -61,7 +64,9 @@ struct gp_tap {
     const ggml_tensor *computed[COMPUTED];  /* integer results known to be there */
     uint32_t          next_computed;
     uint64_t          clock;
-    uint32_t          last_view, highest_view;  /* the slice that comes last in a graph, as far as seen */
+    uint64_t          piece;        /* of graph, being asked about */
+    uint32_t          last_view;    /* the slice that comes last in a graph, as far as seen */
+    uint32_t          latest_view;
     gp_failure        failure;
     gp_eval_callback  next_eval;
     void             *next_eval_data;
@@ -84,10 +89,19 @@ static void note_computed(gp_tap *tap, const ggml_tensor *tensor) {
     tap->computed[tap->next_computed++ % COMPUTED] = tensor;
 }
 
+static const ggml_tensor *base_of(const ggml_tensor *tensor) {
+    return tensor->view_src ? tensor->view_src : tensor;
+}
+
+/* An input, or a copy made before this piece of graph began. */
+static bool is_given(const gp_tap *tap, const ggml_tensor *tensor) {
+    return base_of(tensor)->op == tap->ggml.op_none;
+}
+
 static bool is_computed(const gp_tap *tap, const ggml_tensor *tensor) {
-    const ggml_tensor *base = tensor->view_src ? tensor->view_src : tensor;
-    if (base->op == tap->ggml.op_none) {
-        return true;    /* an input, or a copy made before this piece of graph began */
+    const ggml_tensor *base = base_of(tensor);
+    if (is_given(tap, tensor)) {
+        return true;
     }
     for (uint32_t i = 0; i < COMPUTED; i++) {
         if (tap->computed[i] == tensor || tap->computed[i] == base) {
@@ -159,6 +173,10 @@ static slice_view *find_view(gp_tap *tap, ggml_tensor *tensor) {
     return NULL;
 }
 
+static bool is_current(const gp_tap *tap, const routing *r) {
+    return r->piece == tap->piece;
+}
+
 static routing *find_routing(gp_tap *tap, uint32_t layer, const ggml_tensor *node) {
     routing *first = &tap->routings[layer * ROUTINGS];
     routing *oldest = NULL;
@@ -166,13 +184,13 @@ static routing *find_routing(gp_tap *tap, uint32_t layer, const ggml_tensor *nod
         if (node->src[2] == &r->slots || r->original == node->src[2]) {
             return r;
         }
-        if (!r->is_current && (!oldest || r->last_used < oldest->last_used)) {
+        if (!is_current(tap, r) && (!oldest || r->last_used < oldest->last_used)) {
             oldest = r;
         }
     }
     if (oldest) {
         oldest->original = node->src[2];
-        oldest->last_used = 0;
+        oldest->last_used = oldest->refused_piece = 0;
         memset(oldest->nodes, 0, sizeof oldest->nodes);
     }
     return oldest;
@@ -249,6 +267,9 @@ static bool fill_in(gp_tap *tap, const slice_view *v, routing *r) {
         || !is_computed(tap, ids)) {
         return false;
     }
+    if (r->refused_piece == tap->piece) {
+        return false;   /* the layer's other nodes need not wait as long again */
+    }
     bool is_served = false;
     const int64_t n = collect_experts(tap, ids, layer->n_experts);
     if (n > 0) {
@@ -262,11 +283,13 @@ static bool fill_in(gp_tap *tap, const slice_view *v, routing *r) {
             tap->failure = failure;
         }
         is_served = error != -EBUSY;
+        r->last_used = tap->clock;
     }
     if (is_served) {
         write_slot_ids(tap, r);
-        r->is_current = true;
-        r->last_used = tap->clock;
+        r->piece = tap->piece;
+    } else {
+        r->refused_piece = tap->piece;
     }
     forget_places(tap, layer->n_experts);
     return is_served;
@@ -281,7 +304,20 @@ static bool has_node(const routing *r, const ggml_tensor *node) {
     return false;
 }
 
-static void point_at_slots(slice_view *v, routing *r, ggml_tensor *node) {
+/* Given ids cause no stop between two graphs: when a tensor is asked for again in what seems one piece, it is another
+ * graph, whose ids may differ. */
+static bool is_of_another_graph(const gp_tap *tap, const slice_view *v, const routing *r) {
+    return is_current(tap, r) && v->piece == tap->piece && v->ids == r->original && is_given(tap, r->original);
+}
+
+/* Current, and its ids were not asked for since: if they were, they are about to be computed anew. */
+static bool is_filled_in(const gp_tap *tap, const routing *r) {
+    return is_current(tap, r) && is_computed(tap, r->original);
+}
+
+static void point_at_slots(const gp_tap *tap, slice_view *v, routing *r, ggml_tensor *node) {
+    v->piece = tap->piece;
+    v->ids = r->original;
     node->src[0] = &v->view;
     node->src[2] = &r->slots;
     if (!has_node(r, node)) {
@@ -307,24 +343,22 @@ static bool serve(gp_tap *tap, ggml_tensor *node) {
         tap->failure = (gp_failure) { .error = -ENOTRECOVERABLE };
         return false;
     }
-    if (!r || (!r->is_current && !fill_in(tap, v, r))) {
+    if (!r || is_of_another_graph(tap, v, r) || (!is_filled_in(tap, r) && !fill_in(tap, v, r))) {
         if (r) {
             restore(v, r, node);
         }
         gp_pager_count_left_alone(tap->pager, v->layer);
         return false;
     }
-    point_at_slots(v, r, node);
+    point_at_slots(tap, v, r, node);
 
     /* After a graph's last node nobody calls before the next graph: with other contexts about, ask for a call, or its
      * slots stay in use while this context rests. */
     const uint32_t at = (uint32_t) (v - tap->views);
-    if (at < tap->highest_view) {
-        tap->last_view = tap->highest_view;
-        tap->highest_view = at;
-    } else {
-        tap->highest_view = at;
+    if (v->layer < tap->views[tap->latest_view].layer) {
+        tap->last_view = tap->latest_view;
     }
+    tap->latest_view = at;
     return at == tap->last_view && gp_pager_n_taps(tap->pager) > 1;
 }
 
@@ -334,9 +368,7 @@ static void piece_computed(gp_tap *tap) {
         return;
     }
     gp_pager_release(tap->pager, &tap->hold);
-    for (uint32_t i = 0; i < tap->n_layers * ROUTINGS; i++) {
-        tap->routings[i].is_current = false;
-    }
+    tap->piece++;
 }
 
 /* The user's own callback shall see the node as llama.cpp made it, expert ids and all. */
@@ -367,6 +399,10 @@ bool gp_tap_eval(void *tensor, bool ask, void *data) {
         give_back(tap, node);
         return tap->next_eval(tensor, false, tap->next_eval_data);
     }
+    if (tap->next_eval) {
+        give_back(tap, node);
+        tap->next_wants = tap->next_eval(tensor, true, tap->next_eval_data);
+    }
     bool wants = false;
     if (node->type == tap->ggml.type_i32) {
         forget_computed(tap, node);
@@ -375,7 +411,6 @@ bool gp_tap_eval(void *tensor, bool ask, void *data) {
     } else if (tap->pager && node->op == tap->ggml.op_mul_mat_id) {
         wants = serve(tap, node);
     }
-    tap->next_wants = tap->next_eval && tap->next_eval(tensor, true, tap->next_eval_data);
     return wants || tap->next_wants;
 }
 
@@ -456,7 +491,7 @@ int gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids,
     }
     tap->ggml = *ggml;
     tap->max_ids = max_ids;
-    tap->clock = 1;     /* 0 is a routing that was never filled in */
+    tap->clock = tap->piece = 1;    /* 0 is a routing that was never filled in */
     tap->next_eval = next_eval;
     tap->next_eval_data = next_eval_data;
     tap->next_abort = next_abort;

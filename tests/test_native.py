@@ -39,7 +39,7 @@ def _compiler() -> str | None:
 
 
 def _compile(*arguments: object) -> None:
-    done = subprocess.run([str(argument) for argument in (_compiler(), *arguments)], capture_output=True, text=True)
+    done = subprocess.run([str(argument) for argument in (_compiler(), *arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -61,10 +61,10 @@ class Build:
         source = self.folder / "probe.c"
         source.write_text("int main(void) { return 0; }\n")
         probe = subprocess.run([str(_compiler()), *self.flags, str(source), "-o", str(self.folder / "probe")],
-                               capture_output=True, text=True)
+                               capture_output=True, text=True, check=False)
         if probe.returncode != 0:
             return f"the compiler lacks this sanitizer: {probe.stderr.strip().splitlines()[-1]}"
-        ran = subprocess.run([str(self.folder / "probe")], capture_output=True, text=True)
+        ran = subprocess.run([str(self.folder / "probe")], capture_output=True, text=True, check=False)
         return None if ran.returncode == 0 else f"this system cannot run the sanitizer: {ran.stderr.strip()[:200]}"
 
     def _object(self, name: str) -> None:

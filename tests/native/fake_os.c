@@ -33,6 +33,7 @@ static struct {
     descriptor      descriptors[MAX_DESCRIPTORS];
     unsigned        n_descriptors;
     atomic_uint     calls[FAKE_CALLS];
+    _Atomic uint64_t bytes_read;
     atomic_uint     fail_in[FAKE_CALLS];
     atomic_int      fail_with[FAKE_CALLS];
     atomic_uint     fail_any_in;
@@ -88,6 +89,10 @@ void fake_fail(fake_call call, unsigned nth, int error) {
 void fake_fail_any(unsigned nth, int error) {
     atomic_store(&fake.fail_any_with, error);
     atomic_store(&fake.fail_any_in, nth);
+}
+
+uint64_t fake_bytes_read(void) {
+    return atomic_load(&fake.bytes_read);
 }
 
 bool fake_is_armed(void) {
@@ -290,6 +295,7 @@ static int64_t file_read(int fd, void *into, size_t bytes, uint64_t offset_bytes
         got = shorten(got, d->is_direct);
     }
     memcpy(into, d->file->bytes + offset_bytes, got);
+    atomic_fetch_add_explicit(&fake.bytes_read, got, RELAXED);
     return (int64_t) got;
 }
 
@@ -367,7 +373,9 @@ void *fake_malloc(size_t bytes) {
         return NULL;
     }
     void *memory = malloc(bytes);
-    atomic_fetch_add_explicit(&fake.allocations, memory != NULL, RELAXED);
+    CHECK(memory, "the test has memory");
+    memset(memory, 0xa5, bytes);        /* whoever reads what was not written shall notice */
+    atomic_fetch_add_explicit(&fake.allocations, 1, RELAXED);
     return memory;
 }
 
@@ -376,7 +384,8 @@ void *fake_calloc(size_t n, size_t bytes) {
         return NULL;
     }
     void *memory = calloc(n, bytes);
-    atomic_fetch_add_explicit(&fake.allocations, memory != NULL, RELAXED);
+    CHECK(memory, "the test has memory");
+    atomic_fetch_add_explicit(&fake.allocations, 1, RELAXED);
     return memory;
 }
 
@@ -422,6 +431,7 @@ void fake_reset(void) {
         atomic_store(&fake.fail_in[i], 0);
     }
     atomic_store(&fake.fail_any_in, 0);
+    atomic_store(&fake.bytes_read, 0);
     fake_set_weather((fake_weather) { 0 });
     fake_direct_align(1, 1);
 }

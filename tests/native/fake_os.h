@@ -33,6 +33,7 @@ void     fake_fail_any(unsigned nth, int error);
 /* Every read that covers this byte of the file fails. error 0: no longer. */
 void     fake_fail_at(const char *path, uint64_t offset_bytes, int error);
 unsigned fake_count(fake_call call);
+uint64_t fake_bytes_read(void);
 /* Whether a fault that was ordered has not struck yet. */
 bool     fake_is_armed(void);
 

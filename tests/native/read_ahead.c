@@ -1,5 +1,8 @@
 /* In a large batch the next layer is read while this one computes: into slots whose loss costs nothing, and never a
  * second time. */
+#define _POSIX_C_SOURCE 200809L
+#include <time.h>
+
 #include "check.h"
 #include "fake_os.h"
 #include "model.h"
@@ -73,6 +76,30 @@ static void reads_in_flight_are_joined(void) {
     end();
 }
 
+static void *use_next_layer(void *data) {
+    (void) data;
+    model_use(&m, pager, &hold, 1, all, EXPERTS, 5);
+    return NULL;
+}
+
+static void what_is_still_coming_is_a_miss(void) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS, .piece_bytes = 1 << 20 });
+    fake_hold_reads();
+    fake_let_some_go(EXPERTS * 3);      /* the slices of layer 0 */
+    model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, use_next_layer, NULL) == 0, "the test has threads");
+    for (uint32_t n_pending = 0; n_pending == 0;) {
+        pthread_mutex_lock(&pager->lock);
+        n_pending = hold.pending;
+        pthread_mutex_unlock(&pager->lock);
+    }
+    fake_let_reads_go();
+    pthread_join(thread, NULL);
+    CHECK(counters_of(1).hits == 0 && counters_of(1).misses == EXPERTS, "an expert that must be waited for is no hit");
+    end();
+}
+
 static void nothing_is_read_ahead(const char *why, uint32_t layer, uint32_t n_experts, uint32_t n_tokens) {
     begin((model_shape) { .n_slots = 3 * EXPERTS });
     model_use(&m, pager, &hold, layer, all, n_experts, n_tokens);
@@ -138,6 +165,53 @@ static void its_own_layer_is_not_given_up(void) {
     end();
 }
 
+/* Layers are visited whose next ones never are: what was read for these may not fill the arena, free slots or not. */
+static void unused_read_ahead_is_limited(void) {
+    begin((model_shape) { .n_layers = 7, .n_slots = 70 });
+    for (uint32_t l = 0; l < 6; l += 2) {
+        model_use(&m, pager, &hold, l, all, EXPERTS, 5);
+        model_settle(pager);
+    }
+    CHECK(resident(5) == EXPERTS, "the last one's next layer is there");
+    CHECK(resident(1) + resident(3) == EXPERTS && pager->classes[0].n_free == 2 * EXPERTS,
+          "in the place of another's, though there are free slots");
+    end();
+}
+
+static void *use_last_layer(void *data) {
+    int32_t slots[EXPERTS];
+    gp_failure failure;
+    *(int *) data = model_acquire(pager, &hold, 2, all, 4, 1, slots, &failure);
+    return NULL;
+}
+
+static void slots_being_read_are_not_given_up(void) {
+    begin((model_shape) { .n_layers = 3, .n_slots = 14, .n_used = 4, .n_readers = 2, .piece_bytes = 1 << 20 });
+    fake_hold_reads();
+    fake_let_some_go(EXPERTS * 3);      /* the slices of layer 0 */
+    int32_t slots[EXPERTS];
+    gp_failure failure;
+    CHECK(model_acquire(pager, &hold, 0, all, EXPERTS, 5, slots, &failure) == 0, "the experts come");
+    fake_wait_for_reads(2);
+    pthread_mutex_lock(&pager->lock);
+    uint32_t n_reading = 0;
+    for (uint32_t i = 0; i < pager->n_slots; i++) {
+        n_reading += pager->slots[i].state == READING;
+    }
+    CHECK(n_reading == 4 && gp_slot_choose(pager, &pager->layers[1], false) < 0,
+          "2: all slots are in use or being read: none can be given up");
+    pthread_mutex_unlock(&pager->lock);
+    pthread_t thread;
+    int error = -1;
+    CHECK(pthread_create(&thread, NULL, use_last_layer, &error) == 0, "the test has threads");
+    nanosleep(&(struct timespec) { .tv_nsec = 20000000 }, NULL);
+    fake_let_reads_go();
+    pthread_join(thread, NULL);
+    CHECK(error == 0, "once they are read, they can be: it was worth waiting");
+    gp_pager_release(pager, &hold);
+    end();
+}
+
 static void close_while_reading(void) {
     begin((model_shape) { .n_slots = 3 * EXPERTS, .piece_bytes = 256 });
     fake_set_weather((fake_weather) { .delay_us = 200 });
@@ -151,12 +225,15 @@ int main(void) {
     check_begin();
     next_layer_is_read();
     reads_in_flight_are_joined();
-    nothing_is_read_ahead("a single token reads nothing ahead", 0, 2, 1);
+    what_is_still_coming_is_a_miss();
+    nothing_is_read_ahead("a single token reads nothing ahead", 0, EXPERTS, 1);
     nothing_is_read_ahead("a batch that needs less than nine tenths reads nothing ahead", 0, 8, 5);
     nothing_is_read_ahead("behind the last layer there is nothing to read", 2, EXPERTS, 5);
     off_is_off();
     kept_experts_are_not_given_up();
     its_own_layer_is_not_given_up();
+    unused_read_ahead_is_limited();
+    slots_being_read_are_not_given_up();
     close_while_reading();
     return 0;
 }
