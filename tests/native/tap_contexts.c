@@ -103,6 +103,20 @@ static void resting_context_holds_nothing(void) {
     end();
 }
 
+/* The last layer is not paged, or computes nothing: the last node is another than at first thought. */
+static void graph_that_ends_earlier(void) {
+    begin((model_shape) { .n_slots = 9, .n_used = 3 });
+    context *c = &contexts[0];
+    graph_build(&c->g, &w, 1, TOP_K_VIEW);
+    c->g.n_nodes = c->g.n_nodes / 3 * 2;
+    for (int i = 0; i < 3; i++) {
+        graph_route(&c->g);
+        CHECK(graph_run(&c->g, c->tap) == 0 && c->g.n_from_slots == 6, "two layers of three are served");
+    }
+    CHECK(n_held() == 0, "the tap has seen where this graph ends");
+    end();
+}
+
 static void alone_a_context_is_not_stopped_at_the_end(void) {
     begin((model_shape) { .n_slots = 9, .n_used = 3 });
     gp_tap_close(contexts[1].tap);
@@ -180,6 +194,7 @@ int main(void) {
     side_by_side((model_shape) { .n_slots = 6, .n_used = 3, .n_layers = 4, .n_classes = 2 });
     side_by_side((model_shape) { .n_slots = 12, .n_used = 3, .n_experts = 12, .read_ahead = true, .policy = "lfru" });
     resting_context_holds_nothing();
+    graph_that_ends_earlier();
     alone_a_context_is_not_stopped_at_the_end();
     closing_one_frees_its_slots();
     no_slots_to_be_had();

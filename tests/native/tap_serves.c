@@ -236,6 +236,33 @@ static void no_tokens(void) {
     end();
 }
 
+/* Two sets of ids per layer are remembered. A third in the same piece must not take the place of one that is in use. */
+static void three_sets_of_ids_in_one_piece(void) {
+    begin();
+    build(1, GIVEN_IDS);
+    graph_layer *l = &g.layers[0];
+    int32_t data[3][3];
+    ggml_tensor ids[3], nodes[3];
+    for (int i = 0; i < 3; i++) {
+        ids[i] = l->ids_node;
+        ids[i].data = data[i];
+        model_draw(&m, data[i], 3);
+        nodes[i] = l->matmuls[0];
+        nodes[i].src[2] = &ids[i];
+        CHECK(!gp_tap_eval(&nodes[i], true, tap), "no stop");
+    }
+    for (int i = 0; i < 2; i++) {
+        const int32_t *slots = nodes[i].src[2]->data;
+        CHECK(slots != data[i], "two are served");
+        for (int r = 0; r < 3; r++) {
+            CHECK(model_slot_holds(&m, pager, (uint32_t) slots[r], 0, data[i][r]), "with the right slots");
+        }
+    }
+    CHECK(nodes[2].src[2] == &ids[2] && nodes[2].src[0] == &w.tensors[0][0] && left_alone(0) == 1, "the third is left alone");
+    gp_tap_idle(tap);
+    end();
+}
+
 static void another_tensor_with_these_ids(void) {
     begin();
     build(2, TOP_K_VIEW);
@@ -315,6 +342,7 @@ int main(void) {
     more_ids_than_foreseen();
     ids_out_of_range();
     no_tokens();
+    three_sets_of_ids_in_one_piece();
     another_tensor_with_these_ids();
     changed_weights(of_another_type, "weights of another type are not ours");
     changed_weights(on_a_device, "weights on a device are not ours");
