@@ -2,7 +2,7 @@
  *
  * Not yet run on a Mac. What was done: compiled and linked for it, with tests/native/system_os.c, by `zig cc -target
  * aarch64-macos` 0.17.1, which brings Apple's headers; run on Linux with the constants and the field that Apple adds
- * supplied from outside. What Apple's kernel does was read in its source (apple-oss-distributions/xnu), not measured. */
+ * supplied from outside. What the kernel does was read in its source (apple-oss-distributions/xnu), not measured. */
 #define _DARWIN_C_SOURCE    /* F_NOCACHE, st_mtimespec, MAP_ANON */
 #include "os.h"
 
@@ -55,8 +55,8 @@ static int64_t file_read(int fd, void *into, size_t bytes, uint64_t offset_bytes
 
 /* F_NOCACHE demands no alignment. But only a read whose place in the file and address in memory are multiples of the
  * device's block goes straight to memory; any other goes page by page through the cache and is copied (xnu,
- * bsd/vfs/vfs_cluster.c: cluster_read_direct, `misaligned`). Blocks of Apple's SSDs have 4,096 bytes. A wrong guess costs
- * a copy and nothing else. */
+ * bsd/vfs/vfs_cluster.c: cluster_read_direct, `misaligned`). Blocks of Apple's SSDs have 4,096 bytes. A wrong guess
+ * costs a copy and nothing else. */
 static int file_alignment(const char *path, uint32_t *offset_align, uint32_t *memory_align) {
     enum { DEVICE_BLOCK = 4096 };
     int fd;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,23 +82,30 @@ def lora(zoo_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 
 # ---- who computes ----
 
+@contextmanager
+def unpacked() -> Iterator[None]:
+    """Let stock llama-cpp-python leave weights as they are meanwhile: repacking changes the last bits."""
+    load = low.llama_model_load_from_file
+
+    def load_unpacked(path: bytes, params: Any, /) -> Any:
+        params.use_extra_bufts = False
+        return load(path, params)
+
+    low.llama_model_load_from_file = load_unpacked
+    try:
+        yield
+    finally:
+        low.llama_model_load_from_file = load
+
+
 @pytest.fixture
 def stock() -> Iterator[Factory]:
     """`stock(path, **arguments)`: llama_cpp.Llama without weight repacking, which changes the last bits."""
     made: list[llama_cpp.Llama] = []
 
     def make(path: Path, **arguments: Any) -> llama_cpp.Llama:
-        load = low.llama_model_load_from_file
-
-        def load_unpacked(path_model: bytes, params: Any, /) -> Any:
-            params.use_extra_bufts = False
-            return load(path_model, params)
-
-        low.llama_model_load_from_file = load_unpacked
-        try:
+        with unpacked():
             made.append(llama_cpp.Llama(str(path), **ARGUMENTS | arguments))
-        finally:
-            low.llama_model_load_from_file = load
         return made[-1]
 
     yield make

@@ -39,7 +39,8 @@ def _compiler() -> str | None:
 
 
 def _compile(*arguments: object) -> None:
-    done = subprocess.run([str(argument) for argument in (_compiler(), *arguments)], capture_output=True, text=True, check=False)
+    command = [str(argument) for argument in (_compiler(), *arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -104,7 +105,7 @@ def test_system_os_keeps_its_contract(build: Build, tmp_path: Path) -> None:
     build.run("system_os", str(path))
 
 
-# ---- policies: counted again in Python, to the unit -------------------------------------------------------------------
+# ---- policies: counted again in Python, to the unit ----
 
 
 def _recorded_ids() -> np.ndarray:
@@ -118,7 +119,7 @@ def _worth(policy: str, uses: int, age: int, away: int, n_layers: int) -> float:
 
 
 def _replay(policy: str, n_slots: int, ids: np.ndarray) -> list[tuple[int, int, int]]:
-    """Return (hits, misses, evictions) per layer, as slots.c describes its choice: free, then least worth, floors kept."""
+    """Return (hits, misses, evictions) per layer; the choice is: free, then least worth, floors kept."""
     _, n_layers, n_used = ids.shape
     floor = min(n_used, n_slots // n_layers)
     slots: list[tuple[int, int] | None] = [None] * n_slots

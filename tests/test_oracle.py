@@ -7,8 +7,7 @@ architecture of the zoo is tried at the smallest budget, at 25 %, and at 100 %; 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import make_zoo
 import numpy as np
 import numpy.typing as npt
 import pytest
+from conftest import unpacked
 from llama_cpp import llama_cpp as low
 
 import gguf_pager
@@ -33,22 +33,6 @@ REQUIRED = (
     "kimi-k3", "gpt-oss", "llama4", "gemma4", "glm4moe", "minimax-m2", "olmoe", "granitemoe", "phimoe", "dbrx", "grok",
     "hunyuan-moe", "ernie4_5-moe", "bailingmoe2", "grovemoe", "smallthinker",
 )
-
-
-@contextmanager
-def unpacked() -> Iterator[None]:
-    """Load stock models without repacking meanwhile."""
-    load = low.llama_model_load_from_file
-
-    def load_unpacked(path: bytes, params: Any, /) -> Any:
-        params.use_extra_bufts = False
-        return load(path, params)
-
-    low.llama_model_load_from_file = load_unpacked
-    try:
-        yield
-    finally:
-        low.llama_model_load_from_file = load
 
 
 def tokens() -> list[int]:
@@ -95,21 +79,6 @@ def check_equal(path: Path, budget: str, **options: Any) -> gguf_pager.Stats:
     return stats
 
 
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("zoo")
-
-    def model(arch: str, file_type: str = "") -> Path:
-        path = folder / f"{arch}-{file_type}.gguf"
-        if not path.exists():
-            make_zoo.make(arch, path, file_type=file_type)
-        return path
-
-    yield model
-    for path in folder.iterdir():
-        path.unlink()
-
-
 def test_zoo_holds_every_required_architecture() -> None:
     assert set(REQUIRED) <= set(make_zoo.ARCHS)
     assert not set(REQUIRED) & set(make_zoo.UNBUILDABLE)
@@ -117,8 +86,8 @@ def test_zoo_holds_every_required_architecture() -> None:
 
 
 @pytest.mark.parametrize("arch", make_zoo.ARCHS)
-def test_logits_equal_stock_bit_for_bit(zoo: Any, arch: str) -> None:
-    path = zoo(arch)
+def test_logits_equal_stock_bit_for_bit(zoo_model: Callable[..., Path], arch: str) -> None:
+    path = zoo_model(arch)
     for budget in BUDGETS:
         stats = check_equal(path, budget)
         assert stats.left_alone == 0, f"{stats.left_alone} nodes left alone at {budget}"
@@ -129,8 +98,8 @@ def test_logits_equal_stock_bit_for_bit(zoo: Any, arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ("llama", "qwen3moe", "gpt-oss", "deepseek2", "glm4moe"))
 @pytest.mark.parametrize("file_type", ("q4_k_m", "q6_k", "mxfp4", "q8_0", "f16", "iq4_xs"))
-def test_logits_equal_stock_in_every_type(zoo: Any, arch: str, file_type: str) -> None:
-    path = zoo(arch, file_type)
+def test_logits_equal_stock_in_every_type(zoo_model: Callable[..., Path], arch: str, file_type: str) -> None:
+    path = zoo_model(arch, file_type)
     stats = check_equal(path, "50%")
     assert stats.left_alone == 0 and stats.evictions > 0
 
@@ -140,14 +109,14 @@ def test_logits_equal_stock_in_every_type(zoo: Any, arch: str, file_type: str) -
     {"lock_dense": "copy"}, {"lock_dense": "off"},
 ), ids=str)
 @pytest.mark.parametrize("arch", ("qwen3moe", "gpt-oss"))
-def test_logits_equal_stock_with_every_option(zoo: Any, arch: str, options: dict[str, Any]) -> None:
-    stats = check_equal(zoo(arch), "40%", **options)
+def test_logits_equal_stock_with_every_option(zoo_model: Callable[..., Path], arch: str, options: dict[str, Any]) -> None:
+    stats = check_equal(zoo_model(arch), "40%", **options)
     assert stats.left_alone == 0 and stats.evictions > 0
 
 
 @pytest.mark.parametrize("arch", ("qwen3moe", "gpt-oss"))
-def test_pinned_experts_survive_eviction_and_change_no_bit(zoo: Any, arch: str) -> None:
-    path = zoo(arch)
+def test_pinned_experts_survive_eviction_and_change_no_bit(zoo_model: Callable[..., Path], arch: str) -> None:
+    path = zoo_model(arch)
     llm = gguf_pager.Llama(model_path=str(path), budget="60%", n_ubatch=1, **ARGUMENTS)
     pins = {0: [1, 3], 1: [2]}
     llm.pager.pin(pins)
@@ -188,9 +157,9 @@ def low_level_embeddings(model_path: Path, n_ubatch: int) -> tuple[int, Logits]:
 
 
 @pytest.mark.parametrize("arch", make_zoo.WITHOUT_DECODE)
-def test_models_that_see_all_tokens_at_once_equal_stock(zoo: Any, arch: str) -> None:
+def test_models_that_see_all_tokens_at_once_equal_stock(zoo_model: Callable[..., Path], arch: str) -> None:
     """Their batches cannot be cut: with too few slots the nodes are left to llama.cpp, and the result is the same."""
-    path = zoo(arch)
+    path = zoo_model(arch)
     for budget in ("min", "50%", "100%"):
         with gguf_pager.install(budget=budget):
             n_ubatch, embeddings = low_level_embeddings(path, 32)

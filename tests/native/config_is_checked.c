@@ -69,7 +69,7 @@ static void addresses_are_checked(void) {
             l[0].slices[1].data_at = l[0].slices[1].region_at + l[0].slices[1].region_bytes - 1);
     REFUSES("regions that overlap",
             l[0].slices[1].region_at = l[0].slices[0].region_at; l[0].slices[1].data_at = l[0].slices[0].data_at);
-    REFUSES("an arena of more bytes than there are", k[0].stride_bytes = UINT64_MAX / 2 / 4096 * 4096; k[0].n_slots = 64);
+    REFUSES("more bytes than there are", k[0].stride_bytes = UINT64_MAX / 2 / 4096 * 4096; k[0].n_slots = 64);
 }
 
 static void alignments_are_checked(void) {

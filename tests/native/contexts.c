@@ -102,13 +102,26 @@ static void neither_starves(void) {
     model_end(&m);
 }
 
+/* Room for the layer that each computes and for one read ahead: all plan and submit read-ahead all the time. */
+static void batches_side_by_side(void) {
+    model_make(&m, (model_shape) { .n_layers = 8, .n_experts = MOST, .n_slots = 5 * MOST, .read_ahead = true });
+    pager = model_open(&m);
+    context contexts[] = { { .n_turns = 100, .n_experts = MOST, .n_tokens = 20 },
+                           { .n_turns = 100, .n_experts = MOST, .n_tokens = 20 },
+                           { .n_turns = 100, .n_experts = MOST, .n_tokens = 20 } };
+    run(contexts, 3);
+    CHECK(contexts[0].n_busy + contexts[1].n_busy + contexts[2].n_busy == 0, "all get their turn");
+    gp_pager_close(pager);
+    model_end(&m);
+}
+
 static void batches_beside_decoding(void) {
     model_make(&m, (model_shape) { .n_layers = 4, .n_experts = MOST, .n_slots = 30, .read_ahead = true, .n_classes = 1,
                                    .policy = "lfru" });
     pager = model_open(&m);
     fake_set_weather((fake_weather) { .delay_us = 60, .short_one_in = 6 });
     context contexts[] = { { .n_turns = 60, .n_experts = MOST, .n_tokens = 20, .goes_in_order = true },
-                           { .n_turns = 60, .n_experts = MOST, .n_tokens = 20, .goes_in_order = true },
+                           { .n_turns = 60, .n_experts = MOST, .n_tokens = 20 },
                            { .n_turns = 250, .n_experts = 2, .n_tokens = 1, .goes_in_order = true } };
     run(contexts, 3);
     CHECK(contexts[0].n_busy + contexts[1].n_busy + contexts[2].n_busy == 0, "all get their turn");
@@ -155,6 +168,7 @@ int main(void) {
     two_on_few_slots((model_shape) { .n_slots = 4, .n_used = 3, .n_files = 2, .n_classes = 2, .n_readers = 5 });
     two_on_few_slots((model_shape) { .n_slots = 3, .n_used = 3, .offset_align = 512, .memory_align = 512 });
     neither_starves();
+    batches_side_by_side();
     batches_beside_decoding();
     watched_and_pinned_meanwhile();
     return 0;

@@ -25,7 +25,8 @@ static void *wait_for_slots(void *data) {
     (void) data;
     int32_t slots[2];
     gp_failure failure;
-    (void) model_acquire(pager, &other, 1, (int32_t[]) { 1, 2 }, 2, 1, slots, &failure);    /* in vain, if it takes long */
+    /* In vain, if the test takes long. */
+    (void) model_acquire(pager, &other, 1, (int32_t[]) { 1, 2 }, 2, 1, slots, &failure);
     gp_pager_release(pager, &other);
     return NULL;
 }

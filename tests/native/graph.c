@@ -81,7 +81,8 @@ static void build_ids(graph *g, uint32_t layer) {
     }
     l->ranking = new_ids(OP_ARGSORT, "ffn_moe_argsort", layer, l->ranking_data, GRAPH_EXPERTS, n_tokens);
     add(g, &l->ranking);
-    l->top_k = new_ids(OP_VIEW, g->source == UNNAMED_VIEW ? "view" : "ffn_moe_topk", layer, l->ranking_data, k, n_tokens);
+    const char *name = g->source == UNNAMED_VIEW ? "view" : "ffn_moe_topk";
+    l->top_k = new_ids(OP_VIEW, name, layer, l->ranking_data, k, n_tokens);
     memcpy(l->top_k.nb, l->ranking.nb, sizeof l->top_k.nb);
     l->top_k.view_src = &l->ranking;
     l->top_k.src[0] = &l->ranking;

@@ -226,7 +226,8 @@ static void check_layer(const gp_pager *p, uint32_t index) {
         const int32_t at = l->slot_of[e];
         if (at >= 0) {
             const gp_slot *s = &p->slots[at];
-            CHECK(s->state != FREE && s->layer == index && s->expert == (int32_t) e, "1: a slot holds who points at it");
+            CHECK(s->state != FREE && s->layer == index && s->expert == (int32_t) e,
+                  "1: a slot holds who points at it");
             resident++;
             kept += !s->is_transient;
         }

@@ -125,7 +125,7 @@ static void pieces_are_read_at_once(void) {
     fake_wait_for_reads(4);
     fake_let_reads_go();
     pthread_join(thread, NULL);
-    CHECK(fake_count(FAKE_FILE_READ) == 4 && fake_bytes_read() == 4096, "four pieces are four reads, each of its own bytes");
+    CHECK(fake_count(FAKE_FILE_READ) == 4 && fake_bytes_read() == 4096, "each piece is one read of its own bytes");
     gp_hold_close(&task.hold, task.pager);
     gp_pager_close(task.pager);
     model_end(&m);
