@@ -236,7 +236,12 @@ class Pager:
                         f"Pinning {len(chosen)} experts of layer {layer} leaves too few slots to compute with: "
                         "pin fewer or raise the budget."
                     ) from None
-                raise PagerError(f"There is no such expert in layer {layer}: {list(chosen)}.") from None
+                if error.errno == errno.EINVAL:
+                    raise PagerError(f"There is no such expert in layer {layer}: {list(chosen)}.") from None
+                if error.errno == errno.ECHILD:
+                    raise self.failure_error((errno.ECHILD, 0, 0)) from None
+                raise PagerError(f"Experts of layer {layer} cannot be pinned now: {error.strerror}. Try again when no "
+                                 "context is computing.") from None
             if failure is not None:
                 raise self.failure_error(failure)
 

@@ -15,7 +15,7 @@ typedef struct {
     gp_pager *pager;
     uint32_t  n_layers;
     uint32_t *n_experts;    /* per layer */
-    uint32_t  n_taps;
+    uint32_t  n_users;      /* taps, and calls that run without the GIL */
 } PagerObject;
 
 typedef struct {
@@ -220,8 +220,8 @@ fail:
 static PyObject *pager_close(PyObject *object, PyObject *unused) {
     (void) unused;
     PagerObject *self = (PagerObject *) object;
-    if (self->n_taps) {
-        PyErr_SetString(PyExc_ValueError, "the pager still has open taps");
+    if (self->n_users) {
+        PyErr_SetString(PyExc_ValueError, "the pager is in use: close its taps first");
         return NULL;
     }
     gp_pager *pager = self->pager;
@@ -296,10 +296,9 @@ static PyObject *failure_tuple(const gp_failure *failure) {
 
 static PyObject *pager_pin(PyObject *object, PyObject *args) {
     PagerObject *self = (PagerObject *) object;
-    gp_pager *pager = opened(self);
     unsigned int layer;
     PyObject *sequence;
-    if (!pager || !PyArg_ParseTuple(args, "IO", &layer, &sequence)) {
+    if (!opened(self) || !PyArg_ParseTuple(args, "IO", &layer, &sequence)) {
         return NULL;
     }
     const Py_ssize_t n = PySequence_Size(sequence);
@@ -326,11 +325,17 @@ static PyObject *pager_pin(PyObject *object, PyObject *args) {
         }
         experts[i] = (int32_t) expert;
     }
+    gp_pager *pager = opened(self);     /* the sequence may be Python code, which may have closed it */
+    if (!pager) {
+        goto done;
+    }
     gp_failure failure;
     int error;
+    self->n_users++;    /* nor may another thread meanwhile */
     Py_BEGIN_ALLOW_THREADS
     error = gp_pager_pin(pager, layer, experts, (uint32_t) n, &failure);
     Py_END_ALLOW_THREADS
+    self->n_users--;
     if (error == 0) {
         result = Py_BuildValue("");
     } else if (failure.error != 0) {
@@ -407,7 +412,7 @@ static void close_tap(TapObject *self) {
     gp_tap_close(self->tap);
     self->tap = NULL;
     if (self->pager) {
-        self->pager->n_taps--;
+        self->pager->n_users--;
         Py_DECREF((PyObject *) self->pager);
         self->pager = NULL;
     }
@@ -457,7 +462,7 @@ static PyObject *tap_attach(PyObject *object, PyObject *args) {
     }
     Py_INCREF(argument);
     self->pager = pager;
-    pager->n_taps++;
+    pager->n_users++;
     Py_RETURN_NONE;
 }
 

@@ -34,8 +34,8 @@ extern const gp_os gp_os_system;
 /* Keeps the pages of a range in RAM. */
 int gp_os_memory_lock(void *memory, size_t bytes);
 
-/* While on, llama.cpp's loader maps files without reading them. -ENOTSUP where the library looks unfamiliar or where
- * there is nothing to switch; the load is then slow and right. Process-wide; calls nest. `library` is the path of the
+/* While on, llama.cpp's loader maps files without reading them; 0 also where it never reads them. -ENOTSUP where the
+ * library looks unfamiliar; the load is then slow and right. Process-wide; calls nest. `library` is the path of the
  * loaded libllama. */
 int  gp_os_lazy_load_begin(const char *library);
 void gp_os_lazy_load_end(void);

@@ -16,6 +16,17 @@ enum { BUSY_WAIT_SECONDS = 2 };         /* a context gives its slots back within
 /* Tokens after which a layer's counts are halved: long enough for a conversation, short enough to follow a new subject. */
 enum { HALF_LIFE_TOKENS = 4096 };
 
+/* A fork is alone with a copy of the state, and of the lock as some thread of the parent had it: it must not wait. */
+static bool enter(gp_pager *p) {
+    return getpid() == p->pid && pthread_mutex_lock(&p->lock) == 0;
+}
+
+static void leave(gp_pager *p, bool has_entered) {
+    if (has_entered) {
+        pthread_mutex_unlock(&p->lock);
+    }
+}
+
 /* ---- acquire and release ---------------------------------------------------------------------------------------- */
 
 static void hold_slot(gp_hold *hold, gp_slot *s, uint32_t index) {
@@ -45,10 +56,9 @@ static void release_and_tell(gp_pager *p, gp_hold *hold, uint32_t first) {
 }
 
 void gp_pager_release(gp_pager *p, gp_hold *hold) {
-    if (hold->n_slots == 0) {   /* only this thread changes it */
+    if (hold->n_slots == 0 || !enter(p)) {     /* only this thread changes n_slots */
         return;
     }
-    pthread_mutex_lock(&p->lock);
     release_and_tell(p, hold, 0);
     pthread_mutex_unlock(&p->lock);
 }
@@ -137,7 +147,6 @@ static uint32_t plan_read_ahead(gp_pager *p, const gp_demand *demand) {
     const uint32_t next = demand->layer + 1;
     const gp_layer *l = &p->layers[demand->layer];
     if (!p->config.read_ahead || p->is_reading_ahead || next >= p->config.n_layers
-        || p->layers[next].spec.shape_class != l->spec.shape_class
         || demand->n_experts * 10 < l->spec.n_experts * 9) {
         return 0;
     }
@@ -284,9 +293,9 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
 }
 
 void gp_pager_count_left_alone(gp_pager *p, uint32_t layer_index) {
-    pthread_mutex_lock(&p->lock);
+    const bool has_entered = enter(p);
     p->layers[layer_index].counters.left_alone++;
-    pthread_mutex_unlock(&p->lock);
+    leave(p, has_entered);
 }
 
 /* ---- holds ------------------------------------------------------------------------------------------------------ */
@@ -335,11 +344,11 @@ const gp_layer_spec *gp_pager_layer(const gp_pager *p, uint32_t layer_index) {
 
 uint32_t gp_pager_n_taps(gp_pager *p) {
     uint32_t n = 0;
-    pthread_mutex_lock(&p->lock);
+    const bool has_entered = enter(p);
     for (uint32_t i = 0; i < GP_MAX_TAPS; i++) {
         n += p->holds[i] != NULL;
     }
-    pthread_mutex_unlock(&p->lock);
+    leave(p, has_entered);
     return n;
 }
 
@@ -358,7 +367,7 @@ int gp_pager_pin(gp_pager *p, uint32_t layer_index, const int32_t *experts, uint
     int32_t *slots = malloc(n_experts * sizeof *slots);
     uint32_t *counts = calloc(n_experts, sizeof *counts);
     *failure = (gp_failure) { 0 };
-    int error = slots && counts ? gp_hold_open(&hold, p, 0) : -ENOMEM;
+    int error = getpid() != p->pid ? -ECHILD : slots && counts ? gp_hold_open(&hold, p, 0) : -ENOMEM;
     if (error != 0) {
         goto fail;
     }
@@ -404,19 +413,19 @@ fail:
 }
 
 void gp_pager_unpin_all(gp_pager *p) {
-    pthread_mutex_lock(&p->lock);
+    const bool has_entered = enter(p);
     for (uint32_t i = 0; i < p->n_slots; i++) {
         p->slots[i].is_pinned = false;
     }
-    pthread_mutex_unlock(&p->lock);
+    leave(p, has_entered);
 }
 
 void gp_pager_counters(gp_pager *p, gp_counters *counters) {
-    pthread_mutex_lock(&p->lock);
+    const bool has_entered = enter(p);
     for (uint32_t i = 0; i < p->config.n_layers; i++) {
         counters[i] = p->layers[i].counters;
     }
-    pthread_mutex_unlock(&p->lock);
+    leave(p, has_entered);
 }
 
 int gp_pager_resident(gp_pager *p, uint32_t layer_index, uint8_t *resident) {
@@ -424,11 +433,11 @@ int gp_pager_resident(gp_pager *p, uint32_t layer_index, uint8_t *resident) {
         return -EINVAL;
     }
     const gp_layer *l = &p->layers[layer_index];
-    pthread_mutex_lock(&p->lock);
+    const bool has_entered = enter(p);
     for (uint32_t e = 0; e < l->spec.n_experts; e++) {
         const int32_t index = l->slot_of[e];
         resident[e] = index < 0 ? 0 : p->slots[index].is_pinned ? 2 : 1;
     }
-    pthread_mutex_unlock(&p->lock);
+    leave(p, has_entered);
     return 0;
 }

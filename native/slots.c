@@ -88,7 +88,7 @@ int32_t gp_slot_choose(const gp_pager *p, const gp_layer *for_layer, bool is_tra
     if (victim < 0) {
         victim = find_free(p, c);
     }
-    if (victim < 0) {
+    if (victim < 0 && c->n_transient > 0) {
         victim = find_least(p, c, for_layer, TRANSIENT);
     }
     if (victim < 0) {

@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -233,6 +234,7 @@ def main() -> None:
     if arguments.mode:
         print(json.dumps(run_once(arguments)))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that read-ahead and cgroup are restored then, too
     print("reading the model once, for both ...", file=sys.stderr)
     bandwidths = [read_through(path) for path in read_layout(arguments.model).paths]
     setting = probe.read_ahead_setting(arguments.model)

@@ -9,6 +9,7 @@ With --check it changes nothing and fails if the README is not what it would wri
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed table: scripts/speed_table.py -->\n", "<!-- end of speed table -->\n"
 FIGURES = (("decode_ts", "decode, tok/s", 1), ("prefill_ts", "prefill of 512 tokens, tok/s", 1),
-           ("mb_per_token", "read while decoding, MB per token", 1))
+           ("mb_per_token", "read while decoding, MB per token", 1),
+           ("peak_rss_bytes", "peak RSS, MB", 1e-6), ("cap_peak_bytes", "peak of the capped group, MB", 1e-6))
 
 
-def cell(result: dict[str, Any], key: str, mode: str) -> str:
+def cell(result: dict[str, Any], key: str, mode: str, scale: float) -> str:
     """Return median and range of one figure."""
-    values = [row[key] for row in result["rows"] if row["mode"] == mode and row.get(key) is not None]
-    return f"{result['summary'][key][mode]:.1f} ({min(values):.1f} to {max(values):.1f})"
+    values = [row[key] * scale for row in result["rows"] if row["mode"] == mode and row.get(key) is not None]
+    return f"{statistics.median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})"
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -30,10 +32,11 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["| memory cap | | gguf_pager | stock, mmap | ratio |", "|---|---|---|---|---|"]
     for result in results:
         cap = f"{result['rows'][0]['cap_bytes'] / 1e9:.1f} GB"
-        for key, label, _ in FIGURES:
+        for key, label, scale in FIGURES:
             if key in result["summary"]:
                 ratio = result["summary"][key]["ratio"]
-                lines.append(f"| {cap} | {label} | {cell(result, key, 'paged')} | {cell(result, key, 'stock')} | {ratio:.2f} |")
+                cells = [cell(result, key, mode, scale) for mode in ("paged", "stock")]
+                lines.append(f"| {cap} | {label} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
                 cap = ""
     return "\n".join(lines) + "\n"
 

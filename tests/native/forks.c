@@ -2,6 +2,7 @@
  * hang nor disturb the parent, even when a thread of the parent was waiting at the time. */
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
+#include <stdatomic.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -44,7 +45,7 @@ static int child(void) {
     return 0;
 }
 
-static bool child_ends_well(void) {
+static bool child_ends_well(int (*child)(void)) {
     const pid_t pid = fork();
     if (pid == 0) {
         _exit(child());
@@ -71,7 +72,48 @@ static void end(void) {
 
 static void fork_of_an_idle_parent(void) {
     begin();
-    CHECK(child_ends_well(), "a fork can close what it inherited");
+    CHECK(child_ends_well(child), "a fork can close what it inherited");
+    end();
+}
+
+static atomic_bool is_over;
+
+static void *decode(void *data) {
+    (void) data;
+    for (uint32_t turn = 0; !atomic_load(&is_over); turn++) {
+        int32_t slots[2];
+        gp_failure failure;
+        (void) model_acquire(pager, &hold, turn % 3, (int32_t[]) { 1, 2 }, 2, 1, slots, &failure);
+        gp_pager_release(pager, &hold);
+    }
+    return NULL;
+}
+
+static int curious_child(void) {
+    alarm(CHILD_SECONDS);
+    gp_counters counters[MODEL_LAYERS];
+    uint8_t resident[16];
+    gp_failure failure;
+    gp_pager_counters(pager, counters);
+    CHECK(gp_pager_resident(pager, 1, resident) == 0 && gp_pager_n_taps(pager) == 2, "a fork may look");
+    CHECK(gp_pager_pin(pager, 1, (int32_t[]) { 1 }, 1, &failure) == -ECHILD, "but not read");
+    gp_pager_unpin_all(pager);
+    gp_pager_count_left_alone(pager, 0);
+    gp_pager_release(pager, &hold);
+    return 0;
+}
+
+/* Some of these forks happen while a thread of the parent has the lock. */
+static void forks_of_a_busy_parent(void) {
+    begin();
+    atomic_store(&is_over, false);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, decode, NULL) == 0, "the test has threads");
+    for (int i = 0; i < 60; i++) {
+        CHECK(child_ends_well(curious_child), "a fork never waits for a lock that it inherited");
+    }
+    atomic_store(&is_over, true);
+    pthread_join(thread, NULL);
     end();
 }
 
@@ -83,7 +125,7 @@ static void fork_while_the_parent_waits(void) {
     fake_wait_for_reads(3);
     CHECK(pthread_create(&waiting, NULL, wait_for_slots, NULL) == 0, "the test has threads");
     nanosleep(&(struct timespec) { .tv_nsec = 50000000 }, NULL);    /* both are asleep by now */
-    const bool is_well = child_ends_well();
+    const bool is_well = child_ends_well(child);
     fake_let_reads_go();
     pthread_join(reading, NULL);
     pthread_join(waiting, NULL);
@@ -95,5 +137,6 @@ int main(void) {
     check_begin();
     fork_of_an_idle_parent();
     fork_while_the_parent_waits();
+    forks_of_a_busy_parent();
     return 0;
 }

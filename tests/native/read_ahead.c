@@ -76,6 +76,17 @@ static void reads_in_flight_are_joined(void) {
     end();
 }
 
+/* Mixed quantisation: the next layer has slots of its own. */
+static void next_layer_of_another_class_is_read(void) {
+    begin((model_shape) { .n_classes = 2, .n_slots = 2 * EXPERTS });
+    model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
+    model_settle(pager);
+    CHECK(resident(1) == EXPERTS, "the next layer is read, whatever its shape");
+    model_use(&m, pager, &hold, 1, all, EXPERTS, 5);
+    CHECK(counters_of(1).hits == EXPERTS, "and is a hit");
+    end();
+}
+
 static void *use_next_layer(void *data) {
     (void) data;
     model_use(&m, pager, &hold, 1, all, EXPERTS, 5);
@@ -224,6 +235,7 @@ static void close_while_reading(void) {
 int main(void) {
     check_begin();
     next_layer_is_read();
+    next_layer_of_another_class_is_read();
     reads_in_flight_are_joined();
     what_is_still_coming_is_a_miss();
     nothing_is_read_ahead("a single token reads nothing ahead", 0, EXPERTS, 1);

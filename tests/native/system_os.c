@@ -1,4 +1,4 @@
-/* system_os FILE: the operating system's own table keeps the contract of os.h. FILE holds 30,000 bytes, each i % 251. */
+/* system_os FILE: the operating system's own table keeps the contract of os.h. FILE: 30,000 bytes, each i % 251. */
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
 #include <fcntl.h>
