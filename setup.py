@@ -6,7 +6,7 @@ import platform
 from setuptools import Extension, setup
 
 SYSTEM_SOURCE = {"Linux": "native/os_linux.c", "Darwin": "native/os_macos.c"}
-SOURCES = ["arena.c", "fetch.c", "module.c", "pager.c", "policy.c", "slots.c", "tap.c"]
+SOURCES = ["arena.c", "fetch.c", "module.c", "pager.c", "pins.c", "policy.c", "slots.c", "tap.c"]
 
 system_source = SYSTEM_SOURCE.get(platform.system())
 if system_source is None:

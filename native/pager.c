@@ -16,12 +16,11 @@ enum { BUSY_WAIT_SECONDS = 2 };         /* a context gives its slots back within
 /* Tokens after which a layer's counts are halved: long enough for a conversation, short enough to follow a new subject. */
 enum { HALF_LIFE_TOKENS = 4096 };
 
-/* A fork is alone with a copy of the state, and of the lock as some thread of the parent had it: it must not wait. */
-static bool enter(gp_pager *p) {
+bool gp_pager_enter(gp_pager *p) {
     return getpid() == p->pid && pthread_mutex_lock(&p->lock) == 0;
 }
 
-static void leave(gp_pager *p, bool has_entered) {
+void gp_pager_leave(gp_pager *p, bool has_entered) {
     if (has_entered) {
         pthread_mutex_unlock(&p->lock);
     }
@@ -56,7 +55,7 @@ static void release_and_tell(gp_pager *p, gp_hold *hold, uint32_t first) {
 }
 
 void gp_pager_release(gp_pager *p, gp_hold *hold) {
-    if (hold->n_slots == 0 || !enter(p)) {     /* only this thread changes n_slots */
+    if (hold->n_slots == 0 || !gp_pager_enter(p)) {     /* only this thread changes n_slots */
         return;
     }
     release_and_tell(p, hold, 0);
@@ -293,9 +292,9 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
 }
 
 void gp_pager_count_left_alone(gp_pager *p, uint32_t layer_index) {
-    const bool has_entered = enter(p);
+    const bool has_entered = gp_pager_enter(p);
     p->layers[layer_index].counters.left_alone++;
-    leave(p, has_entered);
+    gp_pager_leave(p, has_entered);
 }
 
 /* ---- holds ------------------------------------------------------------------------------------------------------ */
@@ -344,11 +343,11 @@ const gp_layer_spec *gp_pager_layer(const gp_pager *p, uint32_t layer_index) {
 
 uint32_t gp_pager_n_taps(gp_pager *p) {
     uint32_t n = 0;
-    const bool has_entered = enter(p);
+    const bool has_entered = gp_pager_enter(p);
     for (uint32_t i = 0; i < GP_MAX_TAPS; i++) {
         n += p->holds[i] != NULL;
     }
-    leave(p, has_entered);
+    gp_pager_leave(p, has_entered);
     return n;
 }
 
@@ -358,74 +357,14 @@ char *gp_pager_slots(const gp_pager *p, uint32_t shape_class, uint32_t *n_slots,
     return p->classes[shape_class].slots;
 }
 
-/* ---- pins and counters ------------------------------------------------------------------------------------------ */
-
-int gp_pager_pin(gp_pager *p, uint32_t layer_index, const int32_t *experts, uint32_t n_experts, gp_failure *failure) {
-    gp_layer *l = &p->layers[layer_index];
-    const gp_class *c = &p->classes[l->spec.shape_class];
-    gp_hold hold;
-    int32_t *slots = malloc(n_experts * sizeof *slots);
-    uint32_t *counts = calloc(n_experts, sizeof *counts);
-    *failure = (gp_failure) { 0 };
-    int error = getpid() != p->pid ? -ECHILD : slots && counts ? gp_hold_open(&hold, p, 0) : -ENOMEM;
-    if (error != 0) {
-        goto fail;
-    }
-    pthread_mutex_lock(&p->lock);
-    uint32_t n_pinned = 0;
-    for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
-        n_pinned += p->slots[i].is_pinned;
-    }
-    for (uint32_t i = 0; i < n_experts; i++) {      /* those that are pinned already take no more */
-        const int32_t index = l->slot_of[experts[i]];
-        n_pinned += index < 0 || !p->slots[index].is_pinned;
-    }
-    uint32_t n_needed = l->spec.n_used;
-    for (uint32_t i = 0; i < GP_MAX_TAPS; i++) {
-        if (p->holds[i] && p->holds[i]->n_needed > n_needed) {
-            n_needed = p->holds[i]->n_needed;
-        }
-    }
-    if (n_needed > l->spec.n_experts) {
-        n_needed = l->spec.n_experts;
-    }
-    if (n_pinned + n_needed > c->n_slots) {
-        error = -ENOSPC;
-    }
-    pthread_mutex_unlock(&p->lock);
-    if (error == 0) {
-        const gp_demand demand = { .layer = layer_index, .experts = experts, .counts = counts,
-                                   .n_experts = n_experts, .n_tokens = 1, .is_again = true };
-        error = gp_pager_acquire(p, &hold, &demand, slots, failure);
-    }
-    if (error == 0) {
-        pthread_mutex_lock(&p->lock);
-        for (uint32_t i = 0; i < n_experts; i++) {
-            p->slots[c->first + (uint32_t) slots[i]].is_pinned = true;
-        }
-        pthread_mutex_unlock(&p->lock);
-    }
-    gp_hold_close(&hold, p);
-fail:
-    free(counts);
-    free(slots);
-    return error;
-}
-
-void gp_pager_unpin_all(gp_pager *p) {
-    const bool has_entered = enter(p);
-    for (uint32_t i = 0; i < p->n_slots; i++) {
-        p->slots[i].is_pinned = false;
-    }
-    leave(p, has_entered);
-}
+/* ---- counters ---------------------------------------------------------------------------------------------------- */
 
 void gp_pager_counters(gp_pager *p, gp_counters *counters) {
-    const bool has_entered = enter(p);
+    const bool has_entered = gp_pager_enter(p);
     for (uint32_t i = 0; i < p->config.n_layers; i++) {
         counters[i] = p->layers[i].counters;
     }
-    leave(p, has_entered);
+    gp_pager_leave(p, has_entered);
 }
 
 int gp_pager_resident(gp_pager *p, uint32_t layer_index, uint8_t *resident) {
@@ -433,11 +372,11 @@ int gp_pager_resident(gp_pager *p, uint32_t layer_index, uint8_t *resident) {
         return -EINVAL;
     }
     const gp_layer *l = &p->layers[layer_index];
-    const bool has_entered = enter(p);
+    const bool has_entered = gp_pager_enter(p);
     for (uint32_t e = 0; e < l->spec.n_experts; e++) {
         const int32_t index = l->slot_of[e];
         resident[e] = index < 0 ? 0 : p->slots[index].is_pinned ? 2 : 1;
     }
-    leave(p, has_entered);
+    gp_pager_leave(p, has_entered);
     return 0;
 }

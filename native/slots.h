@@ -1,4 +1,4 @@
-/* The pager's state, shared by the three files that work on it: slots.c moves slots between their states, pager.c
+/* The pager's state, shared by the files that work on it: slots.c moves slots between their states, pager.c
  * serves contexts, arena.c opens and closes the whole. */
 #ifndef GGUF_PAGER_SLOTS_H
 #define GGUF_PAGER_SLOTS_H
@@ -66,7 +66,12 @@ struct gp_pager {
     bool             is_reading_ahead;  /* that room is taken */
 };
 
-/* All with the pager's lock held. */
+/* Take and give back the pager's lock. A fork is alone with a copy of the state, and of the lock as some thread of the
+ * parent had it: it must not wait, and enters without. */
+bool gp_pager_enter(gp_pager *pager);
+void gp_pager_leave(gp_pager *pager, bool has_entered);
+
+/* The rest with the lock held. */
 
 /* The slot to give up for an expert of `for_layer`, free or READY; -1: all are used, pinned or being read. */
 int32_t  gp_slot_choose(const gp_pager *pager, const gp_layer *for_layer, bool is_transient);
