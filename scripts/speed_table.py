@@ -29,9 +29,9 @@ def cell(result: dict[str, Any], key: str, mode: str, scale: float) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return the table in Markdown: a line per figure and cap."""
-    lines = ["| memory cap | | gguf_pager | stock, mmap | ratio |", "|---|---|---|---|---|"]
+    lines = ["| memory cap, read-ahead | | gguf_pager | stock, mmap | ratio |", "|---|---|---|---|---|"]
     for result in results:
-        cap = f"{result['rows'][0]['cap_bytes'] / 1e9:.1f} GB"
+        cap = f"{result['rows'][0]['cap_bytes'] / 1e9:.1f} GB, {result['read_ahead_kb']:,} KiB"
         for key, label, scale in FIGURES:
             if key in result["summary"]:
                 ratio = result["summary"][key]["ratio"]
