@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -22,11 +21,11 @@ import llama_cpp
 from llama_cpp import llama_cpp as low
 
 from gguf_pager import _native, budget, engine, probe, residency
-from gguf_pager.budget import Budget
 from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.layout import Layout, override_n_used, read_layout
-from gguf_pager.pager import Options, Pager
+from gguf_pager.pager import Pager
 from gguf_pager.residency import FileIdentity
+from gguf_pager.sizing import Request, may_be_enough, open_or_shrink
 
 log = logging.getLogger("gguf_pager")
 
@@ -40,21 +39,6 @@ _WRAPPED = (
     "llama_set_abort_callback",
     "llama_set_causal_attn",
 )
-
-
-@dataclass(slots=True)
-class Request:
-    """What somebody who opens a model wants.
-
-    `output_rows` is the number of logit rows the caller keeps, for the budget; `opened` and `reason` tell what became
-    of the last model opened: its pager, or why it runs as stock llama.cpp.
-    """
-
-    budget: Budget
-    options: Options
-    output_rows: int = 1
-    opened: list[Pager] = field(default_factory=list)
-    reason: str | None = None
 
 
 @dataclass(slots=True)
@@ -177,7 +161,7 @@ class _Hooks:
             return address
         try:
             # A budget that cannot be kept is refused by llama_init_from_model, which knows all of what is needed.
-            method = request.options.lock_dense if _may_be_enough(layout, pager, request) else "off"
+            method = request.options.lock_dense if may_be_enough(layout, pager, request) else "off"
             kept = residency.keep_dense(layout, method, others)
         except BaseException:
             self._call("llama_model_free", address)
@@ -247,7 +231,8 @@ class _Hooks:
                 return context
             try:
                 wanted = int(low.llama_n_ubatch(context))  # not params.n_ubatch: 0 means n_batch there
-                n_ubatch = _open_or_shrink(paged, wanted, _is_uncut(params, context, paged.pager.layout), before)
+                is_uncut = _is_uncut(params, context, paged.pager.layout)
+                n_ubatch = open_or_shrink(paged.pager, paged.request, paged.residency, wanted, is_uncut, before)
                 if n_ubatch == wanted:
                     _attach(tap, paged.pager)
                     break
@@ -370,84 +355,6 @@ def _apply_overrides(layout: Layout, params: Any) -> Layout:
                 layout = override_n_used(layout, int(entry.value.val_i64))
             at += 1
     return layout
-
-
-_DRIFT_BYTES, _DRIFT_SHARE = 4 << 20, 0.01
-"""What a second attempt in the same process may need beyond the first, in heap that the first has left in pieces: 3.8
-MiB of 78 were seen, with the smallest of models."""
-
-
-def _too_small(wanted: int, least: int) -> BudgetError:
-    least += _DRIFT_BYTES + int(least * _DRIFT_SHARE)
-    return BudgetError(
-        f"A budget of {budget.format_bytes(wanted)} is too small: this model needs at least "
-        f"{budget.format_bytes(least)} ({least} bytes). Raise it, or say budget='min'."
-    )
-
-
-def _may_be_enough(layout: Layout, pager: Pager, request: Request) -> bool:
-    """Return whether a budget suffices for a process without KV cache: what is resident now, dense weights, slots."""
-    least = (probe.process_memory().resident_bytes + layout.dense_bytes + budget.WORK_BYTES
-             + budget.least_arena_bytes(pager.needs))
-    return request.budget.kind != "bytes" or int(request.budget.value or 0) >= least
-
-
-def _arena_bytes(paged: _Model, before: probe.ProcessMemory) -> tuple[int, int]:
-    """Return what the budget leaves for the arena, and all that it does not leave.
-
-    What the context has allocated but not touched yet counts as used: it will be.
-    """
-    pager, request = paged.pager, paged.request
-    full = budget.full_arena_bytes(pager.needs)
-    if request.budget.kind == "share":
-        least = budget.least_arena_bytes(pager.needs)
-        wanted = round((request.budget.value or 1) * full)
-        if wanted < least:
-            raise BudgetError(
-                f"{(request.budget.value or 0) * 100:g}% of the experts are too few: this model needs at least "
-                f"{math.ceil(least / full * 10_000) / 100:.2f}% ({least} bytes) to compute one token."
-            )
-        return wanted, 0
-    if request.budget.kind == "min":
-        return budget.least_arena_bytes(pager.needs), 0
-    now = probe.process_memory()
-    untouched = max(0, (now.private_address_bytes - before.private_address_bytes)
-                    - (now.resident_bytes - before.resident_bytes))
-    not_yet_resident = 0 if paged.residency.method in ("lock", "copy") else pager.layout.dense_bytes
-    rows = request.output_rows * pager.layout.n_vocab * 4
-    used = now.resident_bytes + untouched + not_yet_resident + rows + budget.WORK_BYTES
-    if request.budget.kind == "bytes":
-        total = int(request.budget.value or 0)
-    else:
-        memory = probe.memory()
-        total = now.resident_bytes + budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)
-    return min(full, max(0, total - used)), used
-
-
-def _open_or_shrink(paged: _Model, n_ubatch: int, is_uncut: bool, before: probe.ProcessMemory) -> int:
-    """Open the arena with the first context, if its batches fit; otherwise return the n_ubatch that does.
-
-    Batches that must not be cut are not: what does not fit is then left to llama.cpp's mapping.
-
-    Raises:
-        BudgetError: not even one token's experts fit.
-    """
-    pager = paged.pager
-    slots = pager.n_slots
-    if not pager.is_open:
-        arena, used = _arena_bytes(paged, before)
-        least = budget.least_arena_bytes(pager.needs)
-        if arena < least and (n_ubatch == 1 or is_uncut):
-            raise _too_small(int(paged.request.budget.value or arena + used), used + least)
-        slots = budget.share_slots(pager.needs, max(arena, least))
-        if paged.request.budget.kind == "min":
-            slots = tuple(need.n_least for need in pager.needs)
-        if arena < least:
-            return max(1, n_ubatch // 2)  # smaller batches have smaller buffers
-    fitting = n_ubatch if is_uncut else budget.largest_ubatch(pager.layout, slots, n_ubatch)
-    if fitting == n_ubatch and not pager.is_open:
-        pager.open(slots)
-    return fitting
 
 
 def _is_uncut(params: Any, context: Any, layout: Layout) -> bool:

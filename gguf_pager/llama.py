@@ -12,8 +12,9 @@ import llama_cpp
 
 from gguf_pager.budget import parse_budget
 from gguf_pager.errors import EngineError, PagerError
-from gguf_pager.hooks import Request, hooks
+from gguf_pager.hooks import hooks
 from gguf_pager.pager import Options, Pager
+from gguf_pager.sizing import Request
 
 _OPTION_NAMES = tuple(Options.__dataclass_fields__)
 

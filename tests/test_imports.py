@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "gguf_pager"
 
 # A module imports from those above it only.
-ORDER = ("errors", "_native", "engine", "layout", "budget", "probe", "cap", "pager", "residency", "hooks", "llama",
-         "doctor", "energy", "report", "cli", "__main__")
+ORDER = ("errors", "_native", "engine", "layout", "budget", "probe", "cap", "pager", "residency", "sizing", "hooks",
+         "llama", "doctor", "energy", "report", "cli", "__main__")
 
 FOLDERS = ("energy", "cli")  # rooms of several files, which may import each other
 
