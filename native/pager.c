@@ -13,7 +13,7 @@
 
 enum { BUSY_WAIT_SECONDS = 2 };         /* a context gives its slots back within one layer's compute */
 
-/* Tokens after which a layer's counts are halved: long enough for a conversation, short enough to follow a new subject. */
+/* Tokens after which a layer's counts are halved: a guess between a conversation's length and following a new subject. */
 enum { HALF_LIFE_TOKENS = 4096 };
 
 bool gp_pager_enter(gp_pager *p) {

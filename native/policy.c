@@ -11,8 +11,9 @@ static double recency(const gp_use *use) {
     return -((double) use->age * use->n_layers + use->away);
 }
 
-/* Uses per age: frequency and recency in one. Replayed on the "code" trace of Qwen3-30B (16 layers, 1,500 tokens) with
- * counts that outlive eviction: 66.9 MB per token at 25 % resident, LRU 70.4; at 50 % 15.0, LRU 15.5. */
+/* Uses per age: frequency and recency in one. With counts that outlive eviction, replayed on the
+ * "code" trace of Qwen3-30B (scripts/replay_policies.py): 65.0 MB per token at 25 % resident, LRU 70.4; at 50 % 14.9, LRU
+ * 15.5. */
 static double uses_per_age(const gp_use *use) {
     return use->uses / (double) (use->age + 1);
 }

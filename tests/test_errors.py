@@ -195,6 +195,7 @@ def test_read_only_file_is_enough(zoo_model: Model, tmp_path: Path) -> None:
     try:
         llm = open_paged(path)
         llm.eval(some_tokens(3))
+        assert llm.n_tokens == 3
         llm.close()
     finally:
         tmp_path.chmod(0o755)
