@@ -36,6 +36,8 @@ class Pager:
     def counters(self) -> list[_Counters]: ...
     def resident(self, layer: int, /) -> bytes:
         """Return a byte per expert: 0 not in a slot, 1 in one, 2 pinned."""
+    def chosen(self, layer: int, /) -> list[int]:
+        """Return how many tokens have chosen each expert."""
     def pin(self, layer: int, experts: Sequence[int], /) -> _Failure | None:
         """Return what a read failed with, if one did."""
     def unpin_all(self) -> None: ...

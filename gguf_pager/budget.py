@@ -201,6 +201,11 @@ def auto_budget_bytes(available_bytes: int, total_bytes: int) -> int:
     return max(0, available_bytes - reserve)
 
 
+def fits_whole(tensor_bytes: int, spare_bytes: int) -> bool:
+    """Return whether a model fits into what can be spared, so that `auto` leaves it to stock llama.cpp."""
+    return tensor_bytes + WORK_BYTES <= spare_bytes
+
+
 def format_bytes(n_bytes: float) -> str:
     """Return a size for people: '3.5 GiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):

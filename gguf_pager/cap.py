@@ -46,6 +46,18 @@ class Cap:
             return None
 
 
+    def oom_kills(self) -> int | None:
+        """Return how many processes of the group the kernel has ended for want of memory; None where unknown."""
+        if self.folder is None:
+            return None
+        name = "memory.oom_control" if self.method == "cgroup1" else "memory.events"
+        try:
+            fields = dict(line.split() for line in (self.folder / name).read_text().splitlines())
+            return int(fields["oom_kill"])
+        except (OSError, ValueError, KeyError):
+            return None
+
+
 @contextmanager
 def memory_cap(limit_bytes: int | None) -> Iterator[Cap]:
     """Make a cap for the time of the block. Where the machine allows none, the cap's method is "none" with the reason."""
@@ -134,37 +146,3 @@ def _systemd_allows() -> bool:
         return subprocess.run(trial, capture_output=True, timeout=10, check=False).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
-
-
-def drop_from_page_cache(paths: Sequence[Path]) -> None:
-    """Ask the kernel to forget files that nobody has mapped; no root needed. Does nothing where it cannot be asked."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in paths:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())  # dirty pages, of a model just written, would stay
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-@contextmanager
-def read_ahead(setting: Path | None, kb: int | None) -> Iterator[int | None]:
-    """Set a device's read-ahead for the time of the block and restore it always.
-
-    Yields the value in force, in KiB: `kb` where setting it is permitted, else what it was; None where unknown.
-    """
-    try:
-        before = int(setting.read_text()) if setting is not None else None
-    except (OSError, ValueError):
-        before = None
-    if setting is None or kb is None or before is None or kb == before:
-        yield before
-        return
-    try:
-        setting.write_text(str(kb))
-    except OSError:
-        yield before
-        return
-    try:
-        yield kb
-    finally:
-        setting.write_text(str(before))

@@ -193,7 +193,7 @@ class _Hooks:
         if request.budget.kind == "auto":
             memory = probe.memory()
             spare = budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)
-            if layout.tensor_bytes + budget.WORK_BYTES <= spare:
+            if budget.fits_whole(layout.tensor_bytes, spare):
                 return (f"all {budget.format_bytes(layout.tensor_bytes)} of it fit into the "
                         f"{budget.format_bytes(spare)} of RAM that can be spared")
         return None

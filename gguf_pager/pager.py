@@ -220,6 +220,10 @@ class Pager:
         """Return the experts of a layer (an index into `layout.layers`) that are in slots now."""
         return [expert for expert, state in enumerate(self.native().resident(layer)) if state]
 
+    def times_chosen(self, layer: int) -> list[int]:
+        """Return how many tokens have chosen each expert of a layer (an index into `layout.layers`) since the start."""
+        return self.native().chosen(layer)
+
     def pin(self, experts: Mapping[int, Sequence[int]]) -> None:
         """Read experts and keep them until `unpin_all`: {layer index: experts}.
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
+import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,3 +129,28 @@ def read_ahead_setting(path: str | Path) -> Path | None:
         if (folder / "queue" / "read_ahead_kb").exists():
             return folder / "queue" / "read_ahead_kb"
     return None
+
+
+def cpu_name() -> str:
+    """Return the processor's name for people."""
+    if sys.platform == "darwin":
+        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        return asked.stdout.strip() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def device_name(path: str | Path) -> str | None:
+    """Return the name of the disk that holds a file, and its model where it tells one: "nvme0n1 (Samsung SSD 990)"."""
+    setting = read_ahead_setting(path)
+    if setting is None:
+        return None
+    disk = setting.parent.parent
+    try:
+        model = (disk / "device" / "model").read_text().strip()
+    except OSError:
+        return disk.name
+    return f"{disk.name} ({model})" if model else disk.name

@@ -133,8 +133,9 @@ static int open_layers(gp_pager *p) {
         l->rank = c->n_layers++;
         l->slot_of = malloc(l->spec.n_experts * sizeof *l->slot_of);
         l->uses = calloc(l->spec.n_experts, sizeof *l->uses);
+        l->chosen = calloc(l->spec.n_experts, sizeof *l->chosen);
         l->last_token = calloc(l->spec.n_experts, sizeof *l->last_token);
-        if (!l->slot_of || !l->uses || !l->last_token) {
+        if (!l->slot_of || !l->uses || !l->chosen || !l->last_token) {
             return -ENOMEM;
         }
         for (uint32_t e = 0; e < l->spec.n_experts; e++) {
@@ -231,6 +232,7 @@ void gp_pager_close(gp_pager *p) {
     for (uint32_t i = 0; p->layers && i < p->config.n_layers; i++) {
         free(p->layers[i].slot_of);
         free(p->layers[i].uses);
+        free(p->layers[i].chosen);
         free(p->layers[i].last_token);
     }
     if (p->arena) {

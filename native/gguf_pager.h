@@ -104,6 +104,9 @@ void gp_pager_counters(gp_pager *pager, gp_counters *counters);
 /* resident: n_experts bytes for `layer`; 1 in a slot, 2 in a slot and pinned, 0 not. */
 int  gp_pager_resident(gp_pager *pager, uint32_t layer, uint8_t *resident);
 
+/* chosen: n_experts numbers for `layer`; how many tokens have chosen each expert since the pager was opened. */
+int  gp_pager_chosen(gp_pager *pager, uint32_t layer, uint64_t *chosen);
+
 /* Reads the experts and keeps them until unpinned. -ENOSPC when too few slots would be left to compute with. */
 int  gp_pager_pin(gp_pager *pager, uint32_t layer, const int32_t *experts, uint32_t n_experts, gp_failure *failure);
 void gp_pager_unpin_all(gp_pager *pager);

@@ -290,6 +290,34 @@ static PyObject *pager_resident(PyObject *object, PyObject *args) {
     return result;
 }
 
+static PyObject *pager_chosen(PyObject *object, PyObject *args) {
+    PagerObject *self = (PagerObject *) object;
+    gp_pager *pager = opened(self);
+    unsigned int layer;
+    if (!pager || !PyArg_ParseTuple(args, "I", &layer)) {
+        return NULL;
+    }
+    if (layer >= self->n_layers) {
+        return raise_errno(-EINVAL);
+    }
+    const uint32_t n_experts = self->n_experts[layer];
+    uint64_t *chosen = malloc(n_experts * sizeof *chosen);
+    if (!chosen) {
+        return PyErr_NoMemory();
+    }
+    const int error = gp_pager_chosen(pager, layer, chosen);
+    PyObject *list = error == 0 ? PyList_New(n_experts) : raise_errno(error);
+    for (uint32_t e = 0; list && e < n_experts; e++) {
+        PyObject *number = PyLong_FromUnsignedLongLong(chosen[e]);
+        if (!number || PyList_SetItem(list, e, number) != 0) {  /* which takes the number, also when it fails */
+            Py_DECREF(list);
+            list = NULL;
+        }
+    }
+    free(chosen);
+    return list;
+}
+
 static PyObject *failure_tuple(const gp_failure *failure) {
     return Py_BuildValue("(iIK)", -failure->error, failure->file, (unsigned long long) failure->offset_bytes);
 }
@@ -362,6 +390,7 @@ static PyMethodDef pager_methods[] = {
     { "close", pager_close, METH_NOARGS, NULL },
     { "counters", pager_counters, METH_NOARGS, NULL },
     { "resident", pager_resident, METH_VARARGS, NULL },
+    { "chosen", pager_chosen, METH_VARARGS, NULL },
     { "pin", pager_pin, METH_VARARGS, NULL },
     { "unpin_all", pager_unpin_all, METH_NOARGS, NULL },
     { NULL, NULL, 0, NULL },

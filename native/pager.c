@@ -6,6 +6,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -73,6 +74,7 @@ static void count_use(gp_layer *l, const gp_demand *demand) {
     }
     for (uint32_t i = 0; i < demand->n_experts; i++) {
         l->uses[demand->experts[i]] += (float) demand->counts[i];
+        l->chosen[demand->experts[i]] += demand->counts[i];
         l->last_token[demand->experts[i]] = l->counters.tokens;
     }
 }
@@ -377,6 +379,17 @@ int gp_pager_resident(gp_pager *p, uint32_t layer_index, uint8_t *resident) {
         const int32_t index = l->slot_of[e];
         resident[e] = index < 0 ? 0 : p->slots[index].is_pinned ? 2 : 1;
     }
+    gp_pager_leave(p, has_entered);
+    return 0;
+}
+
+int gp_pager_chosen(gp_pager *p, uint32_t layer_index, uint64_t *chosen) {
+    if (layer_index >= p->config.n_layers) {
+        return -EINVAL;
+    }
+    const gp_layer *l = &p->layers[layer_index];
+    const bool has_entered = gp_pager_enter(p);
+    memcpy(chosen, l->chosen, l->spec.n_experts * sizeof *chosen);
     gp_pager_leave(p, has_entered);
     return 0;
 }

@@ -36,7 +36,6 @@ from gguf.quants import quantize
 from quant_blocks import nbytes, random_weights
 from trace_routing import (
     RECORDINGS,
-    TRACES,
     Experts,
     Floats,
     embeddings,
@@ -44,7 +43,7 @@ from trace_routing import (
     router,
     vocabulary_rows,
 )
-from trace_text import Vocabulary, cut_pieces, vocabulary
+from trace_text import TEXT, Vocabulary, cut_pieces, vocabulary
 
 LABEL = "trace-driven test model: random weights, recorded routing"
 
@@ -143,7 +142,7 @@ def make(path: Path, preset: str = "tiny", **overrides: Any) -> None:
     spec = preset_spec(preset, **overrides)
     layers = range(spec.first_layer, spec.first_layer + spec.layers)
     experts = recorded_experts(spec.trace, layers, spec.positions, spec.top_k, spec.experts)
-    text = (TRACES / "text.txt").read_text("ascii")
+    text = TEXT.read_text("ascii")
     words = vocabulary(cut_pieces(text, spec.positions))
     tensors = list(_tensors(spec, experts, words.first_piece))
     partial = path.with_name(path.name + ".partial")

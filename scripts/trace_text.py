@@ -10,6 +10,9 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+TEXT = Path(__file__).parent.parent / "gguf_pager" / "bench" / "text.txt"  # the package has it for its benchmark, too
 
 # llama_cpp.Llama.detokenize fails on a token of more than 32 bytes.
 MAX_PIECE_BYTES = 31

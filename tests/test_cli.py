@@ -23,9 +23,10 @@ from click.testing import CliRunner
 from zoo_metadata import Arch
 
 import gguf_pager
-from gguf_pager import doctor, engine, probe, report
+from gguf_pager import doctor, engine, probe
 from gguf_pager.cli import main
 from gguf_pager.errors import EngineError
+from gguf_pager.report.generation import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "First Citizen:"
@@ -177,9 +178,9 @@ def test_interrupt_ends_with_the_figures_so_far(models: Path) -> None:
 
 def test_progress_appears_after_a_second_and_only_where_wanted(capfd: pytest.CaptureFixture[str]) -> None:
     for is_wanted in (None, True):  # stderr is no terminal here
-        with report.Progress(is_wanted).during(lambda: "opening"):
+        with Progress(is_wanted).during(lambda: "opening"):
             time.sleep(1.3)
-    with report.Progress(True).during(lambda: "never shown"):
+    with Progress(True).during(lambda: "never shown"):
         pass
     assert capfd.readouterr() == ("", "opening\n")
 

@@ -10,7 +10,7 @@ import click
 from gguf_pager import __version__
 from gguf_pager.errors import PagerError
 
-_COMMANDS = ("run", "inspect", "doctor", "energy")
+_COMMANDS = ("run", "bench", "inspect", "doctor", "energy")
 """In the order of the help. Each is a module of this package with a command of the same name."""
 
 

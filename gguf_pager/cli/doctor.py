@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from gguf_pager import doctor as probing
-from gguf_pager import report
+from gguf_pager.report import checks as shown
 
 
 @click.command()
@@ -22,5 +22,5 @@ def doctor(context: click.Context, model: Path | None, as_json: bool) -> None:
     looked at. The exit code is 1 when something stops paging, else 0.
     """
     checks = probing.examine(model)
-    click.echo(json.dumps(report.checks_json(checks), indent=2) if as_json else report.checks_text(checks))
+    click.echo(json.dumps(shown.checks_json(checks), indent=2) if as_json else shown.checks_text(checks))
     context.exit(1 if any(check.status == "problem" for check in checks) else 0)

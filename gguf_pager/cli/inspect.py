@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from gguf_pager import probe, report
+from gguf_pager import probe
 from gguf_pager.layout import read_layout
 from gguf_pager.pager import Options, Pager
+from gguf_pager.report import inspection as shown
 
 
 @click.command()
@@ -22,5 +23,5 @@ def inspect(model: Path, as_json: bool) -> None:
     process leave out the KV cache and the compute buffers, which depend on the context.
     """
     layout = read_layout(model)
-    facts = report.inspection(layout, Pager(layout, Options()) if layout.layers else None, probe.memory())
-    click.echo(json.dumps(facts, indent=2) if as_json else report.inspection_text(facts))
+    facts = shown.inspection(layout, Pager(layout, Options()) if layout.layers else None, probe.memory())
+    click.echo(json.dumps(facts, indent=2) if as_json else shown.inspection_text(facts))

@@ -15,11 +15,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from gguf_pager import __version__, probe, report
+from gguf_pager import __version__, probe
 from gguf_pager.budget import format_bytes
 from gguf_pager.doctor import physical_cores
 from gguf_pager.errors import PagerError
 from gguf_pager.pager import Options, Stats
+from gguf_pager.report import generation as shown
 
 if TYPE_CHECKING:
     from gguf_pager.llama import Llama
@@ -115,7 +116,7 @@ def run(**given: Any) -> None:
     """
     settings = _Settings(**given)
     prompt = _read_prompt(settings)
-    progress = report.Progress(settings.progress)
+    progress = shown.Progress(settings.progress)
     if settings.verbose:
         logging.basicConfig(format="%(name)s: %(message)s")
         logging.getLogger("gguf_pager").setLevel(logging.INFO)
@@ -129,14 +130,14 @@ def run(**given: Any) -> None:
         if llm.not_paged_reason:
             click.echo(f"Not paged: {llm.not_paged_reason}.", err=True)
         generation = _generate(llm, settings, prompt, seed, progress)
-        facts = report.run_facts(_facts(llm, settings, generation, load_s, seed), *generation.phases(),
+        facts = shown.run_facts(_facts(llm, settings, generation, load_s, seed), *generation.phases(),
                                  probe.process_memory().peak_bytes)
     finally:
         llm.close()
     if settings.as_json:
         click.echo(json.dumps(facts))
     else:
-        click.echo(report.run_line(facts), err=True)
+        click.echo(shown.run_line(facts), err=True)
     if generation.finish_reason == "interrupt":
         raise KeyboardInterrupt
 
@@ -190,8 +191,8 @@ class _Generation:
     def _stats(self) -> Stats | None:
         return self._llm.pager.stats() if self._llm.pager else None
 
-    def _mark(self, stats: Stats | None = None) -> report.Mark:
-        return report.Mark(time.monotonic(), int(self._llm.n_tokens), stats)
+    def _mark(self, stats: Stats | None = None) -> shown.Mark:
+        return shown.Mark(time.monotonic(), int(self._llm.n_tokens), stats)
 
     def __call__(self, *_: Any) -> bool:
         """Note a token; it is chosen but not computed yet. After the last one the question comes twice."""
@@ -201,13 +202,13 @@ class _Generation:
             self._last = self._mark()  # counters of many layers take a while: they are asked for at the end
         return False
 
-    def phases(self) -> tuple[report.Phase, report.Phase]:
+    def phases(self) -> tuple[shown.Phase, shown.Phase]:
         """Return the prompt, whose computation yields the first token, and the decoding of those after it."""
         last = replace(self._last, stats=self._stats())
-        return report.Phase(self._begun, self._first), report.Phase(self._first, last)
+        return shown.Phase(self._begun, self._first), shown.Phase(self._first, last)
 
 
-def _generate(llm: Llama, settings: _Settings, prompt: str, seed: int, progress: report.Progress) -> _Generation:
+def _generate(llm: Llama, settings: _Settings, prompt: str, seed: int, progress: shown.Progress) -> _Generation:
     """Stream the text; a Ctrl-C ends it early, with finish reason "interrupt"."""
     import llama_cpp
 

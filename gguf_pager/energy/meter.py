@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from gguf_pager.energy import apple, battery, command, hwmon, perf, rapl
 from gguf_pager.energy.model import CONSTANTS, Constant, Usage, constants_json, estimate
-from gguf_pager.energy.source import Absent, NoReading, Source
+from gguf_pager.energy.source import Absent, Covers, NoReading, Source
 
 Found = Source | Absent
 
@@ -51,6 +51,18 @@ class Energy:
     def as_json(self) -> dict[str, Any]:
         """Return the fields by name, None where nothing is known."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a source said about one interval. `joules` is None with a reason where it said nothing."""
+
+    joules: float | None
+    seconds: float
+    method: str | None
+    scope: str | None
+    covers: Covers | None
+    reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,32 +151,29 @@ class Meter:
         self._thread = threading.Thread(target=self._watch, args=(self.source, self._done), daemon=True)
         self._thread.start()
 
-    def stop(self, *, n_tokens: int | None = None, n_prompt_tokens: int | None = None,
-             usage: Usage | None = None) -> Energy:
-        """End the interval. Say how many tokens it generated or how many of the prompt it computed, not both.
-
-        With `usage` the model answers where the source cannot, and the reason says why it could not.
-        """
-        if n_tokens is not None and n_prompt_tokens is not None:
-            raise ValueError("an interval is the prompt's or the generated tokens': measure them one after the other")
+    def read(self) -> Reading:
+        """End the interval and return what the source says about it."""
         if self._thread is not None:
             self._done.set()
             self._thread.join()
             self._thread = None
+        if isinstance(self.source, Absent):
+            return Reading(None, 0.0, None, None, None, self._reason or "no interval was begun")
         joules: float | None = None
-        if not isinstance(self.source, Absent) and self._reason is None:
+        if self._reason is None:
             try:
                 self.source.poll()
                 joules = joules_since_begin(self.source)
             except NoReading as error:
                 self._reason = str(error)
-        if joules is not None and not isinstance(self.source, Absent):
-            status: Literal["measured", "partial"] = "measured" if self.source.covers == "machine" else "partial"
-            return Energy(status, self.source.name, self.source.scope, **_figures(
-                joules, self.source.polled_s - self.source.begun_s, self.idle_w, n_tokens, n_prompt_tokens))
-        if usage is None:
-            return Energy("none", energy_reason=self._reason or "no interval was begun")
-        return self._modelled(usage, n_tokens, n_prompt_tokens)
+        return Reading(joules, self.source.polled_s - self.source.begun_s, self.source.name, self.source.scope,
+                       self.source.covers, self._reason)
+
+    def stop(self, *, n_tokens: int | None = None, n_prompt_tokens: int | None = None,
+             usage: Usage | None = None) -> Energy:
+        """End the interval and return its figures, see `energy_of`."""
+        return energy_of([self.read()], self.idle_w, n_tokens=n_tokens, n_prompt_tokens=n_prompt_tokens, usage=usage,
+                         constants=self._constants)
 
     def close(self) -> None:
         """Close the source."""
@@ -179,15 +188,39 @@ class Meter:
                 self._reason = str(error)  # read by stop, after this thread has ended
                 return
 
-    def _modelled(self, usage: Usage, n_tokens: int | None, n_prompt_tokens: int | None) -> Energy:
-        result = estimate(usage, self._constants)
-        figures = _figures(result.value_j, usage.seconds, None, n_tokens, n_prompt_tokens)
-        reasons = [f"not measured: {self._reason}", figures.pop("energy_reason")]
-        if usage.ram_read_bytes is None:
-            reasons.append("reads of RAM are not known and not in it")
-        return Energy("modelled", "model", MODEL_SCOPE, energy_low_j=result.low_j, energy_high_j=result.high_j,
-                      energy_constants=constants_json(self._constants),
-                      energy_reason="; ".join(reason for reason in reasons if reason), **figures)
+
+def energy_of(readings: Sequence[Reading], idle_w: float | None, *, n_tokens: int | None = None,
+              n_prompt_tokens: int | None = None, usage: Usage | None = None,
+              constants: Mapping[str, Constant] = CONSTANTS) -> Energy:
+    """Return the figures of intervals taken together, which generated tokens or computed tokens of a prompt, not both.
+
+    With `usage`, that of all of them, the model answers where the source cannot tell of every one, and the reason says
+    why it could not.
+    """
+    if n_tokens is not None and n_prompt_tokens is not None:
+        raise ValueError("an interval is the prompt's or the generated tokens': measure them one after the other")
+    joules = [reading.joules for reading in readings if reading.joules is not None]
+    if readings and len(joules) == len(readings):
+        first = readings[0]
+        status: Literal["measured", "partial"] = "measured" if first.covers == "machine" else "partial"
+        return Energy(status, first.method, first.scope, **_figures(
+            sum(joules), sum(reading.seconds for reading in readings), idle_w, n_tokens, n_prompt_tokens))
+    reason = next((reading.reason for reading in readings if reading.joules is None), None) or "no interval was begun"
+    if usage is None:
+        return Energy("none", energy_reason=reason)
+    return _modelled(usage, constants, reason, n_tokens, n_prompt_tokens)
+
+
+def _modelled(usage: Usage, constants: Mapping[str, Constant], reason: str, n_tokens: int | None,
+              n_prompt_tokens: int | None) -> Energy:
+    result = estimate(usage, constants)
+    figures = _figures(result.value_j, usage.seconds, None, n_tokens, n_prompt_tokens)
+    reasons = [f"not measured: {reason}", figures.pop("energy_reason")]
+    if usage.ram_read_bytes is None:
+        reasons.append("reads of RAM are not known and not in it")
+    return Energy("modelled", "model", MODEL_SCOPE, energy_low_j=result.low_j, energy_high_j=result.high_j,
+                  energy_constants=constants_json(constants),
+                  energy_reason="; ".join(reason for reason in reasons if reason), **figures)
 
 
 def _figures(joules: float, seconds: float, idle_w: float | None, n_tokens: int | None,

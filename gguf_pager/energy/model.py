@@ -1,11 +1,9 @@
 """Joules from what a run used, where no counter can be read: an estimate between two bounds, and labelled as one.
 
 The constants of reading are those of arXiv 2508.06978 (Kyung, Yun, Ahn: SSD offloading for LLM mixture-of-experts
-weights considered harmful in energy efficiency; code at github.com/scale-snu/SSD-offloading). That paper's own totals,
-3.8 to 12.5 times HBM's energy per token for Mixtral 8x7B and 4.7 to 9.8 times for DeepSeek-R1, are not reproduced here:
-they contain background power (70 W of each H100 and 57 W of its DDR5) times a latency, and energy of computing, and
-both are results of its simulator, not of constants. The constants alone say that reading a byte from flash takes 24
-times the energy of reading it from HBM, which is another statement.
+weights considered harmful in energy efficiency; code at github.com/scale-snu/SSD-offloading). They alone say that reading
+a byte from flash takes 24 times the energy of reading it from HBM. That paper's own totals, 3.8 to 12.5 and 4.7 to 9.8
+times HBM's energy per token, contain computing, and background power times a latency: paper.py computes them again.
 """
 
 from __future__ import annotations

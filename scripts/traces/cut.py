@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
+TEXT = HERE.parent.parent / "gguf_pager" / "bench" / "text.txt"  # the package has it for its benchmark, too
 POSITIONS = 2048
 # 2,048 pieces take 19 KB of it.
 TEXT_BYTES = 24_000
@@ -35,7 +36,7 @@ def cut(shared: Path) -> None:
             np.savez_compressed(HERE / model / name, experts=experts)
     text = (shared / "corpora" / "tinyshakespeare.txt").read_text("ascii")
     end = text.rindex("\n\n", 0, TEXT_BYTES) + 1
-    (HERE / "text.txt").write_text(text[:end], "ascii")
+    TEXT.write_text(text[:end], "ascii")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ static void again_is_not_counted(void) {
     }
     const gp_counters c = counters_of(0);
     CHECK(c.hits == 0 && c.misses == 2 && c.visits == 1 && c.tokens == 1, "a demand made again is counted once");
-    CHECK(pager->layers[0].uses[1] == 1, "also as a use");
+    CHECK(pager->layers[0].uses[1] == 1 && pager->layers[0].chosen[1] == 1, "also as a use");
     end();
 }
 
@@ -102,6 +102,10 @@ static void uses_fade(void) {
     CHECK(pager->layers[0].uses[favourite] == 100, "until the 4,096th token");
     model_use(&m, pager, &hold, 0, &other, 1, 1);
     CHECK(pager->layers[0].uses[favourite] == 50, "and half of it afterwards");
+    uint64_t chosen[16];
+    CHECK(gp_pager_chosen(pager, 0, chosen) == 0, "the layer exists");
+    CHECK(chosen[favourite] == 100 && chosen[other] == 4096 - 100 && chosen[0] == 0, "how often one was chosen does not");
+    CHECK(gp_pager_chosen(pager, 1, chosen) == 0 && chosen[favourite] == 0, "layers count for themselves");
     end();
 }
 
@@ -109,6 +113,8 @@ static void unknown_layers_are_refused(void) {
     begin((model_shape) { 0 });
     uint8_t resident[16];
     CHECK(gp_pager_resident(pager, m.shape.n_layers, resident) < 0, "a layer that is not there has no residents");
+    uint64_t chosen[16];
+    CHECK(gp_pager_chosen(pager, m.shape.n_layers, chosen) < 0, "and nobody chose from it");
     CHECK(!gp_pager_layer(pager, m.shape.n_layers) && gp_pager_layer(pager, 0), "nor a description");
     CHECK(gp_policy_exists("lru") && gp_policy_exists("lfru") && !gp_policy_exists("fifo"), "policies have names");
     end();

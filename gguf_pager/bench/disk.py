@@ -1,0 +1,219 @@
+"""What a disk must be asked, told and measured for an honest comparison: its page cache, read-ahead and bandwidth."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+
+_WINDOW_BYTES = 1 << 30
+"""Of a file, mapped at once to be asked about; a multiple of any page."""
+
+_F_NOCACHE = 48
+"""fcntl.h of macOS: reads past the page cache."""
+
+# ---- the page cache -------------------------------------------------------------------------------------------------
+
+def drop_from_page_cache(paths: Sequence[Path]) -> None:
+    """Ask the kernel to forget files that nobody has mapped; no root needed. Does nothing where it cannot be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # dirty pages, of a model just written, would stay
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def fill_page_cache(paths: Sequence[Path]) -> None:
+    """Read files through the page cache, which keeps of them what it has room for."""
+    buffer = bytearray(8 << 20)
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def cached_bytes(paths: Sequence[Path]) -> int | None:
+    """Return how much of the files is in the page cache, by mincore; None where that cannot be known.
+
+    Since 5.2 Linux tells the truth only to those who own the file or may write it, and "all of it" to others.
+    """
+    if any(not os.access(path, os.W_OK) and path.stat().st_uid != os.geteuid() for path in paths):
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    total = 0
+    for path in paths:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            for start in range(0, size, _WINDOW_BYTES):
+                length = min(_WINDOW_BYTES, size - start)
+                with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) as window:
+                    pages = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
+                    view = np.frombuffer(window, np.uint8)
+                    failed = libc.mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(length),
+                                          ctypes.c_void_p(pages.ctypes.data))
+                    del view  # or the mapping could not be closed
+                    if failed:
+                        return None
+                    total += int((pages & 1).sum()) * mmap.PAGESIZE
+    return total
+
+
+# ---- read-ahead -----------------------------------------------------------------------------------------------------
+
+@contextmanager
+def read_ahead(setting: Path | None, kb: int | None) -> Iterator[int | None]:
+    """Set a device's read-ahead for the time of the block and restore it always.
+
+    Yields the value in force, in KiB: `kb` where setting it is permitted, else what it was; None where unknown.
+    """
+    try:
+        before = int(setting.read_text()) if setting is not None else None
+    except (OSError, ValueError):
+        before = None
+    if setting is None or kb is None or before is None or kb == before:
+        yield before
+        return
+    try:
+        setting.write_text(str(kb))
+    except OSError:
+        yield before
+        return
+    try:
+        yield kb
+    finally:
+        setting.write_text(str(before))
+
+
+# ---- bandwidth ------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A way to read: how many readers, and how many bytes each asks for at once."""
+
+    n_readers: int
+    read_bytes: int
+
+
+_PATTERNS = (Pattern(16, 1 << 20), Pattern(8, 1 << 20), Pattern(32, 256 << 10), Pattern(16, 512 << 10))
+"""What is tried. Which a device likes best differs; larger reads were slower here: 4 MiB 1.8 to 2.4 GB/s, these 2 to 3.8."""
+
+N_PATTERNS = len(_PATTERNS)
+
+
+class Device:
+    """The raw bandwidth of the device that holds a model: direct reads at random places of its files.
+
+    `best_bytes_per_s` is the best of all that was measured so far; None where direct reads are not possible, because
+    reading through the page cache would measure the cache.
+    """
+
+    def __init__(self, paths: Sequence[Path], align_bytes: int | None) -> None:
+        self._paths = paths
+        self._align_bytes = align_bytes
+        self._patterns = cycle(_PATTERNS)
+        self.best_bytes_per_s: float | None = None
+
+    def sample(self, n_patterns: int = 1, seconds: float = 0.4) -> None:
+        """Measure with the next patterns, each for so long. What a shared or a hot device gives changes: ask often."""
+        if self._align_bytes is None:
+            return
+        for pattern in islice(self._patterns, n_patterns):
+            try:
+                bandwidth = read_at_random(self._paths, pattern, self._align_bytes, seconds)
+            except OSError:
+                self._align_bytes = None
+                return
+            if bandwidth is not None:
+                self.best_bytes_per_s = max(self.best_bytes_per_s or 0.0, bandwidth)
+
+
+def _open_direct(path: Path) -> int:
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    if sys.platform == "darwin":
+        fcntl.fcntl(file, _F_NOCACHE, 1)
+    return file
+
+
+def read_at_random(paths: Sequence[Path], pattern: Pattern, align_bytes: int, seconds: float) -> float | None:
+    """Return the bytes per second of direct reads at random places; None if the files are smaller than one read.
+
+    Raises:
+        OSError: the device refuses direct reads.
+    """
+    files = [(_open_direct(path), path.stat().st_size) for path in paths]
+    try:
+        large = [(file, size) for file, size in files if size > pattern.read_bytes]
+        if not large:
+            return None
+        weights = [size for _, size in large]
+        done_bytes, ends, errors = [0] * pattern.n_readers, [0.0] * pattern.n_readers, list[OSError]()
+        all_ready = threading.Barrier(pattern.n_readers + 1)
+
+        def read(reader: int, buffer: mmap.mmap) -> None:
+            places = random.Random(reader * 7919 + time.monotonic_ns())
+            all_ready.wait()
+            until = time.monotonic() + seconds
+            try:
+                while time.monotonic() < until:
+                    file, size = places.choices(large, weights)[0]
+                    at = places.randrange(0, (size - pattern.read_bytes) // align_bytes + 1) * align_bytes
+                    done_bytes[reader] += os.preadv(file, [buffer], at)
+            except OSError as error:
+                errors.append(error)
+            ends[reader] = time.monotonic()
+
+        with ExitStack() as stack:
+            buffers = [stack.enter_context(mmap.mmap(-1, pattern.read_bytes)) for _ in range(pattern.n_readers)]
+            for buffer in buffers:
+                buffer.write(bytes(pattern.read_bytes))  # or the first reads would wait for its pages
+            threads = [threading.Thread(target=read, args=(i, buffer)) for i, buffer in enumerate(buffers)]
+            for thread in threads:
+                thread.start()
+            all_ready.wait()
+            begun = time.monotonic()
+            for thread in threads:
+                thread.join()
+        if errors:
+            raise errors[0]
+        return sum(done_bytes) / (max(ends) - begun)
+    finally:
+        for file, _ in files:
+            os.close(file)
+
+
+def read_through(paths: Sequence[Path], most_s: float) -> float | None:
+    """Read files once from front to back, past the page cache, for at most so long; return bytes per second.
+
+    Disks of virtual machines keep at their host what was read lately: without this whoever runs first loses. None
+    where direct reads are not possible.
+    """
+    done, begun = 0, time.monotonic()
+    try:
+        with mmap.mmap(-1, 8 << 20) as buffer:
+            for path in paths:
+                file = _open_direct(path)
+                try:
+                    at = 0
+                    while time.monotonic() - begun < most_s and (got := os.preadv(file, [buffer], at)):
+                        at += got
+                        done += got
+                        if got % mmap.PAGESIZE:  # the end; the next offset would not be aligned
+                            break
+                finally:
+                    os.close(file)
+    except OSError:
+        return None
+    return done / (time.monotonic() - begun)

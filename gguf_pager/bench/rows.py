@@ -1,0 +1,342 @@
+"""Rows made of runs: one for the prompt and one for the tokens after it, as llama-bench has them, with its field names.
+
+Ours follow after llama-bench's. Times of one round are compared with each other only, because the machine changes from
+round to round. What is not known is None, and a reason stands in the row.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from gguf_pager.bench.cases import Case, budget_bytes
+from gguf_pager.bench.runner import Run
+from gguf_pager.bench.worker import PhaseResult
+from gguf_pager.energy.meter import Energy, energy_of
+from gguf_pager.energy.model import Constant, Usage
+
+PhaseName = Literal["prompt", "gen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What all rows of a benchmark share. `machine` goes into each of them as it is."""
+
+    model_filename: str
+    machine: Mapping[str, Any]
+    device_bytes_per_s: float | None
+    idle_w: float | None
+    constants: Mapping[str, Constant]
+    tokens: str
+    is_warm: bool
+    n_rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """A phase of one run that came to its end."""
+
+    run: Run
+    phase: PhaseResult
+
+    @property
+    def ts(self) -> float:
+        return self.phase.n_tokens / self.phase.ns * 1e9
+
+    @property
+    def ns_per_token(self) -> float:
+        return self.phase.ns / self.phase.n_tokens
+
+
+def rows_of(runs: Sequence[Run], common: Common) -> list[dict[str, Any]]:
+    """Return the rows of runs of one shape, in the order of the cases: each with its prompt first."""
+    cases = list(dict.fromkeys(run.case for run in runs))
+    rows = []
+    for case in cases:
+        shape = case.shape
+        names: list[PhaseName] = [*(["prompt"] if shape.n_prompt else []), *(["gen"] if shape.n_gen else [])]  # type: ignore[list-item]
+        rows += [_row(case, name, runs, common) for name in names]
+    return rows
+
+
+def _samples(runs: Sequence[Run], case: Case, name: PhaseName) -> list[_Sample]:
+    return [_Sample(run, phase) for run in runs
+            if run.case == case and (phase := run.prompt if name == "prompt" else run.gen) is not None]
+
+
+def _row(case: Case, name: PhaseName, runs: Sequence[Run], common: Common) -> dict[str, Any]:
+    own = [run for run in runs if run.case == case]
+    samples = _samples(runs, case, name)
+    row = _llama_bench_fields(case, name, own, samples, common)
+    row |= _settings(case, own, common) | _speed(samples, own) | _work(samples, own)
+    row |= _limit(case, name, samples, runs, common) | _ratios(case, name, samples, runs)
+    row |= _energy(name, samples, runs, common)
+    row["status"], row["status_reason"] = _status(case, own, samples, row, common)
+    return row
+
+
+def _llama_bench_fields(case: Case, name: PhaseName, own: Sequence[Run], samples: Sequence[_Sample],
+                        common: Common) -> dict[str, Any]:
+    """Return what llama-bench tells of a test, under its names. `n_depth` counts the prompt before generated tokens."""
+    shape, facts = case.shape, next((run.facts for run in own if "model_type" in run.facts), {})
+    ns, ts = [sample.phase.ns for sample in samples], [sample.ts for sample in samples]
+    begun_at = min((run.begun_at for run in own), default=0.0)
+    return {
+        "cpu_info": common.machine.get("cpu_info"),
+        "gpu_info": "",
+        "backends": "CPU",
+        "model_filename": common.model_filename,
+        "model_type": facts.get("model_type"),
+        "model_size": facts.get("model_size"),
+        "model_n_params": facts.get("model_n_params"),
+        "n_batch": shape.n_batch,
+        "n_ubatch": facts.get("n_ubatch", shape.n_ubatch),
+        "n_threads": shape.n_threads,
+        "type_k": "f16",
+        "type_v": "f16",
+        "n_gpu_layers": 0,
+        "use_mmap": case.mode != "resident",
+        "repack": case.is_repacked,
+        "n_prompt": shape.n_prompt if name == "prompt" else 0,
+        "n_gen": shape.n_gen if name == "gen" else 0,
+        "n_depth": shape.n_depth + (shape.n_prompt if name == "gen" else 0),
+        "test_time": datetime.fromtimestamp(begun_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "avg_ns": round(statistics.mean(ns)) if ns else None,
+        "stddev_ns": _stddev(ns),
+        "avg_ts": statistics.mean(ts) if ts else None,
+        "stddev_ts": _stddev(ts),
+        "samples_ns": ns,
+        "samples_ts": ts,
+    }
+
+
+def _stddev(values: Sequence[float]) -> float | None:
+    """Return the sample's deviation; of one value there is none, where llama-bench says 0."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _settings(case: Case, own: Sequence[Run], common: Common) -> dict[str, Any]:
+    facts = next((run.facts for run in own if "model_type" in run.facts), {})
+    cached = [run.cached_bytes for run in own]
+    return {
+        "mode": case.mode,
+        "budget": case.budget,
+        "budget_bytes": budget_bytes(case.budget) if case.budget else None,
+        "cap": own[0].cap,
+        "cap_bytes": own[0].cap_bytes,
+        "cap_reason": own[0].cap_reason,
+        "read_ahead_kb": own[0].read_ahead_kb,
+        "cache": "warm" if common.is_warm else "cold",
+        "cached_bytes": None if None in cached else max(value for value in cached if value is not None),
+        "tokens": common.tokens.partition(":")[0],
+        "n_ubatch_asked": min(case.shape.n_ubatch, case.shape.n_batch, case.shape.n_ctx),
+        "policy": facts.get("policy"),
+        "io": facts.get("io"),
+        "n_readers": facts.get("n_readers"),
+        "arena_bytes": facts.get("arena_bytes"),
+        "n_rounds": common.n_rounds,
+        **common.machine,
+    }
+
+
+def _speed(samples: Sequence[_Sample], own: Sequence[Run]) -> dict[str, Any]:
+    ts = [sample.ts for sample in samples]
+    first = [run.prompt.ns / 1e9 if run.prompt else run.token_ns[0] / 1e9
+             for run in own if run.prompt or run.token_ns]
+    return {
+        "median_ts": _median(ts),
+        "min_ts": min(ts, default=None),
+        "max_ts": max(ts, default=None),
+        "load_s": _median([run.facts["load_s"] for run in own if "load_s" in run.facts]),
+        "usable_s": _median([run.facts["usable_s"] for run in own if "usable_s" in run.facts]),
+        "first_token_s": _median(first),
+    }
+
+
+def _work(samples: Sequence[_Sample], own: Sequence[Run]) -> dict[str, Any]:
+    def median(of: Callable[[PhaseResult], float | None]) -> float | None:
+        return _median([value for sample in samples if (value := of(sample.phase)) is not None])
+
+    hits, wanted = (sum(value or 0 for value in values) for values in (
+        [sample.phase.hits for sample in samples],
+        [(sample.phase.hits or 0) + (sample.phase.misses or 0) for sample in samples]))
+    return {
+        "hit_rate": hits / wanted if wanted else None,
+        "read_bytes_per_token": median(lambda phase: _ratio(phase.bytes_read, phase.n_tokens)),
+        "io_bytes_per_token": median(lambda phase: _ratio(phase.io_bytes, phase.n_tokens)),
+        "stall_share": median(lambda phase: _ratio(phase.stall_ns, phase.ns)),
+        "left_alone": _most([sample.phase.left_alone for sample in samples]),
+        "major_faults": median(lambda phase: phase.major_faults),
+        "user_s": median(lambda phase: phase.user_s),
+        "system_s": median(lambda phase: phase.system_s),
+        "cpu_s_per_token": median(lambda phase: (phase.user_s + phase.system_s) / phase.n_tokens),
+        "peak_rss_bytes": _most([run.facts.get("peak_rss_bytes") for run in own]),
+        "cap_peak_bytes": _most([run.cap_peak_bytes for run in own]),
+    }
+
+
+def _ratio(value: float | None, of: float) -> float | None:
+    return None if value is None else value / of
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _most(values: Sequence[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+# ---- the limit ------------------------------------------------------------------------------------------------------
+
+def _limit(case: Case, name: PhaseName, samples: Sequence[_Sample], runs: Sequence[Run],
+           common: Common) -> dict[str, Any]:
+    """Return the speed that computing with all weights in RAM, plus reading the missed bytes, would allow.
+
+    Computing counts with the least time that was seen, for a limit is a bound: the resident model's, with the same
+    kernels, or this case's own outside of its stalls. Reading counts with the device's best bandwidth.
+    """
+    none = {"device_bytes_per_s": common.device_bytes_per_s, "limit_ts": None, "limit_compute": None, "efficiency": None}
+    if case.mode == "resident":
+        return none
+    compute: list[tuple[float, str]] = [
+        (sample.ns_per_token, "resident") for other in {run.case for run in runs}
+        if other.mode == "resident" and not other.is_repacked and other.shape == case.shape
+        for sample in _samples(runs, other, name)]
+    compute += [((sample.phase.ns - sample.phase.stall_ns) / sample.phase.n_tokens, "own") for sample in samples
+                if sample.phase.stall_ns is not None]
+    bandwidth = common.device_bytes_per_s
+    limits = []
+    for sample in samples:
+        n_bytes = sample.phase.io_bytes if sample.phase.bytes_read is None else sample.phase.bytes_read
+        if not compute or n_bytes is None or (n_bytes and not bandwidth):
+            return none
+        reading_ns = n_bytes / sample.phase.n_tokens / bandwidth * 1e9 if bandwidth else 0.0
+        limits.append(min(compute)[0] + reading_ns)
+    if not limits:
+        return none
+    efficiencies = [limit / sample.ns_per_token for limit, sample in zip(limits, samples, strict=True)]
+    return none | {"limit_ts": 1e9 / statistics.median(limits), "limit_compute": min(compute)[1],
+                   "efficiency": statistics.median(efficiencies)}
+
+
+# ---- beside stock ---------------------------------------------------------------------------------------------------
+
+def _ratios(case: Case, name: PhaseName, samples: Sequence[_Sample], runs: Sequence[Run]) -> dict[str, Any]:
+    """Return how many times as fast as stock at its best, under the same cap, and as what is resident, ours is."""
+    result: dict[str, Any] = dict.fromkeys(
+        ("vs_stock", "vs_stock_low", "vs_stock_high", "vs_stock_read_ahead_kb", "vs_resident", "vs_repacked", "same_logits"))
+    if case.mode != "paged":
+        return result
+    others = list(dict.fromkeys(run.case for run in runs if run.case.shape == case.shape))
+    stock = {other: theirs for other in others if other.mode == "stock" and other.cap_bytes == case.cap_bytes
+             and (theirs := _samples(runs, other, name))}
+    if stock and samples:
+        best = max(stock, key=lambda other: _median([sample.ts for sample in stock[other]]) or 0.0)
+        ratios = _paired(samples, stock[best])
+        result |= {"vs_stock": _median(ratios), "vs_stock_low": min(ratios, default=None),
+                   "vs_stock_high": max(ratios, default=None), "vs_stock_read_ahead_kb": stock[best][0].run.read_ahead_kb}
+    for other in others:
+        if other.mode == "resident":
+            key = "vs_repacked" if other.is_repacked else "vs_resident"
+            result[key] = _median(_paired(samples, _samples(runs, other, name)))
+    result["same_logits"] = _same_logits(case, runs)
+    return result
+
+
+def _paired(ours: Sequence[_Sample], others: Sequence[_Sample]) -> list[float]:
+    """Return the ratios of speeds within each round."""
+    theirs = {sample.run.turn: sample.ts for sample in others}
+    return [sample.ts / theirs[sample.run.turn] for sample in ours if sample.run.turn in theirs]
+
+
+def _same_logits(case: Case, runs: Sequence[Run]) -> bool | None:
+    """Return whether ours ended with the logits of every other run of its round; None where none is comparable.
+
+    Only the same kernels and the same batches give the same bits: so not repacked ones, and not those of another n_ubatch.
+    """
+    answers = []
+    for run in runs:
+        if run.case == case and "digest" in run.facts:
+            answers += [other.facts["digest"] == run.facts["digest"] for other in runs
+                        if other.case.mode != "paged" and not other.case.is_repacked and other.turn == run.turn
+                        and other.case.shape == case.shape and other.facts.get("n_ubatch") == run.facts["n_ubatch"]
+                        and "digest" in other.facts and (other.gen is None) == (run.gen is None)]
+    return all(answers) if answers else None
+
+
+# ---- energy ---------------------------------------------------------------------------------------------------------
+
+def _energy(name: PhaseName, samples: Sequence[_Sample], runs: Sequence[Run], common: Common) -> dict[str, Any]:
+    """Return the energy of all runs of a row together: joules over tokens, not a mean of ratios."""
+    phases = [sample.phase for sample in samples]
+    if not phases:
+        return Energy("none", energy_reason="no run came so far").as_json()
+    n_tokens = sum(phase.n_tokens for phase in phases)
+    ram = [_ram_read_bytes(sample, name, runs) for sample in samples]
+    usage = Usage(
+        seconds=sum(phase.ns for phase in phases) / 1e9,
+        cpu_s=sum(phase.user_s + phase.system_s for phase in phases),
+        bytes_read=sum((phase.io_bytes if phase.io_bytes is not None else phase.bytes_read) or 0 for phase in phases),
+        resident_bytes=max(phase.resident_bytes for phase in phases),
+        ram_read_bytes=None if None in ram else sum(value for value in ram if value is not None),
+    )
+    counted = {"n_prompt_tokens": n_tokens} if name == "prompt" else {"n_tokens": n_tokens}
+    return energy_of([phase.reading for phase in phases], common.idle_w, usage=usage, constants=common.constants,
+                     **counted).as_json()
+
+
+def _ram_read_bytes(sample: _Sample, name: PhaseName, runs: Sequence[Run]) -> int | None:
+    """Return what computing read from RAM; where nobody counted the experts, as ours did with the same batches."""
+    if sample.phase.ram_read_bytes is not None:
+        return sample.phase.ram_read_bytes
+    for run in runs:
+        phase = run.prompt if name == "prompt" else run.gen
+        if (phase is not None and phase.ram_read_bytes is not None and run.turn == sample.run.turn
+                and run.case.shape == sample.run.case.shape
+                and run.facts.get("n_ubatch") == sample.run.facts.get("n_ubatch")):
+            return phase.ram_read_bytes
+    return None
+
+
+# ---- what a row is worth --------------------------------------------------------------------------------------------
+
+def _status(case: Case, own: Sequence[Run], samples: Sequence[_Sample], row: Mapping[str, Any],
+            common: Common) -> tuple[str, str | None]:
+    """Return "ok", or why a row is not what it seems: "invalid", "timeout", "failed", "interrupted"."""
+    invalid = _invalid(case, own, samples, row, common)
+    if invalid is not None:
+        return "invalid", invalid
+    missing = [run for run in own if all(sample.run is not run for sample in samples)]
+    for run in missing:
+        if run.reason != "only the prompt was tried again":
+            others = f"; {len(samples)} of {len(own)} runs came to their end" if samples else ""
+            return run.status, f"{run.reason}{others}"
+    if missing:
+        return "timeout", missing[0].reason
+    if len(own) < common.n_rounds:
+        return "interrupted", f"{len(own)} of {common.n_rounds} rounds"
+    return "ok", None
+
+
+def _invalid(case: Case, own: Sequence[Run], samples: Sequence[_Sample], row: Mapping[str, Any],
+             common: Common) -> str | None:
+    not_paged = next((run.facts["not_paged_reason"] for run in own if run.facts.get("not_paged_reason")), None)
+    if not_paged is not None:
+        return f"it was not paged: {not_paged}"
+    if row["same_logits"] is False:
+        return "its logits differ from those of stock llama.cpp: please report this"
+    is_overlapped = any(sample.phase.is_overlapped for sample in samples)
+    if case.mode == "paged" and not is_overlapped and row["efficiency"] is not None and row["efficiency"] > 1:
+        return (f"faster than its own limit of {row['limit_ts']:.2f} tok/s, although reads and computing do not overlap: "
+                "the device gave more than was measured, or bytes were not counted")
+    if not common.is_warm and any((run.cached_bytes or 0) > COLD_BYTES for run in own):
+        return "the file was not gone from the page cache before every run: somebody else has it mapped"
+    return None
+
+
+COLD_BYTES = 64 << 20
+"""Of the file in the page cache do not matter: the header and what others look at."""

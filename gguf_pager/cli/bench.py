@@ -1,0 +1,281 @@
+"""`gguf-pager bench`: speed, memory and energy, ours beside stock llama-cpp-python in the same memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from gguf_pager import __version__, budget, probe
+from gguf_pager.bench import details, rows, tokens
+from gguf_pager.bench.cases import Baseline, Case, Shape, budget_bytes, cases_of, parse_numbers, shapes
+from gguf_pager.bench.disk import Device
+from gguf_pager.bench.runner import Run, Runner, Settings
+from gguf_pager.cli.energy import CONSTANT_OPTION, POWER_COMMAND_OPTION
+from gguf_pager.doctor import physical_cores
+from gguf_pager.energy import meter
+from gguf_pager.energy.model import override
+from gguf_pager.energy.source import Absent
+from gguf_pager.errors import PagerError
+from gguf_pager.layout import Layout, read_layout
+from gguf_pager.pager import Options, Pager
+from gguf_pager.report.bench import PRINTERS
+
+_DEFAULT = Options()
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+_BASELINES: tuple[Baseline, ...] = ("stock", "resident", "repacked")
+
+
+def _numbers(_: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> tuple[int, ...]:
+    least = 1 if parameter.name in ("threads", "batch_size", "ubatch_size", "read_ahead") else 0
+    try:
+        numbers = tuple(number for text in given for number in parse_numbers(text))
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
+    if any(number < least for number in numbers):
+        raise click.BadParameter(f"the least is {least}.")
+    return numbers
+
+
+def _words(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(word.strip() for text in given for word in text.split(","))
+
+
+def _baselines(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    words = _words(context, parameter, given)
+    for word in words:
+        if word not in (*_BASELINES, "none"):
+            raise click.BadParameter(f"{word!r} is none of {', '.join(_BASELINES)}, none.")
+    return () if "none" in words else words
+
+
+def _list(*names: str, default: str | None, text: str) -> Callable[[_Command], _Command]:
+    """Return an option that takes lists and ranges, and may be given again."""
+    return click.option(*names, metavar="N", multiple=True, callback=_numbers, default=[default] if default else None,
+                        show_default=bool(default), help=text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """The command's options, under click's names for them."""
+
+    model: Path
+    n_prompt: tuple[int, ...]
+    n_gen: tuple[int, ...]
+    n_depth: tuple[int, ...]
+    repetitions: int
+    threads: tuple[int, ...]
+    batch_size: tuple[int, ...]
+    ubatch_size: tuple[int, ...]
+    output: str
+    budgets: tuple[str, ...]
+    baselines: tuple[Baseline, ...]
+    cap: str
+    is_warm: bool
+    read_ahead: tuple[int, ...]
+    tokens: str | None
+    timeout: float
+    policy: str
+    io: str
+    readers: int
+    power_command: str | None
+    constants: dict[str, float]
+    idle: float
+    report: Path | None
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@_list("-p", "--n-prompt", default="512", text="Tokens of prompt; 0 measures decode alone.")
+@_list("-n", "--n-gen", default="128", text="Tokens decoded one by one, after the prompt; 0 measures the prompt alone.")
+@_list("-d", "--n-depth", default="0", text="Tokens computed before the clock starts.")
+@click.option("-r", "--repetitions", metavar="N", type=click.IntRange(min=1), default=3, show_default=True,
+              help="Runs of each case, which take turns.")
+@_list("-t", "--threads", default=None, text="Threads that compute. [default: physical cores]")
+@_list("-b", "--batch-size", default="2048", text="Prompt tokens per call of llama.cpp.")
+@_list("-ub", "--ubatch-size", default="512", text="Prompt tokens computed at once; ours takes less where the budget "
+                                                   "has no room.")
+@click.option("-o", "--output", type=click.Choice(list(PRINTERS)), default="md", show_default=True,
+              help="Format of the rows on stdout.")
+@click.option("--budget", "budgets", metavar="SIZE", multiple=True, callback=_words, default=["auto"], show_default=True,
+              help="Our memory: '4GiB' for the whole process, '25%' of the experts, 'min', 'auto'; a list is measured one "
+                   "after the other.")
+@click.option("--baseline", "baselines", metavar="NAME", multiple=True, callback=_baselines, default=["stock"],
+              show_default=True,
+              help="What runs beside ours: 'stock' llama-cpp-python under the same cap, the model 'resident' in RAM with "
+                   "the same kernels, 'repacked' in RAM with the fastest ones, or 'none'. A list takes several.")
+@click.option("--cap", metavar="SIZE", default="budget", show_default=True,
+              help="Memory cap on ours and stock: '4GiB'; 'budget' for that of each budget, or for a share what ours "
+                   "took in a run that does not count; 'none'.")
+@click.option("--cold/--warm", "is_cold", default=True,
+              help="Whether the file is gone from the page cache before each run, or read into it as far as the cap "
+                   "allows.  [default: cold]")
+@click.option("--read-ahead", metavar="KIB", multiple=True, callback=_numbers,
+              help="Set the device's read-ahead where permitted, and restore it; with a list stock runs at each. "
+                   "[default: as it is]")
+@click.option("--tokens", metavar="SOURCE", help="'text:FILE', 'ids:FILE', 'random', or 'trace' for a trace-driven model's "
+                                                 "own. [default: trace, else a text, else random]")
+@click.option("--timeout", metavar="S", type=click.FloatRange(min=0, min_open=True), default=900.0, show_default=True,
+              help="The longest a run may take, loading included.")
+@click.option("--policy", metavar="NAME", default=_DEFAULT.policy, show_default=True, help="As for run.")
+@click.option("--io", type=click.Choice(["auto", "direct", "buffered"]), default=_DEFAULT.io, show_default=True,
+              help="As for run.")
+@click.option("--readers", metavar="N", type=int, default=_DEFAULT.n_readers, show_default=True, help="As for run.")
+@POWER_COMMAND_OPTION
+@CONSTANT_OPTION
+@click.option("--idle", metavar="S", type=click.FloatRange(min=0), default=10.0, show_default=True,
+              help="Watch the idle machine's power for so long first, where it can be measured.")
+@click.option("--report", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False, writable=True),
+              help="Write a page in HTML, too.")
+def bench(is_cold: bool, **given: Any) -> None:
+    """Measure decode and prefill beside stock llama-cpp-python, in the same memory.
+
+    Every run is a process of its own. A round runs each case once; ratios are taken within rounds, and quoted against
+    stock at its best read-ahead. Lists multiply: -p 64,512 -n 64,128 are four shapes. Numbers may be given as 64,128 or
+    16-64+16 or 1-8*2.
+
+    A Ctrl-C leaves the rows that were finished.
+    """
+    request = _Request(**given | {"is_warm": not is_cold})
+    previous = {number: signal.signal(number, _interrupt) for number in _INTERRUPTS}
+    try:
+        _bench(request)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(*_: Any) -> None:
+    """End the run that is going on, and all after it. What is asked again would only disturb the clearing up."""
+    for number in _INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _bench(request: _Request) -> None:
+    layout = read_layout(request.model)
+    _check(request, layout)
+    options = Options(policy=request.policy, io=request.io, n_readers=request.readers)  # type: ignore[arg-type]
+    pager = Pager(layout, options)
+    source, constants = tokens.choose_source(request.tokens, layout.values), override(request.constants)
+    found = meter.choose(meter.find_all(request.power_command))
+    energy = meter.Meter(found, constants)
+    settings = Settings(
+        model=request.model, n_rounds=request.repetitions, timeout_s=request.timeout, is_warm=request.is_warm,
+        tokens=source, options={"policy": request.policy, "io": request.io, "n_readers": request.readers},
+        power_command=request.power_command, no_energy_reason=found.reason if isinstance(found, Absent) else None)
+    device = Device(layout.paths, pager.align if pager.is_direct else None)
+    runner = Runner(settings, layout, device, lambda line: click.echo(line, err=True))
+    printer, report_runs, report_rows = PRINTERS[request.output](), list[Run](), list[dict[str, Any]]()
+    try:
+        energy.measure_idle(request.idle)
+        idle_w = energy.idle_w
+    finally:
+        energy.close()
+    click.echo(printer.head(), nl=False)
+    machine = _machine(layout)
+    try:
+        runner.settle()
+        for shape in shapes(request.n_prompt, request.n_gen, request.n_depth,
+                            request.threads or (physical_cores(),), request.batch_size, request.ubatch_size):
+            runs: list[Run] = []
+            try:
+                runs.extend(runner.rounds(_cases(request, shape, runner)))  # one by one: an interrupt leaves those made
+                device.sample()
+            finally:
+                common = rows.Common(str(request.model), machine, device.best_bytes_per_s, idle_w, constants, source,
+                                     request.is_warm, request.repetitions)
+                made = rows.rows_of(runs, common)
+                report_runs += runs
+                report_rows += made
+                click.echo(printer.rows(made), nl=False)
+    finally:
+        click.echo(printer.foot(), nl=False)
+        if request.report is not None and report_rows:
+            from gguf_pager.report import page
+
+            request.report.write_text(page.page(_page_facts(layout, machine, report_rows, report_runs)), "utf-8")
+            click.echo(f"{request.report} written", err=True)
+
+
+def _check(request: _Request, layout: Layout) -> None:
+    """Refuse what cannot be measured, before anything runs."""
+    if not layout.layers:
+        raise PagerError("This model has no experts: there is nothing to page. Measure it with llama-bench.")
+    if not shapes(request.n_prompt, request.n_gen, (0,), (1,), (1,), (1,)):
+        raise PagerError("There is nothing to measure: give -p, -n or both above 0.")
+    memory = probe.memory()
+    spare = budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)
+    if "auto" in request.budgets and budget.fits_whole(layout.tensor_bytes, spare):
+        raise PagerError("The model fits into RAM, where stock llama.cpp runs it and nothing is paged: "
+                         "give a --budget to measure, such as --budget 25%.")
+    for text in request.budgets:
+        n_bytes = budget_bytes(text)
+        if request.cap not in ("budget", "none") and n_bytes is not None and n_bytes > _cap_bytes(request.cap):
+            raise PagerError(f"--budget {text} is above --cap {request.cap}: the kernel would end the run. Lower the budget.")
+
+
+def _cap_bytes(text: str) -> int:
+    n_bytes = budget_bytes(text)
+    if n_bytes is None:
+        raise PagerError(f"--cap {text!r} is not understood: give a size such as 4GiB, or 'budget' or 'none'.")
+    return n_bytes
+
+
+def _cases(request: _Request, shape: Shape, runner: Runner) -> list[Case]:
+    def cap_of(text: str) -> int | None:
+        if request.cap == "none" or (request.cap == "budget" and text == "auto"):
+            return None
+        if request.cap != "budget":
+            return _cap_bytes(request.cap)
+        return budget_bytes(text) or runner.calibrate(shape, text)
+
+    return cases_of(shape, request.budgets, request.baselines, request.read_ahead, cap_of)
+
+
+def _machine(layout: Layout) -> dict[str, Any]:
+    """Return what goes into every row about where it was measured, and with which versions."""
+    return {
+        "cpu_info": probe.cpu_name(),
+        "n_cores": physical_cores(),
+        "ram_bytes": probe.memory().total_bytes,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "device": probe.device_name(layout.paths[0]),
+        "gguf_pager_version": __version__,
+        "llama_cpp_python_version": importlib.metadata.version("llama_cpp_python"),
+    }
+
+
+def _page_facts(layout: Layout, machine: dict[str, Any], made: list[dict[str, Any]], runs: list[Run]) -> dict[str, Any]:
+    return {
+        "title": f"{layout.name}: {made[0]['model_type'] or layout.architecture}",
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": shlex.join(["gguf-pager", *sys.argv[1:]]),
+        "gguf_pager_version": machine["gguf_pager_version"],
+        "llama_cpp_python_version": machine["llama_cpp_python_version"],
+        "machine": machine | {"read_ahead_kb": probe.read_ahead_kb(layout.paths[0]),
+                              "device_bytes_per_s": made[0]["device_bytes_per_s"]},
+        "model": {
+            "name": layout.name, "architecture": layout.architecture,
+            "file_bytes": sum(path.stat().st_size for path in layout.paths),
+            "expert_bytes": layout.expert_bytes, "dense_bytes": layout.dense_bytes,
+            "n_expert_layers": len(layout.layers),
+            "n_experts": max(layer.n_experts for layer in layout.layers),
+            "n_used": max(layer.n_used for layer in layout.layers),
+            "bytes_per_token": layout.bytes_per_token,
+        },
+        "rows": made,
+        "timelines": details.timelines(runs),
+        "heat": details.heat(runs),
+    }
