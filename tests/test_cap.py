@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -128,63 +127,18 @@ def test_peak_is_read_from_the_group_or_unknown(tmp_path: Path, method: str, nam
     assert limit.peak_bytes() is None
 
 
-# ---- read-ahead and the page cache ----
-
-def test_read_ahead_is_set_for_the_block_and_restored_always(tmp_path: Path) -> None:
-    setting = tmp_path / "read_ahead_kb"
-    setting.write_text("8192\n")
-    with cap.read_ahead(setting, 128) as kb:
-        assert kb == 128 and setting.read_text() == "128"
-    assert setting.read_text() == "8192"
-    with pytest.raises(KeyError), cap.read_ahead(setting, 0):
-        assert setting.read_text() == "0"
-        raise KeyError
-    assert setting.read_text() == "8192"
+@pytest.mark.parametrize(("method", "name"), (("cgroup1", "memory.oom_control"), ("cgroup2", "memory.events")))
+def test_kills_are_read_from_the_group_or_unknown(tmp_path: Path, method: str, name: str) -> None:
+    limit = cap.Cap(method, 5, None, tmp_path)
+    assert limit.oom_kills() is None
+    (tmp_path / name).write_text("under_oom 0\noom_kill 2\n")
+    assert limit.oom_kills() == 2
+    assert cap.Cap("systemd", 5).oom_kills() is None
 
 
-def test_read_ahead_that_cannot_be_set_is_told_as_it_is(tmp_path: Path) -> None:
-    with cap.read_ahead(None, 128) as kb:
-        assert kb is None
-    with cap.read_ahead(tmp_path / "missing", 128) as kb:
-        assert kb is None
-    setting = tmp_path / "read_ahead_kb"
-    setting.write_text("8192")
-    for wanted in (None, 8192):
-        with cap.read_ahead(setting, wanted) as kb:
-            assert kb == 8192
-    setting.write_text("nonsense")
-    with cap.read_ahead(setting, 128) as kb:
-        assert kb is None
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_ahead_without_permission_stays(tmp_path: Path) -> None:
-    setting = tmp_path / "read_ahead_kb"
-    setting.write_text("8192")
-    setting.chmod(0o444)
-    with cap.read_ahead(setting, 128) as kb:
-        assert kb == 8192
-
-
-def resident_pages(path: Path) -> int:
-    """Return how many pages of a file are in the page cache, by mincore()."""
-    import ctypes
-
-    import numpy as np
-
-    mapped = np.memmap(path, dtype=np.uint8, mode="r")
-    n_pages = -(-mapped.size // 4096)
-    seen = (ctypes.c_ubyte * n_pages)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mincore(ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(mapped.size), seen) == 0
-    return sum(byte & 1 for byte in seen)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="macOS cannot be asked to forget a file")
-def test_files_are_dropped_from_the_page_cache(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(4 * MIB))
-    if resident_pages(path) < 1024:
-        pytest.skip("this file system does not tell what is cached")
-    cap.drop_from_page_cache([path])
-    assert resident_pages(path) < 1024 // 4
+def test_process_ended_by_the_cap_is_counted(real_cap: cap.Cap) -> None:
+    if real_cap.folder is None:
+        pytest.skip("systemd does not tell")
+    assert real_cap.oom_kills() == 0
+    allocate(real_cap, 300)
+    assert real_cap.oom_kills() == 1

@@ -10,7 +10,8 @@ from pathlib import Path
 import make_trace_model
 import pytest
 
-from gguf_pager.cap import Cap, drop_from_page_cache, memory_cap
+from gguf_pager.bench.disk import drop_from_page_cache
+from gguf_pager.cap import Cap, memory_cap
 
 BUDGET_BYTES = 300_000_000
 TOLERANCE = 1.03

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -147,6 +147,36 @@ def _open_direct(path: Path) -> int:
     return file
 
 
+class _Reader(threading.Thread):
+    """Reads at random places for some seconds, from the moment that all readers are ready."""
+
+    def __init__(self, files: Sequence[tuple[int, int]], read_bytes: int, align_bytes: int, seconds: float,
+                 all_ready: threading.Barrier) -> None:
+        super().__init__()
+        self.done_bytes, self.begun_s, self.ended_s = 0, 0.0, 0.0
+        self.error: OSError | None = None
+        self._files, self._sizes = files, [size for _, size in files]
+        self._align_bytes, self._seconds, self._all_ready = align_bytes, seconds, all_ready
+        self._buffer = mmap.mmap(-1, read_bytes)
+        self._buffer.write(bytes(read_bytes))  # or the first reads would wait for its pages
+
+    def run(self) -> None:
+        """Read; what goes wrong is kept."""
+        places = random.Random()
+        try:
+            self._all_ready.wait()
+            self.begun_s = self.ended_s = time.monotonic()
+            while self.ended_s - self.begun_s < self._seconds:
+                file, size = places.choices(self._files, self._sizes)[0]
+                at = places.randrange(0, (size - len(self._buffer)) // self._align_bytes + 1) * self._align_bytes
+                self.done_bytes += os.preadv(file, [self._buffer], at)
+                self.ended_s = time.monotonic()
+        except OSError as error:
+            self.error = error
+        except threading.BrokenBarrierError:
+            pass  # somebody interrupts
+
+
 def read_at_random(paths: Sequence[Path], pattern: Pattern, align_bytes: int, seconds: float) -> float | None:
     """Return the bytes per second of direct reads at random places; None if the files are smaller than one read.
 
@@ -158,37 +188,23 @@ def read_at_random(paths: Sequence[Path], pattern: Pattern, align_bytes: int, se
         large = [(file, size) for file, size in files if size > pattern.read_bytes]
         if not large:
             return None
-        weights = [size for _, size in large]
-        done_bytes, ends, errors = [0] * pattern.n_readers, [0.0] * pattern.n_readers, list[OSError]()
-        all_ready = threading.Barrier(pattern.n_readers + 1)
-
-        def read(reader: int, buffer: mmap.mmap) -> None:
-            places = random.Random(reader * 7919 + time.monotonic_ns())
-            all_ready.wait()
-            until = time.monotonic() + seconds
-            try:
-                while time.monotonic() < until:
-                    file, size = places.choices(large, weights)[0]
-                    at = places.randrange(0, (size - pattern.read_bytes) // align_bytes + 1) * align_bytes
-                    done_bytes[reader] += os.preadv(file, [buffer], at)
-            except OSError as error:
-                errors.append(error)
-            ends[reader] = time.monotonic()
-
-        with ExitStack() as stack:
-            buffers = [stack.enter_context(mmap.mmap(-1, pattern.read_bytes)) for _ in range(pattern.n_readers)]
-            for buffer in buffers:
-                buffer.write(bytes(pattern.read_bytes))  # or the first reads would wait for its pages
-            threads = [threading.Thread(target=read, args=(i, buffer)) for i, buffer in enumerate(buffers)]
-            for thread in threads:
-                thread.start()
-            all_ready.wait()
-            begun = time.monotonic()
-            for thread in threads:
-                thread.join()
-        if errors:
-            raise errors[0]
-        return sum(done_bytes) / (max(ends) - begun)
+        all_ready = threading.Barrier(pattern.n_readers)
+        readers = [_Reader(large, pattern.read_bytes, align_bytes, seconds, all_ready) for _ in range(pattern.n_readers)]
+        try:
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
+        finally:
+            all_ready.abort()
+            for reader in readers:  # an interrupt must not close the files under them
+                if reader.ident is not None:
+                    reader.join()
+        for reader in readers:
+            if reader.error is not None:
+                raise reader.error
+        seconds = max(reader.ended_s for reader in readers) - min(reader.begun_s for reader in readers)
+        return sum(reader.done_bytes for reader in readers) / seconds
     finally:
         for file, _ in files:
             os.close(file)

@@ -129,7 +129,7 @@ def _settings(case: Case, own: Sequence[Run], common: Common) -> dict[str, Any]:
         "cap_bytes": own[0].cap_bytes,
         "cap_reason": own[0].cap_reason,
         "read_ahead_kb": own[0].read_ahead_kb,
-        "cache": "warm" if common.is_warm else "cold",
+        "cache": "warm" if common.is_warm else "cold" if None not in cached else "cold, not verified",
         "cached_bytes": None if None in cached else max(value for value in cached if value is not None),
         "tokens": common.tokens.partition(":")[0],
         "n_ubatch_asked": min(case.shape.n_ubatch, case.shape.n_batch, case.shape.n_ctx),
@@ -256,15 +256,19 @@ def _paired(ours: Sequence[_Sample], others: Sequence[_Sample]) -> list[float]:
 def _same_logits(case: Case, runs: Sequence[Run]) -> bool | None:
     """Return whether ours ended with the logits of every other run of its round; None where none is comparable.
 
-    Only the same kernels and the same batches give the same bits: so not repacked ones, and not those of another n_ubatch.
+    Only the same kernels and the same batches give the same bits: so not repacked ones, and not those of another n_ubatch,
+    unless both take the prompt in one piece.
     """
+    longest = max(case.shape.n_prompt, case.shape.n_depth)
     answers = []
     for run in runs:
         if run.case == case and "digest" in run.facts:
             answers += [other.facts["digest"] == run.facts["digest"] for other in runs
                         if other.case.mode != "paged" and not other.case.is_repacked and other.turn == run.turn
-                        and other.case.shape == case.shape and other.facts.get("n_ubatch") == run.facts["n_ubatch"]
-                        and "digest" in other.facts and (other.gen is None) == (run.gen is None)]
+                        and other.case.shape == case.shape and "digest" in other.facts
+                        and (other.facts["n_ubatch"] == run.facts["n_ubatch"]
+                             or longest <= min(other.facts["n_ubatch"], run.facts["n_ubatch"]))
+                        and (other.gen is None) == (run.gen is None)]
     return all(answers) if answers else None
 
 

@@ -85,7 +85,7 @@ class Runner:
         """Read the model through once and measure the device."""
         self._tell("reading the model once, so that no run finds the disk's own cache warmer than another ...")
         self.stream_bytes_per_s = disk.read_through(self.layout.paths, SETTLE_S)
-        self.device.sample(2 * disk.N_PATTERNS)
+        self.device.sample(disk.N_PATTERNS)
 
     def calibrate(self, shape: Shape, budget: str) -> int | None:
         """Return the cap under which ours fits with this budget, found in a run that is not counted; None if it failed."""

@@ -159,7 +159,7 @@ def bench(is_cold: bool, **given: Any) -> None:
 def _interrupt(*_: Any) -> None:
     """End the run that is going on, and all after it. What is asked again would only disturb the clearing up."""
     for number in _INTERRUPTS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
 
 
@@ -220,9 +220,10 @@ def _check(request: _Request, layout: Layout) -> None:
     if "auto" in request.budgets and budget.fits_whole(layout.tensor_bytes, spare):
         raise PagerError("The model fits into RAM, where stock llama.cpp runs it and nothing is paged: "
                          "give a --budget to measure, such as --budget 25%.")
+    cap_bytes = None if request.cap in ("budget", "none") else _cap_bytes(request.cap)
     for text in request.budgets:
         n_bytes = budget_bytes(text)
-        if request.cap not in ("budget", "none") and n_bytes is not None and n_bytes > _cap_bytes(request.cap):
+        if cap_bytes is not None and n_bytes is not None and n_bytes > cap_bytes:
             raise PagerError(f"--budget {text} is above --cap {request.cap}: the kernel would end the run. Lower the budget.")
 
 

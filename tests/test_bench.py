@@ -1,0 +1,414 @@
+"""What bench computes from runs, and how it writes it down: no model is loaded here."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gguf_pager.bench import details, rows, tokens
+from gguf_pager.bench.cases import Case, Shape, budget_bytes, cases_of, parse_numbers, shapes
+from gguf_pager.bench.runner import Run, outcome
+from gguf_pager.bench.worker import PhaseResult, Task
+from gguf_pager.energy.meter import Reading
+from gguf_pager.energy.model import CONSTANTS
+from gguf_pager.errors import PagerError
+from gguf_pager.report.bench import PRINTERS, SQL_TABLE, bars, table
+
+SHAPE = Shape(512, 128, 0, 2, 2048, 512)
+PAGED = Case("paged", SHAPE, 2_100_000_000, "25%", 128)
+STOCK = Case("stock", SHAPE, 2_100_000_000, None, 128)
+STOCK_AHEAD = dataclasses.replace(STOCK, read_ahead_kb=8192)
+RESIDENT = Case("resident", SHAPE, None, None, 128)
+REPACKED = dataclasses.replace(RESIDENT, is_repacked=True)
+
+UNMEASURED = Reading(None, 0.0, None, None, None, "no counter here")
+
+
+# ---- cases ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("text", "numbers"), [
+    ("128", (128,)), ("64,128", (64, 128)), ("16-64+16", (16, 32, 48, 64)), ("1-8*2", (1, 2, 4, 8)), ("3-5", (3, 4, 5)),
+    ("0", (0,)), ("1-6*2,10", (1, 2, 4, 10)), ("5-5", (5,)), (" 1 , 2 ", (1, 2)),
+])
+def test_numbers_are_written_as_for_llama_bench(text: str, numbers: tuple[int, ...]) -> None:
+    assert parse_numbers(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "x", "1,", "-1", "1.5", "4-1", "1-8*1", "0-8*2", "1-8+0", "1-", "1+1"])
+def test_numbers_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"understood|never ends|before it begins"):
+        parse_numbers(text)
+
+
+def test_lists_multiply_and_what_computes_nothing_is_left_out() -> None:
+    made = shapes((0, 512), (0, 64), (0,), (2,), (2048,), (512, 64))
+    assert [(shape.n_prompt, shape.n_gen, shape.n_ubatch) for shape in made] == [
+        (0, 64, 512), (0, 64, 64), (512, 0, 512), (512, 0, 64), (512, 64, 512), (512, 64, 64)]
+    assert Shape(512, 64, 100, 1, 1, 1).n_tokens == 676 and Shape(512, 64, 100, 1, 1, 1).n_ctx == 768
+
+
+def test_stock_runs_under_each_cap_once_at_every_read_ahead() -> None:
+    caps = {"25%": 10, "50%": 20, "20": 20}
+    made = cases_of(SHAPE, list(caps), ("stock", "resident", "repacked"), (128, 8192), caps.get)
+    assert [(case.mode, case.cap_bytes, case.budget, case.read_ahead_kb) for case in made] == [
+        ("paged", 10, "25%", 128), ("stock", 10, None, 128), ("stock", 10, None, 8192),
+        ("paged", 20, "50%", 128), ("stock", 20, None, 128), ("stock", 20, None, 8192),
+        ("paged", 20, "20", 128), ("resident", None, None, 128), ("resident", None, None, 128)]
+    assert [case.is_repacked for case in made[-2:]] == [False, True]
+    assert [case.mode for case in cases_of(SHAPE, ["min"], (), (), lambda _: None)] == ["paged"]
+
+
+def test_budget_in_bytes_is_known_and_others_are_not() -> None:
+    assert budget_bytes("2GiB") == 2 << 30
+    assert [budget_bytes(text) for text in ("25%", "auto", "min")] == [None] * 3
+
+
+def test_task_survives_the_way_to_the_worker() -> None:
+    task = Task("a b.gguf", "paged", SHAPE, True, "25%", {"io": "direct"}, False, True, "text:x", 1, 3, None, "why", 7, 9)
+    assert Task.from_json(task.to_json()) == task
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+TRACE = {"gguf_pager.trace.first_token": 257, "gguf_pager.trace.positions": 100, "tokenizer.ggml.model": "rwkv"}
+
+
+def test_source_is_the_trace_else_a_text_else_random() -> None:
+    assert tokens.choose_source(None, TRACE) == "trace"
+    assert tokens.choose_source(None, {"tokenizer.ggml.model": "gpt2"}) == f"text:{tokens.TEXT}"
+    assert tokens.choose_source(None, {}) == tokens.choose_source(None, {"tokenizer.ggml.model": "no_vocab"}) == "random"
+    assert tokens.choose_source("random", TRACE) == "random"
+    assert tokens.TEXT.is_file()
+
+
+@pytest.mark.parametrize(("asked", "values", "message"), [
+    ("trace", {}, "not made from a trace"), ("text:x", {}, "no tokenizer"), ("text:", TRACE, "not understood"),
+    ("ids:missing", TRACE, "not a file"), ("nonsense", TRACE, "not understood"),
+])
+def test_source_that_cannot_be_is_refused(asked: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(PagerError, match=message):
+        tokens.choose_source(asked, values)
+
+
+def test_ids_come_from_each_source(tmp_path: Path) -> None:
+    def read(source: str, turn: int = 0) -> list[int]:
+        return tokens.read_ids(source, TRACE, 1000, lambda raw: list(raw), turn, 5)
+
+    assert read("trace") == list(range(257, 357))
+    (tmp_path / "ids").write_text("5, 6\n7 8\n")
+    assert read(f"ids:{tmp_path / 'ids'}") == [5, 6, 7, 8]
+    (tmp_path / "text").write_text("AB")
+    assert read(f"text:{tmp_path / 'text'}") == [65, 66]
+    assert len(read("random")) == 5 and read("random") == read("random") != read("random", 1)
+    for content, message in (("1 x", "something else"), ("1 1000", "1000, and this model knows 1000"), (" ", "no tokens")):
+        (tmp_path / "bad").write_text(content)
+        with pytest.raises(PagerError, match=message):
+            read(f"ids:{tmp_path / 'bad'}")
+
+
+def test_rounds_take_tokens_from_places_spread_over_the_sequence() -> None:
+    ids = list(range(100))
+    assert [tokens.take(ids, 10, turn, 3)[0] for turn in range(3)] == [0, 45, 90]
+    assert tokens.take(ids, 10, 0, 1) == ids[:10]
+    assert tokens.take([1, 2, 3], 7, 1, 2) == [1, 2, 3, 1, 2, 3, 1], "a short one repeats"
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+def phase(n_tokens: int, seconds: float, **given: Any) -> PhaseResult:
+    values: dict[str, Any] = {
+        "hits": None, "misses": None, "bytes_read": None, "stall_ns": None, "left_alone": None, "ram_read_bytes": None,
+        "io_bytes": 0, "major_faults": 0, "user_s": seconds, "system_s": 0.0, "resident_bytes": 10**9,
+        "is_overlapped": False, "reading": UNMEASURED,
+    } | given
+    return PhaseResult(n_tokens, round(seconds * 1e9), **values)
+
+
+def a_run(case: Case, turn: int, decode_ts: float | None, prefill_ts: float | None = 100.0, **given: Any) -> Run:
+    """Return a run at these speeds; of ours a quarter of the decode time is stalled, and 40 MB are read per token."""
+    ours = {"hits": 96, "misses": 32, "bytes_read": 128 * 40_000_000, "stall_ns": 0, "left_alone": 0}
+    gen = prompt = None
+    if decode_ts is not None:
+        seconds = 128 / decode_ts
+        gen = phase(128, seconds, **(ours | {"stall_ns": round(seconds * 0.25e9)} if case.mode == "paged" else {}))
+    if prefill_ts is not None:
+        prompt = phase(512, 512 / prefill_ts, **(ours if case.mode == "paged" else {}))
+    facts = {"load_s": 1.0 + turn, "usable_s": 2.0 + turn, "model_type": "a model", "model_size": 5, "model_n_params": 7,
+             "n_ubatch": 512, "digest": f"digest {turn}", "peak_rss_bytes": 2_000_000_000 + turn}
+    values: dict[str, Any] = {"cap": "cgroup1", "cap_bytes": case.cap_bytes, "read_ahead_kb": case.read_ahead_kb,
+                              "cached_bytes": 0, "facts": facts, "begun_at": 1_800_000_000.0}
+    return Run(case, turn, prompt=prompt, gen=gen, **values | given)
+
+
+def common(**given: Any) -> rows.Common:
+    values: dict[str, Any] = {
+        "model_filename": "m.gguf", "machine": {"cpu_info": "a CPU"}, "device_bytes_per_s": 2e9, "idle_w": None,
+        "constants": CONSTANTS, "tokens": "trace", "is_warm": False, "n_rounds": 3,
+    }
+    return rows.Common(**values | given)
+
+
+def decode_rows(runs: Sequence[Run], **given: Any) -> dict[Case, dict[str, Any]]:
+    made = [row for row in rows.rows_of(runs, common(**given)) if row["n_gen"]]
+    return dict(zip(dict.fromkeys(run.case for run in runs), made, strict=True))
+
+
+def test_a_run_makes_a_row_for_the_prompt_and_one_for_what_follows() -> None:
+    made = rows.rows_of([a_run(PAGED, 0, 10.0)], common(n_rounds=1))
+    assert [(row["n_prompt"], row["n_gen"], row["n_depth"]) for row in made] == [(512, 0, 0), (0, 128, 512)]
+    only = dataclasses.replace(PAGED, shape=dataclasses.replace(SHAPE, n_prompt=0))
+    assert [row["n_gen"] for row in rows.rows_of([a_run(only, 0, 10.0, None)], common())] == [128]
+
+
+def test_row_has_llama_benchs_names_first_and_its_figures() -> None:
+    row = decode_rows([a_run(PAGED, turn, ts) for turn, ts in enumerate((10.0, 8.0, 16.0))])[PAGED]
+    names = list(row)
+    assert names.index("samples_ts") < names.index("mode")
+    assert row["samples_ts"] == pytest.approx([10, 8, 16]) and row["avg_ts"] == pytest.approx(34 / 3)
+    assert row["avg_ns"] == pytest.approx(sum(128e9 / ts for ts in (10, 8, 16)) / 3)
+    assert row["stddev_ts"] == pytest.approx(4.163332)  # with n - 1, as llama-bench's
+    assert row["test_time"] == "2027-01-15T08:00:00Z"
+    assert (row["median_ts"], row["min_ts"], row["max_ts"]) == pytest.approx((10, 8, 16))
+    assert (row["load_s"], row["usable_s"]) == (2.0, 3.0)
+    assert row["peak_rss_bytes"] == 2_000_000_002, "the most of any run"
+    assert row["hit_rate"] == 0.75 and row["read_bytes_per_token"] == 40_000_000 and row["stall_share"] == 0.25
+    assert row["status"] == "ok"
+
+
+def test_one_sample_has_no_deviation() -> None:
+    row = decode_rows([a_run(PAGED, 0, 10.0)], n_rounds=1)[PAGED]
+    assert row["stddev_ts"] is None and row["stddev_ns"] is None
+
+
+def test_ratio_is_taken_within_rounds_and_against_stock_at_its_best() -> None:
+    """The machine halves its speed in round 1: the ratio is 2 all the same. Stock is best at 128."""
+    speeds = (10.0, 5.0, 11.0)
+    runs = [a_run(PAGED, turn, ts) for turn, ts in enumerate(speeds)]
+    runs += [a_run(STOCK, turn, ts / 2) for turn, ts in enumerate(speeds)]
+    runs += [a_run(STOCK_AHEAD, turn, ts / 20, 200.0) for turn, ts in enumerate(speeds)]
+    runs += [a_run(RESIDENT, turn, ts * 2) for turn, ts in enumerate(speeds)]
+    row = decode_rows(runs)[PAGED]
+    assert (row["vs_stock"], row["vs_stock_low"], row["vs_stock_high"]) == pytest.approx((2, 2, 2))
+    assert row["vs_stock_read_ahead_kb"] == 128 and row["vs_resident"] == pytest.approx(0.5)
+    prompt = next(row for row in rows.rows_of(runs, common()) if row["n_prompt"])
+    assert prompt["vs_stock_read_ahead_kb"] == 8192 and prompt["vs_stock"] == pytest.approx(0.5)
+    assert decode_rows(runs)[STOCK]["vs_stock"] is None
+
+
+def test_ratio_needs_stock_under_the_same_cap() -> None:
+    other = dataclasses.replace(STOCK, cap_bytes=3)
+    assert decode_rows([a_run(PAGED, 0, 10.0), a_run(other, 0, 5.0)])[PAGED]["vs_stock"] is None
+    assert decode_rows([a_run(PAGED, 0, 10.0), a_run(STOCK, 1, 5.0)])[PAGED]["vs_stock"] is None, "of another round"
+
+
+# ---- the limit ----
+
+def test_limit_is_resident_computing_plus_missed_bytes_at_the_best_bandwidth() -> None:
+    runs = [a_run(PAGED, 0, 10.0), a_run(RESIDENT, 0, 20.0), a_run(RESIDENT, 1, 25.0)]
+    row = decode_rows(runs)[PAGED]
+    limit_s = 1 / 25 + 40e6 / 2e9
+    assert row["limit_ts"] == pytest.approx(1 / limit_s) and row["limit_compute"] == "resident"
+    assert row["efficiency"] == pytest.approx(limit_s / 0.1)
+
+
+def test_limit_without_resident_takes_the_time_that_was_not_stalled() -> None:
+    row = decode_rows([a_run(PAGED, 0, 10.0)])[PAGED]
+    assert row["limit_ts"] == pytest.approx(1 / (0.075 + 0.02)) and row["limit_compute"] == "own"
+
+
+def test_limit_is_unknown_without_bandwidth_but_not_where_nothing_is_read() -> None:
+    assert decode_rows([a_run(PAGED, 0, 10.0)], device_bytes_per_s=None)[PAGED]["limit_ts"] is None
+    runs = [a_run(STOCK, 0, 10.0), a_run(RESIDENT, 0, 20.0)]
+    assert decode_rows(runs, device_bytes_per_s=None)[STOCK]["limit_ts"] == pytest.approx(20)
+    assert decode_rows([a_run(REPACKED, 0, 30.0), a_run(STOCK, 0, 10.0)])[STOCK]["limit_ts"] is None, "other kernels"
+
+
+def test_row_faster_than_its_limit_is_invalid_unless_reads_overlap() -> None:
+    runs = [a_run(PAGED, turn, 10.0) for turn in range(3)]
+    fast = decode_rows(runs, device_bytes_per_s=1e9)[PAGED]
+    assert fast["efficiency"] == pytest.approx(1.15)
+    assert fast["status"] == "invalid" and "faster than its own limit of 8.70 tok/s" in fast["status_reason"]
+    for run in runs:
+        assert run.gen is not None
+        run.gen = dataclasses.replace(run.gen, is_overlapped=True)
+    assert decode_rows(runs, device_bytes_per_s=1e9)[PAGED]["status"] == "ok"
+    assert decode_rows([a_run(PAGED, turn, 10.0) for turn in range(3)])[PAGED]["status"] == "ok"
+
+
+# ---- what a row is worth ----
+
+def test_timeout_is_told_with_what_was_reached() -> None:
+    runs = [a_run(STOCK, 0, None, status="timeout", reason="not done within 9 s: 17 of 128 tokens were decoded"),
+            a_run(STOCK, 1, None, status="timeout", reason="only the prompt was tried again")]
+    prompt, gen = rows.rows_of(runs, common(n_rounds=2))
+    assert gen["status"] == "timeout" and "17 of 128" in gen["status_reason"]
+    assert gen["median_ts"] is None and gen["samples_ts"] == [] and gen["energy_total_j"] is None
+    assert prompt["status"] == "ok" and len(prompt["samples_ts"]) == 2, "what it could do was measured"
+
+
+def test_failure_of_one_run_is_told_beside_the_others() -> None:
+    runs = [a_run(PAGED, 0, 10.0), a_run(PAGED, 1, None, None, status="failed", reason="signal 9"), a_run(PAGED, 2, 11.0)]
+    row = decode_rows(runs)[PAGED]
+    assert row["status"] == "failed" and row["status_reason"] == "signal 9; 2 of 3 runs came to their end"
+    assert len(row["samples_ts"]) == 2
+
+
+def test_fewer_rounds_than_asked_for_are_an_interrupt() -> None:
+    row = decode_rows([a_run(PAGED, 0, 10.0)])[PAGED]
+    assert (row["status"], row["status_reason"]) == ("interrupted", "1 of 3 rounds")
+
+
+def test_other_logits_make_a_row_invalid_where_they_should_be_the_same() -> None:
+    def paged_row(**changed: Any) -> dict[str, Any]:
+        stock = a_run(STOCK, 0, 5.0)
+        stock.facts |= changed
+        return decode_rows([a_run(PAGED, 0, 10.0), stock], n_rounds=1)[PAGED]
+
+    assert paged_row()["same_logits"] is True and paged_row()["status"] == "ok"
+    assert paged_row(digest="another")["status"] == "invalid" and paged_row(digest="another")["same_logits"] is False
+    assert paged_row(digest="another", n_ubatch=64)["same_logits"] is None, "batches differ, so bits may"
+    assert paged_row(digest="another", n_ubatch=2048)["same_logits"] is False, "512 tokens are one batch for both"
+    repacked = a_run(REPACKED, 0, 5.0)
+    repacked.facts["digest"] = "another"
+    assert decode_rows([a_run(PAGED, 0, 10.0), repacked], n_rounds=1)[PAGED]["same_logits"] is None
+
+
+def test_model_that_was_not_paged_is_no_row_of_ours() -> None:
+    run = a_run(PAGED, 0, 10.0)
+    run.facts["not_paged_reason"] = "it fits"
+    assert decode_rows([run], n_rounds=1)[PAGED]["status_reason"] == "it was not paged: it fits"
+
+
+def test_cold_is_verified() -> None:
+    row = decode_rows([a_run(PAGED, 0, 10.0, cached_bytes=rows.COLD_BYTES + 1)], n_rounds=1)[PAGED]
+    assert row["status"] == "invalid" and "page cache" in row["status_reason"]
+    warm = decode_rows([a_run(PAGED, 0, 10.0, cached_bytes=10**9)], n_rounds=1, is_warm=True)[PAGED]
+    assert (warm["status"], warm["cache"], warm["cached_bytes"]) == ("ok", "warm", 10**9)
+    unknown = decode_rows([a_run(PAGED, 0, 10.0, cached_bytes=None)], n_rounds=1)[PAGED]
+    assert unknown["cache"] == "cold, not verified" and unknown["cached_bytes"] is None
+
+
+def test_cap_that_was_refused_is_none_with_the_reason() -> None:
+    run = a_run(PAGED, 0, 10.0, cap="none", cap_bytes=None, cap_reason="no controller")
+    row = decode_rows([run], n_rounds=1)[PAGED]
+    assert (row["cap"], row["cap_bytes"], row["cap_reason"]) == ("none", None, "no controller")
+    assert "cap: none, no controller" in PRINTERS["md"]().rows([row])
+
+
+# ---- energy ----
+
+def test_energy_is_joules_of_all_runs_over_their_tokens() -> None:
+    runs = [a_run(PAGED, turn, 10.0) for turn in range(2)]
+    for run, joules in zip(runs, (64.0, 192.0), strict=True):
+        assert run.gen is not None
+        run.gen = dataclasses.replace(run.gen, reading=Reading(joules, 12.8, "rapl", "CPU", "part", None))
+    row = decode_rows(runs, n_rounds=2, idle_w=2.5)[PAGED]
+    assert row["energy_status"] == "partial" and row["energy_method"] == "rapl"
+    assert row["energy_total_j"] == 256 and row["j_per_token"] == 1 and row["tokens_per_j"] == 1
+    assert row["energy_net_j"] == pytest.approx(256 - 2.5 * 25.6) and row["avg_power_w"] == 10
+    assert row["j_per_prompt_token"] is None
+
+
+def test_energy_that_one_run_lacks_is_modelled_for_all() -> None:
+    runs = [a_run(PAGED, turn, 10.0) for turn in range(2)]
+    assert runs[0].gen is not None
+    runs[0].gen = dataclasses.replace(runs[0].gen, reading=Reading(64.0, 12.8, "rapl", "CPU", "part", None))
+    row = decode_rows(runs, n_rounds=2)[PAGED]
+    assert row["energy_status"] == "modelled" and "no counter here" in row["energy_reason"]
+    assert row["energy_low_j"] < row["energy_total_j"] < row["energy_high_j"]
+    cpu_j = CONSTANTS["cpu_w_per_core"].value * 25.6
+    assert row["energy_total_j"] == pytest.approx(cpu_j + CONSTANTS["dram_background_w_per_gb"].value * 25.6)
+
+
+def test_model_counts_reads_of_ram_for_stock_as_for_ours() -> None:
+    ours, stock = a_run(PAGED, 0, None), a_run(STOCK, 0, None)
+    assert ours.prompt is not None
+    ours.prompt = dataclasses.replace(ours.prompt, ram_read_bytes=10**12)
+    both = rows.rows_of([ours, stock], common())
+    assert [row["energy_total_j"] > 70 for row in both if row["n_prompt"]] == [True, True]
+    alone = rows.rows_of([stock], common())[0]
+    assert "reads of RAM are not known" in alone["energy_reason"]
+
+
+# ---- details --------------------------------------------------------------------------------------------------------
+
+def test_timeline_and_heat_are_those_of_the_median_run() -> None:
+    runs = [a_run(PAGED, turn, 10.0, token_ns=[n, n], token_stall_ns=[1, 1], layers=[{"block": turn}])
+            for turn, n in enumerate((30, 10, 20))]
+    runs += [a_run(STOCK, 0, 10.0, token_ns=[40], token_stall_ns=[]), a_run(RESIDENT, 0, None)]
+    assert details.timelines(runs) == [
+        {"label": "paged 25%", "mode": "paged", "token_ns": [20, 20], "token_stall_ns": [1, 1]},
+        {"label": STOCK.label, "mode": "stock", "token_ns": [40], "token_stall_ns": None}]
+    assert details.heat(runs) == [{"label": "paged 25%", "layers": [{"block": 2}]}]
+
+
+# ---- formats --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def some_rows() -> list[dict[str, Any]]:
+    runs = [a_run(PAGED, 0, 10.0), a_run(STOCK, 0, 4.0),
+            a_run(STOCK_AHEAD, 0, None, status="timeout", reason="too slow, isn't it")]
+    return rows.rows_of(runs, common(n_rounds=1))
+
+
+def printed(name: str, made: Sequence[dict[str, Any]]) -> str:
+    """Print rows in two parts, as they become known."""
+    printer = PRINTERS[name]()
+    return printer.head() + printer.rows(made[:3]) + printer.rows([]) + printer.rows(made[3:]) + printer.foot()
+
+
+def test_json_is_an_array_and_lines_are_its_elements(some_rows: list[dict[str, Any]]) -> None:
+    assert json.loads(printed("json", some_rows)) == some_rows
+    assert [json.loads(line) for line in printed("jsonl", some_rows).splitlines()] == some_rows
+    assert json.loads(printed("json", [])) == [] and printed("jsonl", []) == ""
+
+
+def test_csv_has_one_head_and_leaves_unknown_empty(some_rows: list[dict[str, Any]]) -> None:
+    lines = list(csv.DictReader(io.StringIO(printed("csv", some_rows))))
+    assert len(lines) == len(some_rows)
+    assert [line["mode"] for line in lines] == [row["mode"] for row in some_rows]
+    assert lines[-1]["median_ts"] == "" and lines[-1]["status_reason"] == "too slow, isn't it"
+    assert float(lines[1]["avg_ts"]) == pytest.approx(10)
+
+
+def test_sql_fills_a_table(some_rows: list[dict[str, Any]]) -> None:
+    database = sqlite3.connect(":memory:")
+    database.executescript(printed("sql", some_rows))
+    found = database.execute(f"SELECT mode, avg_ts, status_reason, same_logits FROM {SQL_TABLE} WHERE n_gen > 0").fetchall()
+    assert found[0] == ("paged", pytest.approx(10), None, 1)
+    assert found[2] == ("stock", None, "too slow, isn't it", None)
+
+
+def test_table_shows_numbers_dashes_and_notes(some_rows: list[dict[str, Any]]) -> None:
+    text = printed("md", some_rows)
+    lines = table(some_rows).splitlines()
+    assert len({len(line) for line in lines}) == 1, "columns line up"
+    assert "threads" not in lines[0], "what is the same everywhere is left out"
+    ours = next(line for line in lines if "paged" in line and "tg128 @ d512" in line)
+    for part in ("10.00", "2.50", "75.0%", "40.00", "25%", "2.10 GB"):
+        assert part in ours
+    assert "- stock, tg128 @ d512: timeout: too slow, isn't it" in text
+    assert "the same logits as stock, to the bit" in text
+    assert "energy is modelled: not measured: no counter here" in text
+    assert "~" in ours, "modelled joules are marked"
+
+
+def test_bars_are_as_long_as_speeds(some_rows: list[dict[str, Any]]) -> None:
+    lines = bars(some_rows).splitlines()
+    at = lines.index("decode, tok/s")
+    ours, stock, late = lines[at + 1 : at + 4]
+    assert ours.count("█") == 30 and stock.count("█") == 12 and late.count("█") == 0
+    assert "timeout" in late and "4.00" in stock
+
+
+def test_outcome_of_a_run_is_a_short_line() -> None:
+    assert outcome(a_run(PAGED, 0, 10.0)) == "prefill 100.0 tok/s, decode 10.00 tok/s"
+    assert outcome(a_run(PAGED, 0, None, None, status="failed", reason="why")) == "failed: why"
