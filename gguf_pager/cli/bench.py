@@ -276,6 +276,8 @@ def _page_facts(layout: Layout, machine: dict[str, Any], made: list[dict[str, An
             "n_used": max(layer.n_used for layer in layout.layers),
             "bytes_per_token": layout.bytes_per_token,
         },
+        "cache_state": " / ".join(sorted({f"{row['cache']}, at most {row['cached_bytes']:,} bytes of the file in it before a run"
+                                          if row["cached_bytes"] is not None else row["cache"] for row in made})),
         "rows": made,
         "timelines": details.timelines(runs),
         "heat": details.heat(runs),
