@@ -150,7 +150,8 @@ def a_run(case: Case, turn: int, decode_ts: float | None, prefill_ts: float | No
 
 def common(**given: Any) -> rows.Common:
     values: dict[str, Any] = {
-        "model_filename": "m.gguf", "machine": {"cpu_info": "a CPU"}, "device_bytes_per_s": 2e9, "idle_w": None,
+        "model_filename": "m.gguf", "machine": {"cpu_info": "a CPU"}, "device_bytes_per_s": 2e9, "stream_bytes_per_s": 1e9,
+        "idle_w": None,
         "constants": CONSTANTS, "tokens": "trace", "is_warm": False, "n_rounds": 3,
     }
     return rows.Common(**values | given)
@@ -395,7 +396,7 @@ def test_table_shows_numbers_dashes_and_notes(some_rows: list[dict[str, Any]]) -
     ours = next(line for line in lines if "paged" in line and "tg128 @ d512" in line)
     for part in ("10.00", "2.50", "75.0%", "40.00", "25%", "2.10 GB"):
         assert part in ours
-    assert "- stock, tg128 @ d512: timeout: too slow, isn't it" in text
+    assert "- stock, RA 8,192 KiB, cap 2.10 GB, tg128 @ d512: timeout: too slow, isn't it" in text
     assert "the same logits as stock, to the bit" in text
     assert "energy is modelled: not measured: no counter here" in text
     assert "~" in ours, "modelled joules are marked"

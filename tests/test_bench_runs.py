@@ -120,7 +120,7 @@ def test_a_meter_is_read_in_both_phases(trace_model: Path) -> None:
 
 def test_warm_is_read_into_the_cache_within_the_cap(trace_model: Path) -> None:
     size = trace_model.stat().st_size
-    row = bench_rows(trace_model, "-p", "0", "-n", "8", "--budget", "50%", "--baseline", "none", "--warm")[0]
+    row = bench_rows(trace_model, "-p", "0", "-n", "8", "--budget", "120MB", "--baseline", "none", "--warm")[0]
     assert row["cache"] == "warm"
     if row["cap"] != "none":
         assert 0.9 * size < row["cached_bytes"] < 1.1 * size
@@ -141,7 +141,7 @@ def test_table_and_page_are_written(trace_model: Path, tmp_path: Path) -> None:
     done = bench(trace_model, "-p", "16", "-n", "8", "--budget", "50%,100%", "--cap", "none", "--report",
                  str(tmp_path / "out.html"))
     assert done.returncode == 0, done.stderr
-    assert "| paged 50%" in done.stdout and "| stock" in done.stdout and "█" in done.stdout
+    assert "| paged 50%" in done.stdout and "| stock, RA" in done.stdout and "█" in done.stdout
     assert "cap: none, no cap was asked for" in done.stdout
     assert "[1/3] paged 50%" in done.stderr, "who waits sees what goes on"
     page = (tmp_path / "out.html").read_text()

@@ -28,6 +28,7 @@ class Common:
     model_filename: str
     machine: Mapping[str, Any]
     device_bytes_per_s: float | None
+    stream_bytes_per_s: float | None
     idle_w: float | None
     constants: Mapping[str, Constant]
     tokens: str
@@ -199,7 +200,8 @@ def _limit(case: Case, name: PhaseName, samples: Sequence[_Sample], runs: Sequen
     Computing counts with the least time that was seen, for a limit is a bound: the resident model's, with the same
     kernels, or this case's own outside of its stalls. Reading counts with the device's best bandwidth.
     """
-    none = {"device_bytes_per_s": common.device_bytes_per_s, "limit_ts": None, "limit_compute": None, "efficiency": None}
+    none = {"device_bytes_per_s": common.device_bytes_per_s, "stream_bytes_per_s": common.stream_bytes_per_s,
+            "limit_ts": None, "limit_compute": None, "efficiency": None}
     if case.mode == "resident":
         return none
     compute: list[tuple[float, str]] = [

@@ -194,8 +194,8 @@ def _bench(request: _Request) -> None:
                 runs.extend(runner.rounds(_cases(request, shape, runner)))  # one by one: an interrupt leaves those made
                 device.sample()
             finally:
-                common = rows.Common(str(request.model), machine, device.best_bytes_per_s, idle_w, constants, source,
-                                     request.is_warm, request.repetitions)
+                common = rows.Common(str(request.model), machine, device.best_bytes_per_s, runner.stream_bytes_per_s,
+                                     idle_w, constants, source, request.is_warm, request.repetitions)
                 made = rows.rows_of(runs, common)
                 report_runs += runs
                 report_rows += made
@@ -240,7 +240,9 @@ def _cases(request: _Request, shape: Shape, runner: Runner) -> list[Case]:
             return None
         if request.cap != "budget":
             return _cap_bytes(request.cap)
-        return budget_bytes(text) or runner.calibrate(shape, text)
+        if (n_bytes := budget_bytes(text)) is not None or "stock" not in request.baselines:
+            return n_bytes  # ours keeps to a share by itself: only what is compared with it needs a cap
+        return runner.calibrate(shape, text)
 
     return cases_of(shape, request.budgets, request.baselines, request.read_ahead, cap_of)
 
@@ -260,7 +262,7 @@ def _machine(layout: Layout) -> dict[str, Any]:
 
 def _page_facts(layout: Layout, machine: dict[str, Any], made: list[dict[str, Any]], runs: list[Run]) -> dict[str, Any]:
     return {
-        "title": f"{layout.name}: {made[0]['model_type'] or layout.architecture}",
+        "title": layout.name,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": shlex.join(["gguf-pager", *sys.argv[1:]]),
         "gguf_pager_version": machine["gguf_pager_version"],

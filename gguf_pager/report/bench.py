@@ -46,7 +46,12 @@ def mode_name(row: Row) -> str:
         return f"paged {row['budget']}"
     if row["mode"] == "resident":
         return "resident, repacked" if row["repack"] else "resident"
-    return "stock"
+    return f"stock, RA {number(row['read_ahead_kb'], ',')} KiB"
+
+
+def _full_name(row: Row) -> str:
+    """Return the same with the cap, where rows do not stand beside each other."""
+    return mode_name(row) + (f", cap {_cap(row)}" if row["mode"] == "stock" else "")
 
 
 def _speed(row: Row) -> str:
@@ -77,7 +82,6 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str], bool], ...] = (
     ("batch", lambda row: str(row["n_batch"]), False),
     ("ubatch", lambda row: str(row["n_ubatch"]), False),
     ("cap", _cap, True),
-    ("RA KiB", lambda row: number(row["read_ahead_kb"], ","), True),
     ("test", test_name, True),
     ("t/s", _speed, True),
     ("vs stock", lambda row: number(row["vs_stock"], ".2f"), True),
@@ -86,9 +90,9 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str], bool], ...] = (
     ("hits", lambda row: number(row["hit_rate"], ".1%"), True),
     ("MB/token", _megabytes, True),
     ("stalled", lambda row: number(row["stall_share"], ".0%"), True),
-    ("faults", lambda row: number(row["major_faults"], ",.0f"), True),
     ("RSS MB", lambda row: number(None if row["peak_rss_bytes"] is None else row["peak_rss_bytes"] / 1e6, ",.0f"), True),
     ("J/token", _joules, True),
+    ("load s", lambda row: number(row["load_s"], ".1f"), True),
 )
 """Head, cell, and whether it is shown even where all rows are alike."""
 
@@ -140,7 +144,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     """Return what must be said beside the numbers, each thing once."""
-    notes = [f"{mode_name(row)}, {test_name(row)}: {row['status']}: {row['status_reason']}"
+    notes = [f"{_full_name(row)}, {test_name(row)}: {row['status']}: {row['status_reason']}"
              for row in rows if row["status"] != "ok"]
     notes += [f"cap: none, {row['cap_reason']}" for row in rows
               if row["cap"] == "none" and row["cap_reason"] and row["mode"] != "resident"]
@@ -159,8 +163,7 @@ def _short(text: str) -> str:
 def bars(rows: Sequence[Row]) -> str:
     """Return a bar per row, those of one test at one scale."""
     lines = []
-    labels = [f"{mode_name(row)}" + (f", RA {row['read_ahead_kb']}" if row["mode"] == "stock" else "")
-              + (f", cap {_cap(row)}" if row["mode"] == "stock" else "") for row in rows]
+    labels = [_full_name(row) for row in rows]
     width = max(len(label) for label in labels)
     for kind in ("n_prompt", "n_gen"):
         chosen = [(label, row) for label, row in zip(labels, rows, strict=True) if row[kind]]

@@ -154,7 +154,8 @@ def heat(heat: Sequence[dict[str, Any]]) -> str:
             drawn += _use(one["label"], layers)
         drawn += _residency(one["label"], layers)
         before = chosen
-    words = "A row per layer, a column per expert, in the order of the file."
+    words = ("A row per layer, a column per expert, in the order of the file; choices of prompt and decode together, and "
+             "what was in memory at the end.")
     if left_out:
         words += f" Not drawn, to keep the page small: {escape(', '.join(left_out))}."
     return boxes.section("Which experts", words, drawn)

@@ -50,8 +50,8 @@ def count(value: float | None) -> str:
 
 
 def spread(low: float | None, high: float | None, show: Callable[[float | None], str] = figure) -> str:
-    """Return a range, nothing where it is not known."""
-    return "" if low is None or high is None else f"{show(low)} to {show(high)}"
+    """Return a range, nothing where there is none."""
+    return "" if low is None or high is None or low == high else f"{show(low)} to {show(high)}"
 
 
 def budget(row: Row) -> str:
