@@ -12,7 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf_pager import probe
+
 _ROOT = Path("/sys/fs/cgroup")
+_TRIAL_BYTES = 64 << 20
 _SHELL = 'echo $$ > "$0" && exec "$@"'
 """Moves itself into the group before it becomes the command, so that not one page is charged elsewhere."""
 
@@ -75,7 +78,7 @@ def memory_cap(limit_bytes: int | None) -> Iterator[Cap]:
             reasons.append(f"{method}: {error.strerror or error}")
             continue
         try:
-            yield Cap(method, limit_bytes, None, folder)
+            yield Cap(method, limit_bytes, _swap_reason(folder), folder)
         finally:
             _remove(folder)
         return
@@ -83,6 +86,16 @@ def memory_cap(limit_bytes: int | None) -> Iterator[Cap]:
         yield Cap("systemd", limit_bytes)
         return
     yield Cap("none", None, "; ".join([*reasons, "systemd-run --user: refused or missing"]))
+
+
+_SWAP_LIMITS = ("memory.memsw.limit_in_bytes", "memory.swap.max")
+
+
+def _swap_reason(folder: Path) -> str | None:
+    """Return what a group does not limit: where the kernel does not account for swap, a process can leave through it."""
+    if any((folder / name).exists() for name in _SWAP_LIMITS) or probe.memory().swap_bytes == 0:
+        return None
+    return "swap is not limited"
 
 
 def _new_name() -> str:
@@ -141,8 +154,11 @@ def _remove(folder: Path) -> None:
 def _systemd_allows() -> bool:
     if shutil.which("systemd-run") is None:
         return False
-    trial = ["systemd-run", "--user", "--scope", "--quiet", "-p", "MemoryMax=64M", "true"]
+    # systemd takes the setting also where it has no memory controller to apply it with: so the group is asked.
+    ask = f'cat "{_ROOT}$(sed -n s/^0:://p /proc/self/cgroup)/memory.max"'
+    trial = ["systemd-run", "--user", "--scope", "--quiet", "-p", f"MemoryMax={_TRIAL_BYTES}", "sh", "-c", ask]
     try:
-        return subprocess.run(trial, capture_output=True, timeout=10, check=False).returncode == 0
+        done = subprocess.run(trial, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
+    return done.stdout.strip() == str(_TRIAL_BYTES)

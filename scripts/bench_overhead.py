@@ -32,7 +32,7 @@ def main() -> None:
     layout = read_layout(arguments.model)
     shape = Shape(0, arguments.block, 0, arguments.threads, 512, 512)
     task = worker.Task(str(arguments.model), "paged", shape, False, arguments.budget, {}, False, False, "trace", 0, 1, None,
-                       "not asked for", os.getppid(), time.monotonic_ns())
+                       None, "not asked for", os.getppid(), time.monotonic_ns())
     llm = worker.open_model(task)
     run = worker.Run(task, llm, layout)
     tokens = list(range(first := int(layout.values["gguf_pager.trace.first_token"]), first + arguments.block))

@@ -39,6 +39,65 @@ Keys of the JSON object: `gguf_pager_version`, `llama_cpp_python_version`, `mode
 `decode`, each with `tokens`, `seconds`, `tokens_per_s`, `hits`, `misses`, `hit_rate`, `bytes_read`,
 `bytes_read_per_token`, `stall_ns`, `stall_share`, `evictions`, `left_alone`. What is not known is null.
 """,
+    "bench": """\
+A run loads the model in a process of its own, computes `-d` tokens, then the prompt, then the tokens after it, and ends;
+so decoding begins with what the prompt has left in the slots, and its row says so (`tg128 @ d512`). Before each run the
+file is dropped from the page cache, and mincore tells whether it is gone. All cases of a round compute the same tokens;
+rounds begin at places spread over the text or trace. At the end of each round the logits of ours and of stock are
+compared, bit for bit.
+
+Stock leaves its weights in the file's mapping (`use_extra_bufts=False`): its default repacking copies them into memory
+that the cap does not have. `resident` is stock with the file read into memory and no cap; `repacked` the same with
+repacked weights, llama.cpp's fastest. On processors with AMX llama-cpp-python 0.3.36 ends with a segmentation fault there
+(github ggml-org/llama.cpp issue 20824); the row says so.
+
+Columns of the table: `t/s` median and range of the runs; `vs stock` the median of the ratios to stock within rounds,
+against stock at the read-ahead that suits it best; `limit` the speed that computing with all weights in RAM plus reading
+the missed bytes at the device's best bandwidth would give, and `eff.` how much of it was reached (above 1 where reads and
+computing overlap); `J/token` joules, with `~` where they are modelled. A row whose `status` is not "ok" has a line below
+the table: `invalid` (faster than its own limit without overlap, other logits than stock, a page cache that was not cold),
+`timeout`, `failed`, `interrupted`.
+
+In JSON, CSV and SQL (table `gguf_pager_bench`) a row has llama-bench's names where they mean the same: `cpu_info`,
+`gpu_info`, `backends`, `model_filename`, `model_type`, `model_size`, `model_n_params`, `n_batch`, `n_ubatch`, `n_threads`,
+`type_k`, `type_v`, `n_gpu_layers`, `use_mmap`, `repack`, `n_prompt`, `n_gen`, `n_depth`, `test_time`, `avg_ns`,
+`stddev_ns`, `avg_ts`, `stddev_ts`, and, not in CSV and SQL, `samples_ns`, `samples_ts`. One run gives two rows, prompt and
+generation, as `-p` and `-n` do in llama-bench. Then ours:
+
+| name | unit, meaning |
+|---|---|
+| `mode` | `paged`, `stock`, `resident`; with `repack` the last one is `repacked` |
+| `budget`, `budget_bytes` | as given; in bytes, null for a share, `min` and `auto` |
+| `cap`, `cap_bytes`, `cap_reason` | `cgroup1`, `cgroup2`, `systemd`, or `none` and why |
+| `read_ahead_kb` | KiB, of the device during the run |
+| `cache`, `cached_bytes` | `cold` or `warm`; bytes of the file in the page cache before a run, at most |
+| `tokens` | `trace`, `text`, `ids`, `random` |
+| `n_ubatch_asked` | what `n_ubatch` would be with room for it |
+| `policy`, `io`, `n_readers`, `arena_bytes` | how ours ran |
+| `n_rounds` | rounds asked for |
+| `n_cores`, `ram_bytes`, `system`, `device`, `gguf_pager_version`, `llama_cpp_python_version` | where and with what |
+| `median_ts`, `min_ts`, `max_ts` | tokens per second |
+| `load_s` | from the call to a usable model; `usable_s` from the start of the process, Python's included |
+| `first_token_s` | from the prompt to the logits of the first token |
+| `hit_rate` | experts found in slots, of those wanted, all runs together |
+| `read_bytes_per_token`, `io_bytes_per_token` | expert bytes counted by us; storage reads of the process counted by Linux |
+| `stall_share` | of the time, spent waiting for experts |
+| `left_alone` | graph nodes that llama.cpp computed from its own mapping |
+| `major_faults`, `user_s`, `system_s`, `cpu_s_per_token` | per run, of the phase; medians |
+| `peak_rss_bytes`, `cap_peak_bytes` | most of any run: the process, and all that was charged to the cap |
+| `device_bytes_per_s`, `stream_bytes_per_s` | best direct reads at random places in this bench; one stream at its start |
+| `limit_ts`, `limit_compute`, `efficiency` | the limit, whose time of computing it takes (`resident` or `own`), limit / actual |
+| `vs_stock`, `vs_stock_low`, `vs_stock_high`, `vs_stock_read_ahead_kb` | ratio to stock, its range over rounds, the read-ahead that suited stock |
+| `vs_resident`, `vs_repacked` | ratio to the model in RAM |
+| `same_logits` | true where ours and stock ended every round with equal logits; null where batches differ |
+| `energy_*`, `j_per_token`, `j_per_token_net`, `j_per_prompt_token`, `tokens_per_j`, `avg_power_w` | all runs together; `energy_reason` says why something is null |
+| `status`, `status_reason` | `ok`, or what is wrong with the row |
+""",
+    "energy": """\
+`--model-paper` computes the energy per token of arXiv 2508.06978 again, for experts in HBM, DDR5 or on an SSD, from its
+constants and those of its code, and shows what a cache before the SSD changes. Its constants are set with `--constant`,
+too; their names are in its output.
+""",
     "inspect": """\
 A slice is one expert's part of a tensor. Layers whose slices have equal sizes form a shape class and share slots.
 `resident` is the share of all experts that fit, `process` an estimate without KV cache and compute buffers.

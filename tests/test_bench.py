@@ -66,13 +66,20 @@ def test_stock_runs_under_each_cap_once_at_every_read_ahead() -> None:
     assert [case.mode for case in cases_of(SHAPE, ["min"], (), (), lambda _: None)] == ["paged"]
 
 
+def test_what_is_given_twice_is_measured_once() -> None:
+    made = cases_of(SHAPE, ["25%", "25%"], ("stock",), (128, 128), lambda _: 10)
+    assert [case.mode for case in made] == ["paged", "stock"]
+    assert len(shapes((64, 64), (8,), (0, 0), (2,), (2048,), (512,))) == 1
+
+
 def test_budget_in_bytes_is_known_and_others_are_not() -> None:
     assert budget_bytes("2GiB") == 2 << 30
     assert [budget_bytes(text) for text in ("25%", "auto", "min")] == [None] * 3
 
 
 def test_task_survives_the_way_to_the_worker() -> None:
-    task = Task("a b.gguf", "paged", SHAPE, True, "25%", {"io": "direct"}, False, True, "text:x", 1, 3, None, "why", 7, 9)
+    task = Task("a b.gguf", "paged", SHAPE, True, "25%", {"io": "direct"}, False, True, "text:x", 1, 3, None, "rapl",
+                None, 7, 9)
     assert Task.from_json(task.to_json()) == task
 
 
@@ -126,6 +133,7 @@ def test_rounds_take_tokens_from_places_spread_over_the_sequence() -> None:
 def phase(n_tokens: int, seconds: float, **given: Any) -> PhaseResult:
     values: dict[str, Any] = {
         "hits": None, "misses": None, "bytes_read": None, "stall_ns": None, "left_alone": None, "ram_read_bytes": None,
+        "expert_bytes": None,
         "io_bytes": 0, "major_faults": 0, "user_s": seconds, "system_s": 0.0, "resident_bytes": 10**9,
         "is_overlapped": False, "reading": UNMEASURED,
     } | given
@@ -140,8 +148,8 @@ def a_run(case: Case, turn: int, decode_ts: float | None, prefill_ts: float | No
         seconds = 128 / decode_ts
         gen = phase(128, seconds, **(ours | {"stall_ns": round(seconds * 0.25e9)} if case.mode == "paged" else {}))
     if prefill_ts is not None:
-        prompt = phase(512, 512 / prefill_ts, **(ours if case.mode == "paged" else {}))
-    facts = {"load_s": 1.0 + turn, "usable_s": 2.0 + turn, "model_type": "a model", "model_size": 5, "model_n_params": 7,
+        prompt = phase(512, 512 / prefill_ts, **(ours | {"is_overlapped": True} if case.mode == "paged" else {}))
+    facts = {"io": "direct" if case.mode == "paged" else None, "n_source_tokens": 2048, "load_s": 1.0 + turn, "usable_s": 2.0 + turn, "model_type": "a model", "model_size": 5, "model_n_params": 7,
              "n_ubatch": 512, "digest": f"digest {turn}", "peak_rss_bytes": 2_000_000_000 + turn}
     values: dict[str, Any] = {"cap": "cgroup1", "cap_bytes": case.cap_bytes, "read_ahead_kb": case.read_ahead_kb,
                               "cached_bytes": 0, "facts": facts, "begun_at": 1_800_000_000.0}
@@ -248,7 +256,7 @@ def test_row_faster_than_its_limit_is_invalid_unless_reads_overlap() -> None:
 
 def test_timeout_is_told_with_what_was_reached() -> None:
     runs = [a_run(STOCK, 0, None, status="timeout", reason="not done within 9 s: 17 of 128 tokens were decoded"),
-            a_run(STOCK, 1, None, status="timeout", reason="only the prompt was tried again")]
+            a_run(STOCK, 1, None, status="timeout", reason="not done within 9 s: 17 of 128 tokens were decoded")]
     prompt, gen = rows.rows_of(runs, common(n_rounds=2))
     assert gen["status"] == "timeout" and "17 of 128" in gen["status_reason"]
     assert gen["median_ts"] is None and gen["samples_ts"] == [] and gen["energy_total_j"] is None
@@ -274,6 +282,7 @@ def test_other_logits_make_a_row_invalid_where_they_should_be_the_same() -> None
         return decode_rows([a_run(PAGED, 0, 10.0), stock], n_rounds=1)[PAGED]
 
     assert paged_row()["same_logits"] is True and paged_row()["status"] == "ok"
+    assert paged_row()["same_logits_rounds"] == 1
     assert paged_row(digest="another")["status"] == "invalid" and paged_row(digest="another")["same_logits"] is False
     assert paged_row(digest="another", n_ubatch=64)["same_logits"] is None, "batches differ, so bits may"
     assert paged_row(digest="another", n_ubatch=2048)["same_logits"] is False, "512 tokens are one batch for both"
@@ -295,6 +304,52 @@ def test_cold_is_verified() -> None:
     assert (warm["status"], warm["cache"], warm["cached_bytes"]) == ("ok", "warm", 10**9)
     unknown = decode_rows([a_run(PAGED, 0, 10.0, cached_bytes=None)], n_rounds=1)[PAGED]
     assert unknown["cache"] == "cold, not verified" and unknown["cached_bytes"] is None
+    kept = a_run(PAGED, 0, 10.0, cached_bytes=10**9, is_cache_controlled=False)
+    assert decode_rows([kept], n_rounds=1)[PAGED]["cache"] == "not controlled", "where nothing can be dropped"
+    assert decode_rows([kept], n_rounds=1)[PAGED]["status"] == "ok"
+
+
+def test_run_that_was_never_made_says_nothing_about_the_cache() -> None:
+    late = a_run(STOCK, 1, None, None, status="timeout", reason="why", is_made=False, cached_bytes=None, cap="none",
+                 cap_bytes=None)
+    row = decode_rows([a_run(STOCK, 0, None, status="timeout", reason="why"), late], n_rounds=2)[STOCK]
+    assert (row["cache"], row["cap"], row["cap_bytes"]) == ("cold", "cgroup1", STOCK.cap_bytes)
+
+
+def test_cap_that_was_refused_once_is_none() -> None:
+    refused = a_run(PAGED, 1, 10.0, cap="none", cap_bytes=None, cap_reason="gone")
+    row = decode_rows([a_run(PAGED, 0, 10.0), refused], n_rounds=2)[PAGED]
+    assert (row["cap"], row["cap_bytes"], row["cap_reason"]) == ("none", None, "gone")
+
+
+def test_run_that_died_after_its_last_phase_is_no_success() -> None:
+    runs = [a_run(PAGED, 0, 10.0), a_run(PAGED, 1, 10.0, status="failed", reason="signal 11")]
+    prompt, gen = rows.rows_of(runs, common(n_rounds=2))
+    assert (gen["status"], gen["status_reason"]) == ("failed", "signal 11; 1 of 2 runs came to their end")
+    assert prompt["status"] == "ok", "which was over by then"
+
+
+def test_hits_of_a_prompt_are_bytes_that_need_not_be_read() -> None:
+    """What was read ahead is found in its slot, but it was read."""
+    run = a_run(PAGED, 0, 10.0)
+    assert run.prompt is not None
+    run.prompt = dataclasses.replace(run.prompt, hits=128, misses=0, bytes_read=750, expert_bytes=1000)
+    assert rows.rows_of([run], common())[0]["hit_rate"] == 0.25
+
+
+def test_buffered_reads_count_as_the_kernel_counts_them() -> None:
+    run = a_run(PAGED, 0, 10.0)
+    run.facts["io"] = "buffered"
+    row = decode_rows([run], n_rounds=1)[PAGED]
+    assert row["limit_ts"] == pytest.approx(1 / 0.075), "the page cache had all of it"
+
+
+def test_tokens_that_repeat_are_told() -> None:
+    run = a_run(PAGED, 0, 10.0)
+    assert decode_rows([run])[PAGED]["tokens_repeat"] is False
+    run.facts["n_source_tokens"] = SHAPE.n_tokens - 1
+    row = decode_rows([run])[PAGED]
+    assert row["tokens_repeat"] is True and "tokens: trace has fewer than needed" in PRINTERS["md"]().rows([row])
 
 
 def test_cap_that_was_refused_is_none_with_the_reason() -> None:
@@ -316,6 +371,22 @@ def test_energy_is_joules_of_all_runs_over_their_tokens() -> None:
     assert row["energy_total_j"] == 256 and row["j_per_token"] == 1 and row["tokens_per_j"] == 1
     assert row["energy_net_j"] == pytest.approx(256 - 2.5 * 25.6) and row["avg_power_w"] == 10
     assert row["j_per_prompt_token"] is None
+
+
+def test_energy_of_different_sources_is_not_added() -> None:
+    runs = [a_run(PAGED, turn, 10.0) for turn in range(2)]
+    for run, method in zip(runs, ("rapl", "command"), strict=True):
+        assert run.gen is not None
+        run.gen = dataclasses.replace(run.gen, reading=Reading(64.0, 12.8, method, "CPU", "part", None))
+    row = decode_rows(runs, n_rounds=2)[PAGED]
+    assert row["energy_status"] == "modelled" and "different sources" in row["energy_reason"]
+
+
+def test_model_says_that_it_does_not_know_reads_of_storage() -> None:
+    stock = a_run(STOCK, 0, 10.0)
+    assert stock.gen is not None
+    stock.gen = dataclasses.replace(stock.gen, io_bytes=None)
+    assert "reads of storage are not known" in decode_rows([stock])[STOCK]["energy_reason"]
 
 
 def test_energy_that_one_run_lacks_is_modelled_for_all() -> None:
@@ -346,8 +417,8 @@ def test_timeline_and_heat_are_those_of_the_median_run() -> None:
             for turn, n in enumerate((30, 10, 20))]
     runs += [a_run(STOCK, 0, 10.0, token_ns=[40], token_stall_ns=[]), a_run(RESIDENT, 0, None)]
     assert details.timelines(runs) == [
-        {"label": "paged 25%", "mode": "paged", "token_ns": [20, 20], "token_stall_ns": [1, 1]},
-        {"label": STOCK.label, "mode": "stock", "token_ns": [40], "token_stall_ns": None}]
+        {"label": "paged 25%, cap 2.10 GB", "mode": "paged", "token_ns": [20, 20], "token_stall_ns": [1, 1]},
+        {"label": "stock, read-ahead 128 KiB, cap 2.10 GB", "mode": "stock", "token_ns": [40], "token_stall_ns": None}]
     assert details.heat(runs) == [{"label": "paged 25%", "layers": [{"block": 2}]}]
 
 
@@ -397,7 +468,7 @@ def test_table_shows_numbers_dashes_and_notes(some_rows: list[dict[str, Any]]) -
     for part in ("10.00", "2.50", "75.0%", "40.00", "25%", "2.10 GB"):
         assert part in ours
     assert "- stock, RA 8,192 KiB, cap 2.10 GB, tg128 @ d512: timeout: too slow, isn't it" in text
-    assert "the same logits as stock, to the bit" in text
+    assert "- paged 25%: the logits of stock llama.cpp, to the bit, at the end of 1 of 1 rounds" in text
     assert "energy is modelled: not measured: no counter here" in text
     assert "~" in ours, "modelled joules are marked"
 

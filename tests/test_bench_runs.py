@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,11 +17,13 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
+from gguf_pager import probe
 from gguf_pager.bench import runner as running
 from gguf_pager.bench.cases import Case, Shape
 from gguf_pager.bench.disk import Device
 from gguf_pager.bench.runner import Runner, Settings
 from gguf_pager.cap import Cap, memory_cap
+from gguf_pager.cli import bench as command
 from gguf_pager.cli import main
 from gguf_pager.layout import read_layout
 
@@ -30,8 +33,8 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def bench(model: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, str(model), *QUICK, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    line = [*COMMAND, str(model), *QUICK, *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
 
 
 def bench_rows(model: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -41,7 +44,7 @@ def bench_rows(model: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 def groups() -> set[Path]:
-    return set(GROUPS.glob("gguf_pager-*")) | set(GROUPS.glob("*/gguf_pager-*"))
+    return set(GROUPS.rglob("gguf_pager-*"))
 
 
 def workers_of(model: Path) -> list[psutil.Process]:
@@ -156,6 +159,7 @@ def test_table_and_page_are_written(trace_model: Path, tmp_path: Path) -> None:
     (("--budget", "min", "--cap", "25%"), "--cap '25%' is not understood"),
     (("--budget", "min", "--tokens", "text:missing"), "not a file"),
     (("--budget", "min", "--constant", "speed=1"), "no constant"),
+    (("--budget", "min", "--report", "missing/out.html"), "no folder"),
 ])
 def test_what_cannot_be_measured_is_refused_at_once(trace_model: Path, arguments: tuple[str, ...], message: str) -> None:
     result = CliRunner().invoke(main, ["bench", str(trace_model), *arguments])
@@ -195,14 +199,14 @@ def test_run_that_does_not_even_load_is_not_tried_again(trace_model: Path) -> No
                  "-r", "2", "--baseline", "none")
     made = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["status"] for row in made] == ["timeout"] * 2
-    assert "still loading" in made[0]["status_reason"] and "not tried again" in done.stderr
+    assert "still loading" in made[0]["status_reason"] and done.stderr.count("still loading") == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt_leaves_the_rows_that_were_finished_and_nothing_else(trace_model: Path, number: signal.Signals) -> None:
     before = groups()
-    command = [*COMMAND, str(trace_model), *QUICK, "-o", "json", "-p", "32", "-n", "64", "-r", "500", "--budget", "120MB"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    line = [*COMMAND, str(trace_model), *QUICK, "-o", "json", "-p", "32", "-n", "64", "-r", "500", "--budget", "120MB"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stderr is not None and child.stdout is not None
         while "[3/" not in child.stderr.readline():
             assert child.poll() is None
@@ -221,8 +225,8 @@ def test_interrupt_leaves_the_rows_that_were_finished_and_nothing_else(trace_mod
 def test_worker_ends_with_a_parent_that_was_killed(trace_model: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("only Linux can be asked for that")
-    command = [*COMMAND, str(trace_model), *QUICK, "-p", "0", "-n", "500000", "--budget", "50%", "--cap", "none"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+    line = [*COMMAND, str(trace_model), *QUICK, "-p", "0", "-n", "500000", "--budget", "50%", "--cap", "none"]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
         until = time.monotonic() + 60
         while not workers_of(trace_model):
             assert time.monotonic() < until and child.poll() is None
@@ -235,12 +239,29 @@ def test_worker_ends_with_a_parent_that_was_killed(trace_model: Path) -> None:
         time.sleep(0.05)
 
 
+def test_read_ahead_that_cannot_be_set_is_not_pretended(trace_model: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    layout = read_layout(trace_model)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert command._settable((128, 8192), layout) == ()
+    assert "cannot be set here: it stays at" in capsys.readouterr().err
+    assert command._settable((), layout) == () and capsys.readouterr().err == ""
+
+
 # ---- the runner -----------------------------------------------------------------------------------------------------
 
 def a_runner(model: Path) -> Runner:
     layout = read_layout(model)
-    settings = Settings(model, 1, 60.0, False, "trace", {}, None, "not asked for")
+    settings = Settings(model, 1, 60.0, False, "trace", {}, None, None, "not asked for", False)
     return Runner(settings, layout, Device(layout.paths, None), lambda _: None)
+
+
+def test_model_that_does_not_fit_is_not_made_resident(trace_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = a_runner(trace_model)
+    free = dataclasses.replace(probe.memory(), available_bytes=runner.layout.tensor_bytes - 1)
+    monkeypatch.setattr(probe, "memory", lambda: free)
+    run = runner.run(Case("resident", Shape(8, 8, 0, 1, 64, 64), None), 0)
+    assert run.status == "failed" and "do not fit" in (run.reason or "")
 
 
 def test_process_that_outgrows_its_cap_is_told_as_such(trace_model: Path) -> None:
@@ -268,6 +289,45 @@ def test_worker_that_dies_leaves_its_last_words(trace_model: Path, monkeypatch: 
     monkeypatch.setattr(sys, "executable", "/bin/false")
     run = a_runner(trace_model).run(Case("stock", Shape(8, 8, 0, 1, 64, 64), None), 0)
     assert (run.status, run.reason) == ("failed", "the run ended with exit code 1")
+
+
+def test_run_that_ends_without_a_result_has_failed(trace_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    run = a_runner(trace_model).run(Case("stock", Shape(8, 8, 0, 1, 64, 64), None), 0)
+    assert (run.status, run.reason) == ("failed", "the run ended without a result")
+
+
+def test_model_that_vanished_is_a_failed_run(trace_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(trace_model.read_bytes())
+    runner = a_runner(model)
+    model.unlink()
+    run = runner.run(Case("stock", Shape(8, 8, 0, 1, 64, 64), None), 0)
+    assert run.status == "failed" and "No such file" in (run.reason or "")
+
+
+def test_calibration_finds_a_cap_or_estimates_one(trace_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = a_runner(trace_model)
+    shape = Shape(8, 2, 0, 1, 64, 64)
+    estimate = running.estimate_cap_bytes(runner.layout, "50%")
+    assert running.estimate_cap_bytes(runner.layout, "min") < estimate < running.estimate_cap_bytes(runner.layout, "100%")
+    with memory_cap(1 << 30) as cap:
+        can_cap = cap.method != "none"
+    found = runner.calibrate(shape, "50%")
+    assert (30_000_000 < found < estimate) if can_cap else found == estimate
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert runner.calibrate(shape, "50%") == estimate, "a run that failed tells nothing"
+    assert not runner._given_up, "and does not count"
+
+
+def test_stock_spins_as_it_does_by_itself_and_as_the_user_has_said(trace_model: Path) -> None:
+    runner = a_runner(trace_model)
+    paged, stock = (Case(mode, Shape(0, 2, 0, 1, 64, 64), None, budget)
+                    for mode, budget in (("paged", "50%"), ("stock", None)))
+    assert runner.run(stock, 0).facts["gomp_spincount"] == running.STOCK_SPIN_COUNT
+    assert runner.run(paged, 0).facts["gomp_spincount"] == "20000"
+    runner.settings = dataclasses.replace(runner.settings, is_spin_chosen=True)
+    assert runner.run(stock, 0).facts["gomp_spincount"] == os.environ.get("GOMP_SPINCOUNT")
 
 
 def test_read_ahead_is_set_for_the_run_and_restored(trace_model: Path) -> None:

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from gguf_pager.cli import main
 from gguf_pager.energy import apple, battery, command, hwmon, meter, perf, rapl
-from gguf_pager.energy.meter import Energy, Meter, choose, find_all, watch
+from gguf_pager.energy.meter import Energy, Meter, Reading, choose, find_all, watch
 from gguf_pager.energy.model import CONSTANTS, Usage, estimate, override
 from gguf_pager.energy.source import Absent, Counter, CounterSource, GaugeSource, NoReading, Source
 from gguf_pager.errors import PagerError
@@ -498,6 +498,15 @@ def test_model_answers_where_nothing_is_measured_and_says_so() -> None:
     assert energy.energy_constants and energy.energy_constants["nvme_read_j_per_gb"]["value"] == 0.82
     for said in ("not measured: no counters", "reads of RAM are not known", "idle power was not measured"):
         assert said in str(energy.energy_reason)
+
+
+def test_reading_that_came_late_counts_for_the_work_alone() -> None:
+    """A wall meter that takes a second to answer is read a second after the work."""
+    late = Reading(40.0, 4.0, "command", "wall", "machine", None)
+    assert late.within(3.0) == Reading(30.0, 3.0, "command", "wall", "machine", None)
+    assert late.within(5.0) is late
+    unknown = Reading(None, 4.0, None, None, None, "why")
+    assert unknown.within(3.0) is unknown
 
 
 def test_unknown_is_null() -> None:

@@ -82,15 +82,14 @@ class Case:
             parts.append("repacked")
         if self.read_ahead_kb is not None and self.mode == "stock":
             parts.append(f"read-ahead {self.read_ahead_kb} KiB")
-        if self.cap_bytes is not None and self.mode == "stock":
-            parts.append(f"cap {self.cap_bytes / 1e9:.2f} GB")
         return ", ".join(parts)
 
 
 def shapes(n_prompt: Sequence[int], n_gen: Sequence[int], n_depth: Sequence[int], n_threads: Sequence[int],
            n_batch: Sequence[int], n_ubatch: Sequence[int]) -> list[Shape]:
     """Return every combination, but those that compute nothing; the last list changes fastest."""
-    return [shape for numbers in product(n_prompt, n_gen, n_depth, n_threads, n_batch, n_ubatch)
+    lists = map(dict.fromkeys, (n_prompt, n_gen, n_depth, n_threads, n_batch, n_ubatch))
+    return [shape for numbers in product(*lists)
             if (shape := Shape(*numbers)).n_prompt + shape.n_gen > 0]
 
 
@@ -102,9 +101,10 @@ def cases_of(shape: Shape, budgets: Sequence[str], baselines: Sequence[Baseline]
     with stock once. What is resident needs the whole model in RAM, so no cap.
     """
     cases: list[Case] = []
+    read_ahead = tuple(dict.fromkeys(read_ahead))
     first = read_ahead[0] if read_ahead else None
     capped: set[int | None] = set()
-    for budget in budgets:
+    for budget in dict.fromkeys(budgets):
         cap_bytes = cap_of(budget)
         cases.append(Case("paged", shape, cap_bytes, budget, first))
         if "stock" in baselines and cap_bytes not in capped:

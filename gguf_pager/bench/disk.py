@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -26,14 +26,16 @@ _F_NOCACHE = 48
 
 # ---- the page cache -------------------------------------------------------------------------------------------------
 
-def drop_from_page_cache(paths: Sequence[Path]) -> None:
-    """Ask the kernel to forget files that nobody has mapped; no root needed. Does nothing where it cannot be asked."""
+def drop_from_page_cache(paths: Sequence[Path]) -> bool:
+    """Ask the kernel to forget files that nobody has mapped; no root needed. Return whether it can be asked."""
     if not hasattr(os, "posix_fadvise"):
-        return
+        return False
     for path in paths:
         with open(path, "rb") as file:
-            os.fsync(file.fileno())  # dirty pages, of a model just written, would stay
+            with suppress(OSError):  # a file system that cannot be written to
+                os.fsync(file.fileno())  # dirty pages, of a model just written, would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
 
 
 def fill_page_cache(paths: Sequence[Path]) -> None:
@@ -77,7 +79,7 @@ def cached_bytes(paths: Sequence[Path]) -> int | None:
 def read_ahead(setting: Path | None, kb: int | None) -> Iterator[int | None]:
     """Set a device's read-ahead for the time of the block and restore it always.
 
-    Yields the value in force, in KiB: `kb` where setting it is permitted, else what it was; None where unknown.
+    Yields the value in force, in KiB: what it was where setting it is not permitted; None where unknown.
     """
     try:
         before = int(setting.read_text()) if setting is not None else None
@@ -87,14 +89,15 @@ def read_ahead(setting: Path | None, kb: int | None) -> Iterator[int | None]:
         yield before
         return
     try:
-        setting.write_text(str(kb))
-    except OSError:
-        yield before
-        return
-    try:
-        yield kb
+        try:
+            setting.write_text(str(kb))
+        except OSError:
+            yield before
+            return
+        yield int(setting.read_text())  # the kernel rounds to whole pages
     finally:
-        setting.write_text(str(before))
+        with suppress(OSError):  # where it could not be set, either
+            setting.write_text(str(before))
 
 
 # ---- bandwidth ------------------------------------------------------------------------------------------------------

@@ -72,10 +72,10 @@ def _row(case: Case, name: PhaseName, runs: Sequence[Run], common: Common) -> di
     own = [run for run in runs if run.case == case]
     samples = _samples(runs, case, name)
     row = _llama_bench_fields(case, name, own, samples, common)
-    row |= _settings(case, own, common) | _speed(samples, own) | _work(samples, own)
+    row |= _settings(case, own, common) | _speed(samples, own) | _work(name, samples, own)
     row |= _limit(case, name, samples, runs, common) | _ratios(case, name, samples, runs)
     row |= _energy(name, samples, runs, common)
-    row["status"], row["status_reason"] = _status(case, own, samples, row, common)
+    row["status"], row["status_reason"] = _status(case, name, own, samples, row, common)
     return row
 
 
@@ -121,26 +121,39 @@ def _stddev(values: Sequence[float]) -> float | None:
 
 def _settings(case: Case, own: Sequence[Run], common: Common) -> dict[str, Any]:
     facts = next((run.facts for run in own if "model_type" in run.facts), {})
-    cached = [run.cached_bytes for run in own]
+    made = [run for run in own if run.is_made] or own
+    cached = [run.cached_bytes for run in made]
+    worst = next((run for run in made if run.cap == "none"), made[0])  # one run without it, and the row has none
+    source_tokens = facts.get("n_source_tokens")
     return {
         "mode": case.mode,
         "budget": case.budget,
         "budget_bytes": budget_bytes(case.budget) if case.budget else None,
-        "cap": own[0].cap,
-        "cap_bytes": own[0].cap_bytes,
-        "cap_reason": own[0].cap_reason,
-        "read_ahead_kb": own[0].read_ahead_kb,
-        "cache": "warm" if common.is_warm else "cold" if None not in cached else "cold, not verified",
+        "cap": worst.cap,
+        "cap_bytes": worst.cap_bytes,
+        "cap_reason": worst.cap_reason,
+        "read_ahead_kb": made[0].read_ahead_kb,
+        "cache": _cache(made, common),
         "cached_bytes": None if None in cached else max(value for value in cached if value is not None),
         "tokens": common.tokens.partition(":")[0],
+        "tokens_repeat": None if source_tokens is None else source_tokens < case.shape.n_tokens,
         "n_ubatch_asked": min(case.shape.n_ubatch, case.shape.n_batch, case.shape.n_ctx),
         "policy": facts.get("policy"),
         "io": facts.get("io"),
         "n_readers": facts.get("n_readers"),
         "arena_bytes": facts.get("arena_bytes"),
+        "gomp_spincount": facts.get("gomp_spincount"),
         "n_rounds": common.n_rounds,
         **common.machine,
     }
+
+
+def _cache(made: Sequence[Run], common: Common) -> str:
+    if common.is_warm:
+        return "warm"
+    if not all(run.is_cache_controlled for run in made):
+        return "not controlled"
+    return "cold, not verified" if any(run.cached_bytes is None for run in made) else "cold"
 
 
 def _speed(samples: Sequence[_Sample], own: Sequence[Run]) -> dict[str, Any]:
@@ -157,15 +170,12 @@ def _speed(samples: Sequence[_Sample], own: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _work(samples: Sequence[_Sample], own: Sequence[Run]) -> dict[str, Any]:
+def _work(name: PhaseName, samples: Sequence[_Sample], own: Sequence[Run]) -> dict[str, Any]:
     def median(of: Callable[[PhaseResult], float | None]) -> float | None:
         return _median([value for sample in samples if (value := of(sample.phase)) is not None])
 
-    hits, wanted = (sum(value or 0 for value in values) for values in (
-        [sample.phase.hits for sample in samples],
-        [(sample.phase.hits or 0) + (sample.phase.misses or 0) for sample in samples]))
     return {
-        "hit_rate": hits / wanted if wanted else None,
+        "hit_rate": _hit_rate(name, [sample.phase for sample in samples]),
         "read_bytes_per_token": median(lambda phase: _ratio(phase.bytes_read, phase.n_tokens)),
         "io_bytes_per_token": median(lambda phase: _ratio(phase.io_bytes, phase.n_tokens)),
         "stall_share": median(lambda phase: _ratio(phase.stall_ns, phase.ns)),
@@ -177,6 +187,20 @@ def _work(samples: Sequence[_Sample], own: Sequence[Run]) -> dict[str, Any]:
         "peak_rss_bytes": _most([run.facts.get("peak_rss_bytes") for run in own]),
         "cap_peak_bytes": _most([run.cap_peak_bytes for run in own]),
     }
+
+
+def _hit_rate(name: PhaseName, phases: Sequence[PhaseResult]) -> float | None:
+    """Return the share of the experts wanted that need not be read.
+
+    A prompt's counts by bytes: an expert that was read ahead is found in its slot, but read all the same.
+    """
+    if name == "prompt":
+        wanted = sum(phase.expert_bytes or 0 for phase in phases if phase.bytes_read is not None)
+        read = sum(phase.bytes_read or 0 for phase in phases)
+        return max(0.0, 1 - read / wanted) if wanted else None
+    hits = sum(phase.hits or 0 for phase in phases)
+    wanted = hits + sum(phase.misses or 0 for phase in phases)
+    return hits / wanted if wanted else None
 
 
 def _ratio(value: float | None, of: float) -> float | None:
@@ -213,7 +237,8 @@ def _limit(case: Case, name: PhaseName, samples: Sequence[_Sample], runs: Sequen
     bandwidth = common.device_bytes_per_s
     limits = []
     for sample in samples:
-        n_bytes = sample.phase.io_bytes if sample.phase.bytes_read is None else sample.phase.bytes_read
+        counted = sample.phase.bytes_read if sample.run.facts.get("io") == "direct" else None
+        n_bytes = sample.phase.io_bytes if counted is None else counted
         if not compute or n_bytes is None or (n_bytes and not bandwidth):
             return none
         reading_ns = n_bytes / sample.phase.n_tokens / bandwidth * 1e9 if bandwidth else 0.0
@@ -230,7 +255,8 @@ def _limit(case: Case, name: PhaseName, samples: Sequence[_Sample], runs: Sequen
 def _ratios(case: Case, name: PhaseName, samples: Sequence[_Sample], runs: Sequence[Run]) -> dict[str, Any]:
     """Return how many times as fast as stock at its best, under the same cap, and as what is resident, ours is."""
     result: dict[str, Any] = dict.fromkeys(
-        ("vs_stock", "vs_stock_low", "vs_stock_high", "vs_stock_read_ahead_kb", "vs_resident", "vs_repacked", "same_logits"))
+        ("vs_stock", "vs_stock_low", "vs_stock_high", "vs_stock_read_ahead_kb", "vs_resident", "vs_repacked",
+         "same_logits", "same_logits_rounds"))
     if case.mode != "paged":
         return result
     others = list(dict.fromkeys(run.case for run in runs if run.case.shape == case.shape))
@@ -245,8 +271,7 @@ def _ratios(case: Case, name: PhaseName, samples: Sequence[_Sample], runs: Seque
         if other.mode == "resident":
             key = "vs_repacked" if other.is_repacked else "vs_resident"
             result[key] = _median(_paired(samples, _samples(runs, other, name)))
-    result["same_logits"] = _same_logits(case, runs)
-    return result
+    return result | _same_logits(case, runs)
 
 
 def _paired(ours: Sequence[_Sample], others: Sequence[_Sample]) -> list[float]:
@@ -255,23 +280,25 @@ def _paired(ours: Sequence[_Sample], others: Sequence[_Sample]) -> list[float]:
     return [sample.ts / theirs[sample.run.turn] for sample in ours if sample.run.turn in theirs]
 
 
-def _same_logits(case: Case, runs: Sequence[Run]) -> bool | None:
-    """Return whether ours ended with the logits of every other run of its round; None where none is comparable.
+def _same_logits(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
+    """Return whether ours ended with the logits of the others of its round, and in how many rounds that could be told.
 
     Only the same kernels and the same batches give the same bits: so not repacked ones, and not those of another n_ubatch,
     unless both take the prompt in one piece.
     """
     longest = max(case.shape.n_prompt, case.shape.n_depth)
-    answers = []
+    answers: dict[int, bool] = {}
     for run in runs:
         if run.case == case and "digest" in run.facts:
-            answers += [other.facts["digest"] == run.facts["digest"] for other in runs
-                        if other.case.mode != "paged" and not other.case.is_repacked and other.turn == run.turn
-                        and other.case.shape == case.shape and "digest" in other.facts
-                        and (other.facts["n_ubatch"] == run.facts["n_ubatch"]
-                             or longest <= min(other.facts["n_ubatch"], run.facts["n_ubatch"]))
-                        and (other.gen is None) == (run.gen is None)]
-    return all(answers) if answers else None
+            same = [other.facts["digest"] == run.facts["digest"] for other in runs
+                    if other.case.mode != "paged" and not other.case.is_repacked and other.turn == run.turn
+                    and other.case.shape == case.shape and "digest" in other.facts
+                    and (other.facts["n_ubatch"] == run.facts["n_ubatch"]
+                         or longest <= min(other.facts["n_ubatch"], run.facts["n_ubatch"]))
+                    and (other.gen is None) == (run.gen is None)]
+            if same:
+                answers[run.turn] = all(same)
+    return {"same_logits": all(answers.values()) if answers else None, "same_logits_rounds": len(answers)}
 
 
 # ---- energy ---------------------------------------------------------------------------------------------------------
@@ -282,17 +309,20 @@ def _energy(name: PhaseName, samples: Sequence[_Sample], runs: Sequence[Run], co
     if not phases:
         return Energy("none", energy_reason="no run came so far").as_json()
     n_tokens = sum(phase.n_tokens for phase in phases)
-    ram = [_ram_read_bytes(sample, name, runs) for sample in samples]
     usage = Usage(
         seconds=sum(phase.ns for phase in phases) / 1e9,
         cpu_s=sum(phase.user_s + phase.system_s for phase in phases),
-        bytes_read=sum((phase.io_bytes if phase.io_bytes is not None else phase.bytes_read) or 0 for phase in phases),
+        bytes_read=_sum([phase.bytes_read if phase.io_bytes is None else phase.io_bytes for phase in phases]),
         resident_bytes=max(phase.resident_bytes for phase in phases),
-        ram_read_bytes=None if None in ram else sum(value for value in ram if value is not None),
+        ram_read_bytes=_sum([_ram_read_bytes(sample, name, runs) for sample in samples]),
     )
     counted = {"n_prompt_tokens": n_tokens} if name == "prompt" else {"n_tokens": n_tokens}
     return energy_of([phase.reading for phase in phases], common.idle_w, usage=usage, constants=common.constants,
                      **counted).as_json()
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    return None if None in values else sum(value for value in values if value is not None)
 
 
 def _ram_read_bytes(sample: _Sample, name: PhaseName, runs: Sequence[Run]) -> int | None:
@@ -310,19 +340,22 @@ def _ram_read_bytes(sample: _Sample, name: PhaseName, runs: Sequence[Run]) -> in
 
 # ---- what a row is worth --------------------------------------------------------------------------------------------
 
-def _status(case: Case, own: Sequence[Run], samples: Sequence[_Sample], row: Mapping[str, Any],
+def _status(case: Case, name: PhaseName, own: Sequence[Run], samples: Sequence[_Sample], row: Mapping[str, Any],
             common: Common) -> tuple[str, str | None]:
-    """Return "ok", or why a row is not what it seems: "invalid", "timeout", "failed", "interrupted"."""
+    """Return "ok", or why a row is not what it seems: "invalid", "timeout", "failed", "interrupted".
+
+    A run that went wrong later than this phase has no part in it, unless no phase follows.
+    """
     invalid = _invalid(case, own, samples, row, common)
     if invalid is not None:
         return "invalid", invalid
-    missing = [run for run in own if all(sample.run is not run for sample in samples)]
-    for run in missing:
-        if run.reason != "only the prompt was tried again":
-            others = f"; {len(samples)} of {len(own)} runs came to their end" if samples else ""
-            return run.status, f"{run.reason}{others}"
-    if missing:
-        return "timeout", missing[0].reason
+    is_last = name == "gen" or not case.shape.n_gen
+    reached = {id(sample.run) for sample in samples}
+    wrong = [run for run in own if run.status != "ok" and (is_last or id(run) not in reached)]
+    if wrong:
+        n_right = len(own) - len(wrong)
+        others = f"; {n_right} of {len(own)} runs came to their end" if n_right else ""
+        return wrong[0].status, f"{wrong[0].reason}{others}"
     if len(own) < common.n_rounds:
         return "interrupted", f"{len(own)} of {common.n_rounds} rounds"
     return "ok", None
@@ -339,8 +372,9 @@ def _invalid(case: Case, own: Sequence[Run], samples: Sequence[_Sample], row: Ma
     if case.mode == "paged" and not is_overlapped and row["efficiency"] is not None and row["efficiency"] > 1:
         return (f"faster than its own limit of {row['limit_ts']:.2f} tok/s, although reads and computing do not overlap: "
                 "the device gave more than was measured, or bytes were not counted")
-    if not common.is_warm and any((run.cached_bytes or 0) > COLD_BYTES for run in own):
-        return "the file was not gone from the page cache before every run: somebody else has it mapped"
+    if row["cache"] == "cold" and row["cached_bytes"] > COLD_BYTES:
+        return (f"{row['cached_bytes']:,} bytes of the file stayed in the page cache: another process uses it, or its file "
+                "system keeps it")
     return None
 
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -20,8 +20,11 @@ from gguf_pager import probe
 from gguf_pager.bench import disk
 from gguf_pager.bench.cases import Case, Shape
 from gguf_pager.bench.worker import PhaseResult, Task
+from gguf_pager.budget import full_arena_bytes, least_arena_bytes, parse_budget
 from gguf_pager.cap import Cap, memory_cap
+from gguf_pager.doctor import process_bytes
 from gguf_pager.layout import Layout
+from gguf_pager.pager import Options, Pager
 
 Status = Literal["ok", "timeout", "failed"]
 
@@ -30,6 +33,15 @@ SETTLE_S = 60.0
 
 CALIBRATE_SHARE, CALIBRATE_BYTES = 1.02, 16 << 20
 """What a cap leaves above the memory that ours took uncapped, for what differs from run to run."""
+
+CALIBRATE_TOKENS = 8
+
+ESTIMATE_BYTES = 256 << 20
+"""For what an estimate does not know: KV cache and compute buffers."""
+
+STOCK_SPIN_COUNT = "300000"
+"""What libgomp takes where nobody has said anything (gomp_spin_count_var in env.c of GCC's libgomp). Reading a model's
+header through ggml loads libgomp with our own choice, which is not stock's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +55,10 @@ class Settings:
     tokens: str
     options: dict[str, Any]
     power_command: str | None
+    energy_source: str | None
     no_energy_reason: str | None
+    is_spin_chosen: bool
+    """Whether the user has said how OpenMP's threads wait, which then holds for stock as well."""
 
 
 @dataclass(slots=True)
@@ -60,6 +75,9 @@ class Run:
     cap_peak_bytes: int | None = None
     read_ahead_kb: int | None = None
     cached_bytes: int | None = None
+    is_cache_controlled: bool = True
+    is_made: bool = True
+    """Whether there was a process at all."""
     n_done: int = 0
     begun_at: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
@@ -78,8 +96,8 @@ class Runner:
         self.stream_bytes_per_s: float | None = None
         self._tell = tell
         self._setting = probe.read_ahead_setting(layout.paths[0])
-        self._given_up: dict[Case, str] = {}
-        """Cases that could not finish in time, and where they stopped: what they cannot do is not tried again."""
+        self._given_up: dict[Case, Run] = {}
+        """Cases that could not finish in time, and their run: what it did not reach is not tried again."""
 
     def settle(self) -> None:
         """Read the model through once and measure the device."""
@@ -87,14 +105,22 @@ class Runner:
         self.stream_bytes_per_s = disk.read_through(self.layout.paths, SETTLE_S)
         self.device.sample(disk.N_PATTERNS)
 
-    def calibrate(self, shape: Shape, budget: str) -> int | None:
-        """Return the cap under which ours fits with this budget, found in a run that is not counted; None if it failed."""
-        run = self.run(Case("paged", shape, None, budget), 0)
-        peak_bytes = run.facts.get("peak_rss_bytes")
-        if run.status != "ok" or peak_bytes is None:
-            self._tell(f"no cap for {budget}: {run.reason}")
-            return None
-        return int(peak_bytes * CALIBRATE_SHARE) + CALIBRATE_BYTES
+    def calibrate(self, shape: Shape, budget: str) -> int:
+        """Return the cap under which ours fits with a budget that is not in bytes, found in a run that is not counted.
+
+        Where that run fails, or nothing can be capped anyway, the cap is an estimate.
+        """
+        with memory_cap(1 << 30) as trial:
+            can_cap = trial.method != "none"
+        run: Run | None = None
+        if can_cap:
+            self._tell(f"finding out how much memory {budget} of the experts take, for the cap ...")
+            short = replace(shape, n_gen=min(shape.n_gen, CALIBRATE_TOKENS))
+            run = self._make(Case("paged", short, None, budget), 0)
+            if run.status == "ok":
+                return int(run.facts["peak_rss_bytes"] * CALIBRATE_SHARE) + CALIBRATE_BYTES
+            self._tell(f"that run {run.status}: {run.reason}; the cap is an estimate")
+        return estimate_cap_bytes(self.layout, budget)
 
     def rounds(self, cases: Sequence[Case]) -> Iterator[Run]:
         """Yield the runs of cases that take turns."""
@@ -103,51 +129,70 @@ class Runner:
             for case in cases:
                 n_made += 1
                 run = self.run(case, turn)
-                self._tell(f"[{n_made}/{n_runs}] {case.label}: {outcome(run)}")
+                self._tell(f"[{n_made}/{n_runs}] {label(run)}: {outcome(run)}")
                 yield run
 
     def run(self, case: Case, turn: int) -> Run:
-        """Make one run; whatever goes wrong is told in it."""
+        """Make one run; whatever goes wrong is told in it. What a case could not reach in time is not tried again."""
+        before = self._given_up.get(case)
+        if before is not None and before.prompt is None:
+            return Run(case, turn, "timeout", before.reason, begun_at=time.time(), is_made=False)
+        needed, available = self.layout.tensor_bytes, probe.memory().available_bytes
+        if case.mode == "resident" and needed > available:
+            reason = f"{needed:,} bytes of weights do not fit into the {available:,} that are free"
+            return Run(case, turn, "failed", reason, begun_at=time.time(), is_made=False)
+        run = self._make(case, turn, is_prompt_only=before is not None)
+        if before is not None and run.status == "ok":
+            run.status, run.reason = "timeout", before.reason
+        elif run.status == "timeout" and before is None:
+            self._given_up[case] = run
+        return run
+
+    def _make(self, case: Case, turn: int, *, is_prompt_only: bool = False) -> Run:
         run = Run(case, turn, begun_at=time.time())
-        given_up = self._given_up.get(case)
-        if given_up == "load":
-            run.status, run.reason = "timeout", "not tried again"
-            return run
-        disk.drop_from_page_cache(self.layout.paths)
-        run.cached_bytes = disk.cached_bytes(self.layout.paths)
-        self.device.sample()
-        with disk.read_ahead(self._setting, case.read_ahead_kb) as kb, memory_cap(case.cap_bytes) as cap:
-            run.read_ahead_kb = kb
-            run.cap, run.cap_bytes, run.cap_reason = cap.method, cap.limit_bytes, cap.reason
-            self._spawn(run, cap, is_prompt_only=given_up == "gen")
-            run.cap_peak_bytes = cap.peak_bytes()
-            if run.status == "failed" and cap.oom_kills():
-                run.reason = f"it needs more memory than the cap of {case.cap_bytes:,} bytes: the kernel ended it"
-        if run.status == "timeout":
-            # What it did reach is measured in every round.
-            self._given_up[case] = "gen" if run.prompt is not None else "load"
+        try:
+            run.is_cache_controlled = disk.drop_from_page_cache(self.layout.paths)
+            run.cached_bytes = disk.cached_bytes(self.layout.paths)
+            self.device.sample()
+            with disk.read_ahead(self._setting, case.read_ahead_kb) as kb, memory_cap(case.cap_bytes) as cap:
+                run.read_ahead_kb = kb
+                run.cap, run.cap_bytes, run.cap_reason = cap.method, cap.limit_bytes, cap.reason
+                self._spawn(run, cap, is_prompt_only=is_prompt_only)
+                run.cap_peak_bytes = cap.peak_bytes()
+                if run.status == "failed" and cap.oom_kills():
+                    run.reason = f"it needs more memory than the cap of {case.cap_bytes:,} bytes: the kernel ended it"
+        except OSError as error:
+            run.status, run.reason = "failed", str(error)
         return run
 
     def _spawn(self, run: Run, cap: Cap, *, is_prompt_only: bool) -> None:
         settings, case = self.settings, run.case
         task = Task(str(settings.model), case.mode, case.shape, is_prompt_only, case.budget, settings.options,
                     case.is_repacked, settings.is_warm, settings.tokens, run.turn, settings.n_rounds,
-                    settings.power_command, settings.no_energy_reason, os.getpid(), time.monotonic_ns())
+                    settings.power_command, settings.energy_source, settings.no_energy_reason, os.getpid(),
+                    time.monotonic_ns())
         command = cap.command([sys.executable, "-m", "gguf_pager.bench.worker", task.to_json()])
         with tempfile.TemporaryFile() as complaints:
             # A session of its own: a Ctrl-C is for this process, which then ends that one.
             with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints,
-                                  start_new_session=True) as child:
+                                  start_new_session=True, env=self._environment(case)) as child:
                 try:
                     self._listen(run, child, time.monotonic() + settings.timeout_s)
                 finally:
                     if child.poll() is None:
                         with suppress(ProcessLookupError):
                             os.killpg(child.pid, signal.SIGKILL)
+                        child.wait()  # giving back many gigabytes takes a while, and the cap can only go after it
             if run.status == "ok" and child.returncode != 0:
                 run.status, run.reason = "failed", _complaint(complaints, child.returncode)
-        if is_prompt_only and run.status == "ok":
-            run.status, run.reason = "timeout", "only the prompt was tried again"
+        if run.status == "ok" and "digest" not in run.facts:
+            run.status, run.reason = "failed", "the run ended without a result"
+
+    def _environment(self, case: Case) -> dict[str, str]:
+        environment = dict(os.environ)
+        if case.mode != "paged" and not self.settings.is_spin_chosen:
+            environment["GOMP_SPINCOUNT"] = STOCK_SPIN_COUNT
+        return environment
 
     def _listen(self, run: Run, child: subprocess.Popen[bytes], deadline_s: float) -> None:
         """Take in what the child tells until it ends, or until its time is up."""
@@ -208,6 +253,20 @@ def _complaint(complaints: IO[bytes], returncode: int) -> str:
     lines = complaints.read().decode("utf-8", "replace").strip().splitlines()
     ended = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
     return f"the run ended with {ended}" + (f": {lines[-1][:300]}" if lines else "")
+
+
+def label(run: Run) -> str:
+    """Return the case's label with the cap that was really in force."""
+    return run.case.label + (f", cap {run.cap_bytes / 1e9:.2f} GB" if run.cap_bytes is not None else "")
+
+
+def estimate_cap_bytes(layout: Layout, budget: str) -> int:
+    """Return about what a process of ours takes with a budget that is a share, "min" or "auto"."""
+    needs, asked = Pager(layout, Options()).needs, parse_budget(budget)
+    share = asked.value if asked.kind == "share" else None
+    arena_bytes = (least_arena_bytes(needs) if asked.kind == "min"
+                   else int((share or 1.0) * full_arena_bytes(needs)))
+    return int(process_bytes(layout, arena_bytes) * CALIBRATE_SHARE) + ESTIMATE_BYTES
 
 
 def outcome(run: Run) -> str:

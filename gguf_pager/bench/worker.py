@@ -24,6 +24,7 @@ from gguf_pager.bench import disk, tokens
 from gguf_pager.bench.cases import Mode, Shape
 from gguf_pager.energy import meter
 from gguf_pager.energy.meter import Reading
+from gguf_pager.energy.source import Absent
 from gguf_pager.errors import PagerError
 from gguf_pager.layout import Layout, read_layout
 
@@ -38,7 +39,8 @@ _PR_SET_PDEATHSIG = 1
 class Task:
     """What a worker is to do. `turn` of `n_turns` says which part of the tokens; `spawned_ns` is the parent's clock.
 
-    `no_energy_reason` is why nothing can be measured; None lets the worker measure.
+    `energy_source` is the name of the source to read, the same in all runs; None: there is none, and `no_energy_reason`
+    says why.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Task:
     turn: int
     n_turns: int
     power_command: str | None
+    energy_source: str | None
     no_energy_reason: str | None
     parent_pid: int
     spawned_ns: int
@@ -73,7 +76,7 @@ class PhaseResult:
     """What the prompt, or the tokens after it, took. Pager's counters are None in other modes.
 
     `is_overlapped`: reads went on while something was computed, so that time need not be the sum of both.
-    `ram_read_bytes`: weights that computing had to read, each once per batch; None where the experts are not known.
+    `expert_bytes`: experts wanted, found or not, each once per batch. `ram_read_bytes`: weights that computing had to read, each once per batch; None where the experts are not known.
     """
 
     n_tokens: int
@@ -83,6 +86,7 @@ class PhaseResult:
     bytes_read: int | None
     stall_ns: int | None
     left_alone: int | None
+    expert_bytes: int | None
     ram_read_bytes: int | None
     io_bytes: int | None
     major_faults: int
@@ -147,10 +151,9 @@ class _Moment:
 class _Phase:
     """Measures what lies between its making and `end`."""
 
-    def __init__(self, counters: _Counters, energy: meter.Meter | None, no_energy_reason: str | None) -> None:
-        self._counters, self._energy, self._no_energy_reason = counters, energy, no_energy_reason
-        if energy is not None:
-            energy.start()
+    def __init__(self, counters: _Counters, energy: meter.Meter) -> None:
+        self._counters, self._energy = counters, energy
+        energy.start()
         self._begun = self._now()
 
     def _now(self) -> _Moment:
@@ -161,7 +164,7 @@ class _Phase:
         """Return what it took; `dense_reads_bytes` is what all its batches read of weights that are no experts', and
         `token_bytes` the experts' where no pager counts them."""
         first, last = self._begun, self._now()
-        reading = self._energy.read() if self._energy else Reading(None, 0.0, None, None, None, self._no_energy_reason)
+        reading = self._energy.read().within((last.ns - first.ns) / 1e9)
         counted: dict[str, int | None] = dict.fromkeys(("hits", "misses", "bytes_read", "stall_ns", "left_alone"))
         expert_bytes = token_bytes
         if first.totals is not None and last.totals is not None:
@@ -169,7 +172,7 @@ class _Phase:
             expert_bytes = last.totals.expert_bytes - first.totals.expert_bytes
         io_bytes = last.io_bytes - first.io_bytes if last.io_bytes is not None and first.io_bytes is not None else None
         return PhaseResult(
-            n_tokens=n_tokens, ns=last.ns - first.ns, io_bytes=io_bytes,
+            n_tokens=n_tokens, ns=last.ns - first.ns, io_bytes=io_bytes, expert_bytes=expert_bytes,
             ram_read_bytes=None if expert_bytes is None else dense_reads_bytes + expert_bytes,
             major_faults=last.usage.ru_majflt - first.usage.ru_majflt,
             user_s=last.usage.ru_utime - first.usage.ru_utime, system_s=last.usage.ru_stime - first.usage.ru_stime,
@@ -229,6 +232,17 @@ def open_model(task: Task) -> Any:
         low.llama_model_load_from_file = load
 
 
+def energy_source(task: Task) -> meter.Found:
+    """Return the source that all runs are measured with; it may be gone by now."""
+    if task.energy_source is None:
+        return Absent("none", task.no_energy_reason or "not asked for")
+    found = meter.find_all(task.power_command)
+    for source in found:
+        if source.name != task.energy_source and not isinstance(source, Absent):
+            source.close()
+    return next(source for source in found if source.name == task.energy_source)
+
+
 class Run:
     """A loaded model, and the two phases that are measured."""
 
@@ -238,12 +252,11 @@ class Run:
         self.token_ns: list[int] = []
         self.token_stall_ns: list[int] = []
         self._counters = _Counters(self.pager)
-        self._meter: meter.Meter | None = None
-        if task.no_energy_reason is None:
-            self._meter = meter.Meter(meter.choose(meter.find_all(task.power_command)))
+        self._meter = meter.Meter(energy_source(task))
         shape = task.shape
         ids = tokens.read_ids(task.tokens, layout.values, layout.n_vocab,
                               lambda raw: llm.tokenize(raw, add_bos=True, special=False), task.turn, shape.n_tokens)
+        self.n_source_tokens = len(ids)
         taken = tokens.take(ids, shape.n_tokens, task.turn, task.n_turns)
         before_prompt, before_gen = shape.n_depth, shape.n_depth + shape.n_prompt
         self._depth, self._prompt, self._gen = (taken[:before_prompt], taken[before_prompt:before_gen],
@@ -253,7 +266,7 @@ class Run:
         """Compute the prompt, batch by batch."""
         if self._depth:
             self.llm.eval(self._depth)
-        phase = _Phase(self._counters, self._meter, self.task.no_energy_reason)
+        phase = _Phase(self._counters, self._meter)
         self.llm.eval(self._prompt)
         n_batches = -(-len(self._prompt) // self.n_ubatch)
         options = self.pager.options if self.pager else None
@@ -266,7 +279,7 @@ class Run:
             self.llm.eval(self._depth)
         ends, stalls = [], []
         told_s = time.monotonic()
-        phase = _Phase(self._counters, self._meter, self.task.no_energy_reason)
+        phase = _Phase(self._counters, self._meter)
         begun_ns, begun_stall_ns = time.monotonic_ns(), self._counters.stall_ns()
         for i, token in enumerate(self._gen):
             self.llm.eval([token])
@@ -307,6 +320,8 @@ class Run:
             "model_size": int(low.llama_model_size(self.llm.model)),
             "model_n_params": int(low.llama_model_n_params(self.llm.model)),
             "n_ubatch": self.n_ubatch,
+            "n_source_tokens": self.n_source_tokens,
+            "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
             "not_paged_reason": getattr(self.llm, "not_paged_reason", None),
             "io": ("direct" if pager.is_direct else "buffered") if pager else None,
             "policy": pager.options.policy if pager else None,

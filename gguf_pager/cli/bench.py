@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import signal
@@ -33,7 +34,11 @@ from gguf_pager.report.bench import PRINTERS
 _DEFAULT = Options()
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_PHASE_S = 5.0
+"""About what a phase takes: a source that needs longer is taken only where there is no other."""
+
 _BASELINES: tuple[Baseline, ...] = ("stock", "resident", "repacked")
 
 
@@ -148,7 +153,8 @@ def bench(is_cold: bool, **given: Any) -> None:
     A Ctrl-C leaves the rows that were finished.
     """
     request = _Request(**given | {"is_warm": not is_cold})
-    previous = {number: signal.signal(number, _interrupt) for number in _INTERRUPTS}
+    numbers = [number for number in _INTERRUPTS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+    previous = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         _bench(request)
     finally:
@@ -164,17 +170,20 @@ def _interrupt(*_: Any) -> None:
 
 
 def _bench(request: _Request) -> None:
+    is_spin_chosen = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}.isdisjoint(os.environ)  # before ggml is loaded
     layout = read_layout(request.model)
     _check(request, layout)
     options = Options(policy=request.policy, io=request.io, n_readers=request.readers)  # type: ignore[arg-type]
-    pager = Pager(layout, options)
+    read_ahead = _settable(request.read_ahead, layout)
     source, constants = tokens.choose_source(request.tokens, layout.values), override(request.constants)
-    found = meter.choose(meter.find_all(request.power_command))
+    found = _energy_source(request.power_command)
     energy = meter.Meter(found, constants)
     settings = Settings(
         model=request.model, n_rounds=request.repetitions, timeout_s=request.timeout, is_warm=request.is_warm,
-        tokens=source, options={"policy": request.policy, "io": request.io, "n_readers": request.readers},
-        power_command=request.power_command, no_energy_reason=found.reason if isinstance(found, Absent) else None)
+        tokens=source, options={"policy": options.policy, "io": options.io, "n_readers": options.n_readers},
+        power_command=request.power_command, energy_source=None if isinstance(found, Absent) else found.name,
+        no_energy_reason=found.reason if isinstance(found, Absent) else None, is_spin_chosen=is_spin_chosen)
+    pager = Pager(layout, Options())  # not with --io: the device is what it is
     device = Device(layout.paths, pager.align if pager.is_direct else None)
     runner = Runner(settings, layout, device, lambda line: click.echo(line, err=True))
     printer, report_runs, report_rows = PRINTERS[request.output](), list[Run](), list[dict[str, Any]]()
@@ -191,7 +200,7 @@ def _bench(request: _Request) -> None:
                             request.threads or (physical_cores(),), request.batch_size, request.ubatch_size):
             runs: list[Run] = []
             try:
-                runs.extend(runner.rounds(_cases(request, shape, runner)))  # one by one: an interrupt leaves those made
+                runs.extend(runner.rounds(_cases(request, shape, read_ahead, runner)))  # one by one: an interrupt leaves those made
                 device.sample()
             finally:
                 common = rows.Common(str(request.model), machine, device.best_bytes_per_s, runner.stream_bytes_per_s,
@@ -215,16 +224,28 @@ def _check(request: _Request, layout: Layout) -> None:
         raise PagerError("This model has no experts: there is nothing to page. Measure it with llama-bench.")
     if not shapes(request.n_prompt, request.n_gen, (0,), (1,), (1,), (1,)):
         raise PagerError("There is nothing to measure: give -p, -n or both above 0.")
+    cap_bytes = None if request.cap in ("budget", "none") else _cap_bytes(request.cap)
     memory = probe.memory()
-    spare = budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)
+    spare = budget.auto_budget_bytes(min(memory.available_bytes, cap_bytes or memory.available_bytes), memory.total_bytes)
     if "auto" in request.budgets and budget.fits_whole(layout.tensor_bytes, spare):
         raise PagerError("The model fits into RAM, where stock llama.cpp runs it and nothing is paged: "
                          "give a --budget to measure, such as --budget 25%.")
-    cap_bytes = None if request.cap in ("budget", "none") else _cap_bytes(request.cap)
+    if request.report is not None and not os.access(request.report.absolute().parent, os.W_OK):
+        raise PagerError(f"--report: there is no folder {request.report.absolute().parent} that can be written to.")
     for text in request.budgets:
         n_bytes = budget_bytes(text)
         if cap_bytes is not None and n_bytes is not None and n_bytes > cap_bytes:
             raise PagerError(f"--budget {text} is above --cap {request.cap}: the kernel would end the run. Lower the budget.")
+
+
+def _energy_source(power_command: str | None) -> meter.Found:
+    found = meter.find_all(power_command)
+    quick = meter.choose(found, _PHASE_S)
+    chosen = meter.choose(found) if isinstance(quick, Absent) else quick
+    for source in found:
+        if source is not chosen and not isinstance(source, Absent):
+            source.close()
+    return chosen
 
 
 def _cap_bytes(text: str) -> int:
@@ -234,7 +255,18 @@ def _cap_bytes(text: str) -> int:
     return n_bytes
 
 
-def _cases(request: _Request, shape: Shape, runner: Runner) -> list[Case]:
+def _settable(read_ahead: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """Return the read-aheads to measure with: none of those asked for, if the device's cannot be set."""
+    setting = probe.read_ahead_setting(layout.paths[0])
+    if read_ahead and (setting is None or not os.access(setting, os.W_OK)):
+        kb = probe.read_ahead_kb(layout.paths[0])
+        click.echo(f"The read-ahead cannot be set here: it stays at {'an unknown size' if kb is None else f'{kb:,} KiB'}, "
+                   "and stock runs once. Run as root for more.", err=True)
+        return ()
+    return read_ahead
+
+
+def _cases(request: _Request, shape: Shape, read_ahead: tuple[int, ...], runner: Runner) -> list[Case]:
     def cap_of(text: str) -> int | None:
         if request.cap == "none" or (request.cap == "budget" and text == "auto"):
             return None
@@ -244,7 +276,7 @@ def _cases(request: _Request, shape: Shape, runner: Runner) -> list[Case]:
             return n_bytes  # ours keeps to a share by itself: only what is compared with it needs a cap
         return runner.calibrate(shape, text)
 
-    return cases_of(shape, request.budgets, request.baselines, request.read_ahead, cap_of)
+    return cases_of(shape, request.budgets, request.baselines, read_ahead, cap_of)
 
 
 def _machine(layout: Layout) -> dict[str, Any]:

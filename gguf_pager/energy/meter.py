@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,12 @@ class Reading:
     scope: str | None
     covers: Covers | None
     reason: str | None
+
+    def within(self, seconds: float) -> Reading:
+        """Return the part of an interval of which only so much was the work: a slow source is read some time later."""
+        if self.joules is None or self.seconds <= seconds:
+            return self
+        return replace(self, joules=self.joules * seconds / self.seconds, seconds=seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +206,13 @@ def energy_of(readings: Sequence[Reading], idle_w: float | None, *, n_tokens: in
     if n_tokens is not None and n_prompt_tokens is not None:
         raise ValueError("an interval is the prompt's or the generated tokens': measure them one after the other")
     joules = [reading.joules for reading in readings if reading.joules is not None]
-    if readings and len(joules) == len(readings):
+    if readings and len(joules) == len(readings) and len({reading.method for reading in readings}) == 1:
         first = readings[0]
         status: Literal["measured", "partial"] = "measured" if first.covers == "machine" else "partial"
         return Energy(status, first.method, first.scope, **_figures(
             sum(joules), sum(reading.seconds for reading in readings), idle_w, n_tokens, n_prompt_tokens))
-    reason = next((reading.reason for reading in readings if reading.joules is None), None) or "no interval was begun"
+    reason = next((reading.reason for reading in readings if reading.joules is None), None) or (
+        "the intervals were measured by different sources" if readings else "no interval was begun")
     if usage is None:
         return Energy("none", energy_reason=reason)
     return _modelled(usage, constants, reason, n_tokens, n_prompt_tokens)
@@ -216,6 +223,8 @@ def _modelled(usage: Usage, constants: Mapping[str, Constant], reason: str, n_to
     result = estimate(usage, constants)
     figures = _figures(result.value_j, usage.seconds, None, n_tokens, n_prompt_tokens)
     reasons = [f"not measured: {reason}", figures.pop("energy_reason")]
+    if usage.bytes_read is None:
+        reasons.append("reads of storage are not known and not in it")
     if usage.ram_read_bytes is None:
         reasons.append("reads of RAM are not known and not in it")
     return Energy("modelled", "model", MODEL_SCOPE, energy_low_j=result.low_j, energy_high_j=result.high_j,

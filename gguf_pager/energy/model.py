@@ -49,11 +49,13 @@ CONSTANTS: Mapping[str, Constant] = MappingProxyType({
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a run used. `ram_read_bytes`, what computing read from RAM, may be unknown: its term is then left out."""
+    """What a run used. `bytes_read` from storage and `ram_read_bytes` by computing may be unknown: their terms are then
+    left out.
+    """
 
     seconds: float
     cpu_s: float
-    bytes_read: int
+    bytes_read: int | None
     resident_bytes: int
     ram_read_bytes: int | None = None
 
@@ -74,7 +76,7 @@ def estimate(usage: Usage, constants: Mapping[str, Constant] = CONSTANTS) -> Est
     """
     amounts = {
         "cpu_w_per_core": usage.cpu_s,
-        "nvme_read_j_per_gb": usage.bytes_read / 1e9,
+        "nvme_read_j_per_gb": (usage.bytes_read or 0) / 1e9,
         "ddr5_read_j_per_gb": (usage.ram_read_bytes or 0) / 1e9,
         "dram_background_w_per_gb": usage.resident_bytes / 1e9 * usage.seconds,
     }

@@ -150,7 +150,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
               if row["cap"] == "none" and row["cap_reason"] and row["mode"] != "resident"]
     notes += [f"n_ubatch {row['n_ubatch']} instead of {row['n_ubatch_asked']} with {row['budget']}: no slots for more"
               for row in rows if row["mode"] == "paged" and row["n_ubatch"] != row["n_ubatch_asked"]]
-    notes += ["the same logits as stock, to the bit, at the end of every round" for row in rows if row["same_logits"]]
+    notes += [f"{mode_name(row)}: the logits of stock llama.cpp, to the bit, at the end of "
+              f"{row['same_logits_rounds']} of {row['n_rounds']} rounds" for row in rows if row["same_logits"]]
+    notes += [f"tokens: {row['tokens']} has fewer than needed and repeats" for row in rows if row["tokens_repeat"]]
     notes += [f"energy is {row['energy_status']}: {_short(row['energy_reason'] or row['energy_scope'])}" for row in rows
               if row["energy_status"] != "measured" and row["samples_ts"]]
     return [f"- {note}" for note in dict.fromkeys(notes)] + ([""] if notes else [])
