@@ -14,7 +14,7 @@ from gguf_pager.layout import Layer, Layout
 WORK_BYTES = 24 << 20
 """What a decoding process needs besides weights, KV cache and the context's buffers: ggml's work buffer, stacks,
 Python objects of a completion. With 24 MiB a process of 2.1 GB ended 42 MB below its budget
-after a prompt of 512 tokens (scripts/compare.py); with 48 MiB one of 0.3 GB 64 MB below (tests/test_memory.py's script)."""
+after a prompt of 512 tokens (benchmarks/LOG.md, 2026-11-22); with 48 MiB one of 0.3 GB 64 MB below (tests/test_memory.py's script)."""
 
 AUTO_RESERVE_SHARE, AUTO_RESERVE_BYTES = 0.08, 768 << 20
 """What `auto` leaves to the rest of the machine: the larger of the two."""

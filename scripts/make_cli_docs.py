@@ -42,12 +42,13 @@ Keys of the JSON object: `gguf_pager_version`, `llama_cpp_python_version`, `mode
     "bench": """\
 A run loads the model in a process of its own, computes `-d` tokens, then the prompt, then the tokens after it, and ends;
 so decoding begins with what the prompt has left in the slots, and its row says so (`tg128 @ d512`). Before each run the
-file is dropped from the page cache, and mincore tells whether it is gone. All cases of a round compute the same tokens;
-rounds begin at places spread over the text or trace. At the end of each round the logits of ours and of stock are
-compared, bit for bit.
+file is dropped from the page cache, and mincore tells whether it is gone (not of ZFS's own cache). All cases of a round
+compute the same tokens; rounds begin at places spread over the text or trace. At the end of each round the logits of ours
+and of stock are compared, bit for bit. Of lists every combination is measured, and each budget beside stock.
 
 Stock leaves its weights in the file's mapping (`use_extra_bufts=False`): its default repacking copies them into memory
-that the cap does not have. `resident` is stock with the file read into memory and no cap; `repacked` the same with
+that the cap does not have. Its OpenMP threads wait as they do by default (`gomp_spincount`), ours as ours do, unless you
+have set that. `resident` is stock with the file read into memory and no cap; `repacked` the same with
 repacked weights, llama.cpp's fastest. On processors with AMX llama-cpp-python 0.3.36 ends with a segmentation fault there
 (github ggml-org/llama.cpp issue 20824); the row says so.
 
@@ -55,8 +56,9 @@ Columns of the table: `t/s` median and range of the runs; `vs stock` the median 
 against stock at the read-ahead that suits it best; `limit` the speed that computing with all weights in RAM plus reading
 the missed bytes at the device's best bandwidth would give, and `eff.` how much of it was reached (above 1 where reads and
 computing overlap); `J/token` joules, with `~` where they are modelled. A row whose `status` is not "ok" has a line below
-the table: `invalid` (faster than its own limit without overlap, other logits than stock, a page cache that was not cold),
-`timeout`, `failed`, `interrupted`.
+the table: `invalid` (a decode faster than its own limit, other logits than stock, a page cache that was not cold),
+`timeout`, `failed`, `interrupted`. In prompts reads and computing overlap, so that they may beat the limit. What a case
+could not reach within `--timeout` is not tried again in later rounds; its prompt is, if it got so far.
 
 In JSON, CSV and SQL (table `gguf_pager_bench`) a row has llama-bench's names where they mean the same: `cpu_info`,
 `gpu_info`, `backends`, `model_filename`, `model_type`, `model_size`, `model_n_params`, `n_batch`, `n_ubatch`, `n_threads`,
@@ -70,16 +72,17 @@ generation, as `-p` and `-n` do in llama-bench. Then ours:
 | `budget`, `budget_bytes` | as given; in bytes, null for a share, `min` and `auto` |
 | `cap`, `cap_bytes`, `cap_reason` | `cgroup1`, `cgroup2`, `systemd`, or `none` and why |
 | `read_ahead_kb` | KiB, of the device during the run |
-| `cache`, `cached_bytes` | `cold` or `warm`; bytes of the file in the page cache before a run, at most |
-| `tokens` | `trace`, `text`, `ids`, `random` |
+| `cache`, `cached_bytes` | `cold`, `warm`, `cold, not verified` (only a file's owner is told) or `not controlled` (macOS); bytes of the file in the page cache before a run, at most |
+| `tokens`, `tokens_repeat` | `trace`, `text`, `ids`, `random`; whether there were fewer than needed |
 | `n_ubatch_asked` | what `n_ubatch` would be with room for it |
 | `policy`, `io`, `n_readers`, `arena_bytes` | how ours ran |
+| `gomp_spincount` | GOMP_SPINCOUNT, which says how long OpenMP's threads spin before they sleep |
 | `n_rounds` | rounds asked for |
 | `n_cores`, `ram_bytes`, `system`, `device`, `gguf_pager_version`, `llama_cpp_python_version` | where and with what |
 | `median_ts`, `min_ts`, `max_ts` | tokens per second |
 | `load_s` | from the call to a usable model; `usable_s` from the start of the process, Python's included |
 | `first_token_s` | from the prompt to the logits of the first token |
-| `hit_rate` | experts found in slots, of those wanted, all runs together |
+| `hit_rate` | experts found in slots, of those wanted, all runs together; of a prompt by bytes that need not be read |
 | `read_bytes_per_token`, `io_bytes_per_token` | expert bytes counted by us; storage reads of the process counted by Linux |
 | `stall_share` | of the time, spent waiting for experts |
 | `left_alone` | graph nodes that llama.cpp computed from its own mapping |
@@ -89,7 +92,7 @@ generation, as `-p` and `-n` do in llama-bench. Then ours:
 | `limit_ts`, `limit_compute`, `efficiency` | the limit, whose time of computing it takes (`resident` or `own`), limit / actual |
 | `vs_stock`, `vs_stock_low`, `vs_stock_high`, `vs_stock_read_ahead_kb` | ratio to stock, its range over rounds, the read-ahead that suited stock |
 | `vs_resident`, `vs_repacked` | ratio to the model in RAM |
-| `same_logits` | true where ours and stock ended every round with equal logits; null where batches differ |
+| `same_logits`, `same_logits_rounds` | whether ours and stock ended with equal logits, in how many rounds that could be told; null where batches differ |
 | `energy_*`, `j_per_token`, `j_per_token_net`, `j_per_prompt_token`, `tokens_per_j`, `avg_power_w` | all runs together; `energy_reason` says why something is null |
 | `status`, `status_reason` | `ok`, or what is wrong with the row |
 """,

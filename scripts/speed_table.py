@@ -56,6 +56,8 @@ def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Return ours beside stock at its best in the same memory."""
     same = [other for other in rows if other["mode"] == "stock" and other["cap_bytes"] == row["cap_bytes"]
             and (other["n_prompt"], other["n_gen"]) == (row["n_prompt"], row["n_gen"])]
+    if not same or row["cap_bytes"] is None:
+        raise SystemExit(f"{row['budget']}: the README shows rows with a cap and stock beside them")
     stock = max(same, key=lambda other: other["median_ts"] or 0.0)
     memory = f"{row['cap_bytes'] / 1e9:.2f} GB, {row['budget']}" if row["n_gen"] else ""
     ratio = f"**{number(row['vs_stock'], '.2f')}** ({number(row['vs_stock_low'], '.2f')} to {number(row['vs_stock_high'], '.2f')})"
@@ -71,7 +73,7 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
     first = paged[0]
     whole = ", ".join(f"{test_name(row)} {speed(row)}" for row in rows if row["mode"] == "resident" and not row["repack"])
     late = sorted({f"{row['read_ahead_kb']:,} KiB in {row['cap_bytes'] / 1e9:.2f} GB" for row in rows
-                   if row["mode"] == "stock" and row["status"] == "timeout"})
+                   if row["mode"] == "stock" and row["n_gen"] and row["status"] == "timeout"})
     return (
         f"**{name}** ({first['model_size'] / 1e9:.1f} GB), {first['n_threads']} threads, {first['test_time'][:10]}, "
         f"device at best {first['device_bytes_per_s'] / 1e9:.1f} GB/s, median (range) of {first['n_rounds']}:\n\n" + HEAD

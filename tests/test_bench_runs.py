@@ -66,6 +66,12 @@ def test_rows_are_ours_then_stocks_then_the_residents(rows: list[dict[str, Any]]
     assert all(row["tokens"] == "trace" and row["n_threads"] == 1 for row in rows)
 
 
+def test_every_name_of_a_row_is_documented(rows: list[dict[str, Any]]) -> None:
+    documented = (Path(__file__).parent.parent / "docs" / "cli.md").read_text()
+    missing = [name for name in rows[0] if f"`{name}`" not in documented and not name.startswith("energy_")]
+    assert missing == [] and "`energy_*`" in documented
+
+
 def test_ours_ends_with_stocks_logits(rows: list[dict[str, Any]]) -> None:
     assert [row["same_logits"] for row in rows] == [True, True, None, None, None, None]
     assert rows[1]["vs_stock"] == pytest.approx(rows[1]["median_ts"] / rows[3]["median_ts"])

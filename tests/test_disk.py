@@ -106,7 +106,7 @@ def test_best_bandwidth_is_the_largest_that_was_seen(trace_model: Path, model_al
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     device = disk.Device([trace_model], model_align)
     assert device.best_bytes_per_s is None, "nothing is known before"
-    device.sample(seconds=0.05)
+    device.sample(1, seconds=0.05)
     assert device.best_bytes_per_s is not None and device.best_bytes_per_s > 1e6
     given = iter([3e9, 5e9, 4e9])
     tried = []

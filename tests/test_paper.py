@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,7 @@ from gguf_pager.energy.paper import (
     ratios,
 )
 from gguf_pager.errors import PagerError
-from gguf_pager.report.paper import paper_facts, paper_text
+from gguf_pager.report.paper import MEASURED, MEASURED_SOURCE, paper_facts, paper_text
 
 each_model = pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: geometry.name)
 each_cache = pytest.mark.parametrize("cache", ["ddr5", "hbm"])
@@ -201,17 +202,25 @@ def test_facts_are_json_and_their_parts_add_up() -> None:
             assert sum(parts) == pytest.approx(row["ssd"]["j_per_token"])
 
 
-def test_hit_rate_of_the_user_is_shown_beside_the_usual_ones() -> None:
-    facts = paper_facts(hit_rate=0.83)
+def test_hit_rate_of_the_user_is_shown_beside_the_measured_ones() -> None:
+    measured = set(MEASURED.values())
+    facts = paper_facts(hit_rate=0.123)
     for model in facts["models"]:
-        assert {row["hit_rate"] for row in model["cached"]} == {0.5, 0.83, 0.9, 0.99}
+        assert {row["hit_rate"] for row in model["cached"]} == measured | {0.123}
         assert {row["cache"] for row in model["cached"]} == {"ddr5", "hbm"}
     assert paper_text(facts).count("as asked") == 2 * len(GEOMETRIES)
-    assert {row["hit_rate"] for row in paper_facts(hit_rate=0.9)["models"][0]["cached"]} == {0.5, 0.9, 0.99}
+    assert paper_text(paper_facts()).count("measured, 25% in RAM") == 2 * len(GEOMETRIES)
+
+
+def test_measured_hit_rates_are_those_of_the_recorded_rows() -> None:
+    path = Path(__file__).parent.parent / MEASURED_SOURCE.split(" in ")[-1].removesuffix(" of gguf_pager")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    recorded = {row["budget"]: round(row["hit_rate"], 2) for row in rows if row["mode"] == "paged" and row["n_gen"]}
+    assert MEASURED == {share: recorded[share] for share in MEASURED}
 
 
 def test_text_shows_both_ranges_each_source_and_fits_the_terminal() -> None:
-    text = paper_text(paper_facts(hit_rate=0.83))
+    text = paper_text(paper_facts(hit_rate=0.123))
     assert max(map(len, text.splitlines())) <= 100
     for said in ("in the paper 3.8 to 12.5", "in the paper 4.7 to 9.8", "% off", "module_graph.cpp", "an assumption",
                  "github.com/scale-snu/SSD-offloading", "Filling the cache is not counted", *CONSTANTS):

@@ -129,7 +129,7 @@ class Device:
         self._patterns = cycle(_PATTERNS)
         self.best_bytes_per_s: float | None = None
 
-    def sample(self, n_patterns: int = 1, seconds: float = 0.4) -> None:
+    def sample(self, n_patterns: int = 2, seconds: float = 0.25) -> None:
         """Measure with the next patterns, each for so long. What a shared or a hot device gives changes: ask often."""
         if self._align_bytes is None:
             return

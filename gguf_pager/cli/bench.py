@@ -201,7 +201,6 @@ def _bench(request: _Request) -> None:
             runs: list[Run] = []
             try:
                 runs.extend(runner.rounds(_cases(request, shape, read_ahead, runner)))  # one by one: an interrupt leaves those made
-                device.sample()
             finally:
                 common = rows.Common(str(request.model), machine, device.best_bytes_per_s, runner.stream_bytes_per_s,
                                      idle_w, constants, source, request.is_warm, request.repetitions)

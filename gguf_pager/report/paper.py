@@ -26,7 +26,11 @@ from gguf_pager.energy.paper import (
     ratios,
 )
 
-HIT_RATES = (0.5, 0.9, 0.99)
+MEASURED = {"12.5%": 0.5, "25%": 0.9, "50%": 0.99}
+"""Hit rates of gguf_pager's decode with so many of the experts in RAM."""
+
+MEASURED_SOURCE = ("decode with the recorded routing of Qwen3-30B-A3B on code, not of the paper's models: mode paged in "
+                   "benchmarks/results/xeon-2core-24gb/qwen3-30b-16l.jsonl of gguf_pager")
 MEDIA: tuple[Medium, ...] = ("hbm", "ddr5", "ssd")
 CACHES: tuple[Cache, ...] = ("ddr5", "hbm")
 
@@ -40,7 +44,7 @@ def _parts(made: Energy) -> dict[str, float]:
 def _model_facts(geometry: Geometry, constants: Mapping[str, Constant], hit_rate: float | None) -> dict[str, Any]:
     ssd, ddr5 = ratios(geometry, "ssd", constants), ratios(geometry, "ddr5", constants)
     low, high = min(ssd.values()), max(ssd.values())
-    rates = sorted({*HIT_RATES, *([] if hit_rate is None else [hit_rate])})
+    rates = sorted({*MEASURED.values(), *([] if hit_rate is None else [hit_rate])})
     return {
         "name": geometry.name,
         "source": geometry.source,
@@ -78,13 +82,15 @@ def paper_facts(constants: Mapping[str, Constant] = CONSTANTS, hit_rate: float |
         "routing_source": ROUTING_SOURCE,
         "is_with_constants_of_paper": constants == CONSTANTS,
         "hit_rate": hit_rate,
+        "measured_hit_rates": dict(MEASURED),
+        "measured_hit_rates_source": MEASURED_SOURCE,
         "models": [_model_facts(geometry, constants, hit_rate) for geometry in GEOMETRIES],
         "cache_assumptions": list(ASSUMPTIONS),
         "constants": constants_json(constants),
     }
 
 
-def _model_lines(model: dict[str, Any], hit_rate: float | None) -> list[str]:
+def _model_lines(model: dict[str, Any], notes: Mapping[float, str]) -> list[str]:
     lines = [f"{model['name']}, {model['devices']} devices, {model['expert_bytes'] / 1e6:,.0f} MB per expert",
              "           joules per token          times HBM     of the SSD's joules, %",
              "  batch    HBM     DDR5      SSD    DDR5    SSD    experts  other reads  computing  background"]
@@ -102,8 +108,8 @@ def _model_lines(model: dict[str, Any], hit_rate: float | None) -> list[str]:
               f"  {'hits in':10}" + "".join(f"{row['batch_sequences']:8}" for row in model["batches"])]
     for cached in model["cached"]:
         label = f"{cached['hit_rate']:.4g} {cached['cache'].upper()}"
-        asked = "  as asked" if cached["hit_rate"] == hit_rate else ""
-        lines.append(f"  {label:10}" + "".join(f"{row['ssd_per_hbm']:8.2f}" for row in cached["per_hbm"]) + asked)
+        lines.append(f"  {label:10}" + "".join(f"{row['ssd_per_hbm']:8.2f}" for row in cached["per_hbm"])
+                     + f"  {notes[cached['hit_rate']]}")
     return [*lines, ""]
 
 
@@ -115,9 +121,12 @@ def paper_text(facts: dict[str, Any]) -> str:
 
     made = "Nothing is fitted." if facts["is_with_constants_of_paper"] else "WITH CONSTANTS OF YOURS, not the paper's."
     lines = [f"Energy per token of {facts['paper']} from its constants, by a roofline. {made}", ""]
+    notes = {rate: f"measured, {share} in RAM" for share, rate in facts["measured_hit_rates"].items()}
+    if facts["hit_rate"] is not None:
+        notes[facts["hit_rate"]] = "as asked"
     for model in facts["models"]:
-        lines += _model_lines(model, facts["hit_rate"])
-    lines += ["What is assumed of the cache:", *(fill(text, "  - ") for text in facts["cache_assumptions"]), "",
+        lines += _model_lines(model, notes)
+    lines += [fill(f"Measured hit rates: {facts['measured_hit_rates_source']}.", ""), "", "What is assumed of the cache:", *(fill(text, "  - ") for text in facts["cache_assumptions"]), "",
               "Constants and their sources, where the patch is", f"  {CODE}:"]
     for name, constant in facts["constants"].items():
         lines += [f"  {name:24}{constant['value']:>10.6g} {constant['unit']}", fill(constant["source"], " " * 4)]
