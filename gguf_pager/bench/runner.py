@@ -112,7 +112,6 @@ class Runner:
         """
         with memory_cap(1 << 30) as trial:
             can_cap = trial.method != "none"
-        run: Run | None = None
         if can_cap:
             self._tell(f"finding out how much memory {budget} of the experts take, for the cap ...")
             short = replace(shape, n_gen=min(shape.n_gen, CALIBRATE_TOKENS))

@@ -29,6 +29,7 @@ from gguf_pager.energy.source import Absent
 from gguf_pager.errors import PagerError
 from gguf_pager.layout import Layout, read_layout
 from gguf_pager.pager import Options, Pager
+from gguf_pager.report import page
 from gguf_pager.report.bench import PRINTERS
 
 _DEFAULT = Options()
@@ -173,48 +174,51 @@ def _bench(request: _Request) -> None:
     is_spin_chosen = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}.isdisjoint(os.environ)  # before ggml is loaded
     layout = read_layout(request.model)
     _check(request, layout)
-    options = Options(policy=request.policy, io=request.io, n_readers=request.readers)  # type: ignore[arg-type]
-    read_ahead = _settable(request.read_ahead, layout)
-    source, constants = tokens.choose_source(request.tokens, layout.values), override(request.constants)
-    found = _energy_source(request.power_command)
-    energy = meter.Meter(found, constants)
-    settings = Settings(
-        model=request.model, n_rounds=request.repetitions, timeout_s=request.timeout, is_warm=request.is_warm,
-        tokens=source, options={"policy": options.policy, "io": options.io, "n_readers": options.n_readers},
-        power_command=request.power_command, energy_source=None if isinstance(found, Absent) else found.name,
-        no_energy_reason=found.reason if isinstance(found, Absent) else None, is_spin_chosen=is_spin_chosen)
+    read_ahead, constants = _settable(request.read_ahead, layout), override(request.constants)
+    settings, idle_w = _settings(request, layout, is_spin_chosen)
     pager = Pager(layout, Options())  # not with --io: the device is what it is
     device = Device(layout.paths, pager.align if pager.is_direct else None)
     runner = Runner(settings, layout, device, lambda line: click.echo(line, err=True))
-    printer, report_runs, report_rows = PRINTERS[request.output](), list[Run](), list[dict[str, Any]]()
-    try:
-        energy.measure_idle(request.idle)
-        idle_w = energy.idle_w
-    finally:
-        energy.close()
+    machine, printer = _machine(layout), PRINTERS[request.output]()
+    all_runs, all_rows = list[Run](), list[dict[str, Any]]()
     click.echo(printer.head(), nl=False)
-    machine = _machine(layout)
     try:
         runner.settle()
         for shape in shapes(request.n_prompt, request.n_gen, request.n_depth,
                             request.threads or (physical_cores(),), request.batch_size, request.ubatch_size):
             runs: list[Run] = []
             try:
-                runs.extend(runner.rounds(_cases(request, shape, read_ahead, runner)))  # one by one: an interrupt leaves those made
+                for run in runner.rounds(_cases(request, shape, read_ahead, runner)):
+                    runs += [run]  # at once, so that an interrupt leaves it
             finally:
-                common = rows.Common(str(request.model), machine, device.best_bytes_per_s, runner.stream_bytes_per_s,
-                                     idle_w, constants, source, request.is_warm, request.repetitions)
-                made = rows.rows_of(runs, common)
-                report_runs += runs
-                report_rows += made
+                made = rows.rows_of(runs, rows.Common(
+                    str(request.model), machine, device.best_bytes_per_s, runner.stream_bytes_per_s, idle_w, constants,
+                    settings.tokens, request.is_warm, request.repetitions))
+                all_runs, all_rows = all_runs + runs, all_rows + made
                 click.echo(printer.rows(made), nl=False)
     finally:
         click.echo(printer.foot(), nl=False)
-        if request.report is not None and report_rows:
-            from gguf_pager.report import page
-
-            request.report.write_text(page.page(_page_facts(layout, machine, report_rows, report_runs)), "utf-8")
+        if request.report is not None and all_rows:
+            request.report.write_text(page.page(_page_facts(layout, machine, all_rows, all_runs)), "utf-8")
             click.echo(f"{request.report} written", err=True)
+
+
+def _settings(request: _Request, layout: Layout, is_spin_chosen: bool) -> tuple[Settings, float | None]:
+    """Return how every run is made, and the watts of the idle machine, where they can be measured."""
+    options = Options(policy=request.policy, io=request.io, n_readers=request.readers)  # type: ignore[arg-type]
+    source = tokens.choose_source(request.tokens, layout.values)
+    found = _energy_source(request.power_command)
+    energy = meter.Meter(found)
+    try:
+        energy.measure_idle(request.idle)
+    finally:
+        energy.close()
+    settings = Settings(
+        model=request.model, n_rounds=request.repetitions, timeout_s=request.timeout, is_warm=request.is_warm,
+        tokens=source, options={"policy": options.policy, "io": options.io, "n_readers": options.n_readers},
+        power_command=request.power_command, energy_source=None if isinstance(found, Absent) else found.name,
+        no_energy_reason=found.reason if isinstance(found, Absent) else None, is_spin_chosen=is_spin_chosen)
+    return settings, energy.idle_w
 
 
 def _check(request: _Request, layout: Layout) -> None:
