@@ -66,6 +66,11 @@ def test_stock_runs_under_each_cap_once_at_every_read_ahead() -> None:
     assert [case.mode for case in cases_of(SHAPE, ["min"], (), (), lambda _: None)] == ["paged"]
 
 
+def test_bare_bytes_are_shown_as_megabytes() -> None:
+    labels = [Case("paged", SHAPE, None, budget).label for budget in ("353944288", "25%", "2GiB")]
+    assert labels == ["paged 354 MB", "paged 25%", "paged 2GiB"]
+
+
 def test_what_is_given_twice_is_measured_once() -> None:
     made = cases_of(SHAPE, ["25%", "25%"], ("stock",), (128, 128), lambda _: 10)
     assert [case.mode for case in made] == ["paged", "stock"]

@@ -77,7 +77,7 @@ class Case:
     @property
     def label(self) -> str:
         """A name for people: "paged 25%", "stock, read-ahead 128 KiB"."""
-        parts = [f"{self.mode} {self.budget}" if self.budget else self.mode]
+        parts = [f"{self.mode} {budget_label(self.budget)}" if self.budget else self.mode]
         if self.is_repacked:
             parts.append("repacked")
         if self.read_ahead_kb is not None and self.mode == "stock":
@@ -113,6 +113,11 @@ def cases_of(shape: Shape, budgets: Sequence[str], baselines: Sequence[Baseline]
     cases += [Case("resident", shape, None, None, first, is_repacked)
               for name, is_repacked in (("resident", False), ("repacked", True)) if name in baselines]
     return cases
+
+
+def budget_label(budget: str) -> str:
+    """Return a budget as it was given, but a bare number of bytes in megabytes."""
+    return f"{int(budget) / 1e6:,.0f} MB" if budget.isdecimal() else budget
 
 
 def budget_bytes(budget: str) -> int | None:

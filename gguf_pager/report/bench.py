@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from gguf_pager.bench.cases import budget_label
 from gguf_pager.report import number
 
 Row = Mapping[str, Any]
@@ -43,7 +44,7 @@ def test_name(row: Row) -> str:
 def mode_name(row: Row) -> str:
     """Return who computes, with what tells two rows of one mode apart."""
     if row["mode"] == "paged":
-        return f"paged {row['budget']}"
+        return f"paged {budget_label(row['budget'])}"
     if row["mode"] == "resident":
         return "resident, repacked" if row["repack"] else "resident"
     return f"stock, RA {number(row['read_ahead_kb'], ',')} KiB"
@@ -148,7 +149,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
              for row in rows if row["status"] != "ok"]
     notes += [f"cap: none, {row['cap_reason']}" for row in rows
               if row["cap"] == "none" and row["cap_reason"] and row["mode"] != "resident"]
-    notes += [f"n_ubatch {row['n_ubatch']} instead of {row['n_ubatch_asked']} with {row['budget']}: no slots for more"
+    notes += [f"{mode_name(row)}: n_ubatch {row['n_ubatch']} instead of {row['n_ubatch_asked']}, no slots for more"
               for row in rows if row["mode"] == "paged" and row["n_ubatch"] != row["n_ubatch_asked"]]
     notes += [f"{mode_name(row)}: the logits of stock llama.cpp, to the bit, at the end of "
               f"{row['same_logits_rounds']} of {row['n_rounds']} rounds" for row in rows if row["same_logits"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from gguf_pager.bench.cases import budget_label
 from gguf_pager.budget import format_bytes
 
 Row = dict[str, Any]
@@ -56,7 +57,7 @@ def spread(low: float | None, high: float | None, show: Callable[[float | None],
 
 def budget(row: Row) -> str:
     """Return what a row of ours was given."""
-    budget = str(row.get("budget") or "not stated")
+    budget = budget_label(str(row.get("budget") or "not stated"))
     return f"{budget[:-1]}{PERCENT} of the experts" if budget.endswith("%") else f"budget {budget}"
 
 
