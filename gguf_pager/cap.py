@@ -48,7 +48,6 @@ class Cap:
         except (OSError, ValueError):
             return None
 
-
     def oom_kills(self) -> int | None:
         """Return how many processes of the group the kernel has ended for want of memory; None where unknown."""
         if self.folder is None:

@@ -269,15 +269,25 @@ static PyObject *pager_counters(PyObject *object, PyObject *unused) {
     return list;
 }
 
-static PyObject *pager_resident(PyObject *object, PyObject *args) {
-    PagerObject *self = (PagerObject *) object;
+/* NULL with the error set: closed, no number, or no such layer. */
+static gp_pager *opened_for_layer(PagerObject *self, PyObject *args, unsigned int *layer) {
     gp_pager *pager = opened(self);
-    unsigned int layer;
-    if (!pager || !PyArg_ParseTuple(args, "I", &layer)) {
+    if (!pager || !PyArg_ParseTuple(args, "I", layer)) {
         return NULL;
     }
-    if (layer >= self->n_layers) {
-        return raise_errno(-EINVAL);
+    if (*layer >= self->n_layers) {
+        raise_errno(-EINVAL);
+        return NULL;
+    }
+    return pager;
+}
+
+static PyObject *pager_resident(PyObject *object, PyObject *args) {
+    PagerObject *self = (PagerObject *) object;
+    unsigned int layer;
+    gp_pager *pager = opened_for_layer(self, args, &layer);
+    if (!pager) {
+        return NULL;
     }
     uint8_t *resident = malloc(self->n_experts[layer]);
     if (!resident) {
@@ -292,13 +302,10 @@ static PyObject *pager_resident(PyObject *object, PyObject *args) {
 
 static PyObject *pager_chosen(PyObject *object, PyObject *args) {
     PagerObject *self = (PagerObject *) object;
-    gp_pager *pager = opened(self);
     unsigned int layer;
-    if (!pager || !PyArg_ParseTuple(args, "I", &layer)) {
+    gp_pager *pager = opened_for_layer(self, args, &layer);
+    if (!pager) {
         return NULL;
-    }
-    if (layer >= self->n_layers) {
-        return raise_errno(-EINVAL);
     }
     const uint32_t n_experts = self->n_experts[layer];
     uint64_t *chosen = malloc(n_experts * sizeof *chosen);

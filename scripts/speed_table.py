@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gguf_pager.report import number
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed tables: scripts/speed_table.py -->\n", "<!-- end of speed tables -->\n"
 SHOWN = (("xeon-2core-24gb", "qwen3-30b-16l", "Qwen3-30B-A3B's shape, 16 of its 48 layers, Q4_K"),
@@ -21,11 +23,6 @@ SHOWN = (("xeon-2core-24gb", "qwen3-30b-16l", "Qwen3-30B-A3B's shape, 16 of its 
 
 HEAD = ("| memory | test | gguf_pager, tok/s | stock mmap, tok/s | ratio | hits | MB per token, ours / stock | of limit "
         "| J per token, ours / stock |\n|---|---|---|---|---|---|---|---|---|\n")
-
-
-def number(value: float | None, style: str) -> str:
-    """Return a value, a dash where it is not known."""
-    return "-" if value is None else format(value, style)
 
 
 def speed(row: dict[str, Any]) -> str:

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import make_zoo
 import psutil
 import pytest
+import zoo_metadata
 from click.testing import CliRunner
 
 from gguf_pager import probe
@@ -144,6 +146,24 @@ def test_tokens_come_from_where_they_are_told(zoo_model: Callable[..., Path], tm
         assert (row["tokens"], row["same_logits"], row["status"]) == (name, True, "ok")
     row = bench_rows(model, *arguments, "--tokens", f"text:{__file__}")[0]
     assert (row["tokens"], row["same_logits"]) == ("text", True)
+
+
+def test_model_without_a_tokenizer_is_measured(tmp_path: Path) -> None:
+    row = zoo_metadata.Arch({})
+    metadata = make_zoo.model_keys("qwen3moe", row, 32)
+    shapes = make_zoo.tidy(make_zoo.tensor_shapes(metadata), row)
+    metadata = {name: value for name, value in metadata.items() if not name.startswith("tokenizer.")}
+    metadata |= {"tokenizer.ggml.model": "no_vocab", "qwen3moe.vocab_size": shapes["token_embd.weight"][1]}
+    writer = make_zoo.new_writer(tmp_path / "model.gguf", metadata)
+    for name, shape in shapes.items():
+        writer.add_tensor(name, make_zoo.random_values(name, shape, row, 1))
+    make_zoo.finish(writer)
+    arguments = ("-p", "16", "-n", "8", "--budget", "60%", "--cap", "none")
+    made = bench_rows(tmp_path / "model.gguf", *arguments)
+    assert [(row["tokens"], row["same_logits"]) for row in made[:2]] == [("random", True)] * 2
+    (tmp_path / "ids").write_text("1,2,3\n")
+    made = bench_rows(tmp_path / "model.gguf", *arguments, "--tokens", f"ids:{tmp_path / 'ids'}")
+    assert [(row["tokens"], row["tokens_repeat"], row["same_logits"]) for row in made[:2]] == [("ids", True, True)] * 2
 
 
 def test_table_and_page_are_written(trace_model: Path, tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def rows_of(runs: Sequence[Run], common: Common) -> list[dict[str, Any]]:
     rows = []
     for case in cases:
         shape = case.shape
-        names: list[PhaseName] = [*(["prompt"] if shape.n_prompt else []), *(["gen"] if shape.n_gen else [])]  # type: ignore[list-item]
-        rows += [_row(case, name, runs, common) for name in names]
+        phases: tuple[tuple[PhaseName, int], ...] = (("prompt", shape.n_prompt), ("gen", shape.n_gen))
+        rows += [_row(case, name, runs, common) for name, n_tokens in phases if n_tokens]
     return rows
 
 

@@ -76,7 +76,8 @@ class PhaseResult:
     """What the prompt, or the tokens after it, took. Pager's counters are None in other modes.
 
     `is_overlapped`: reads went on while something was computed, so that time need not be the sum of both.
-    `expert_bytes`: experts wanted, found or not, each once per batch. `ram_read_bytes`: weights that computing had to read, each once per batch; None where the experts are not known.
+    `expert_bytes`: experts wanted, found or not, each once per batch. `ram_read_bytes`: weights that computing had to
+    read, each once per batch; None where the experts are not known.
     """
 
     n_tokens: int
@@ -205,7 +206,7 @@ def die_with(parent_pid: int) -> None:
 
 def open_model(task: Task) -> Any:
     """Return the Llama of a task's mode, loaded."""
-    engine.load()  # before llama_cpp, so that the spin limit of libgomp holds for every mode
+    engine.load()  # before llama_cpp: it bounds libgomp's spinning, unless the environment has said something
     from llama_cpp import Llama as Stock
     from llama_cpp import llama_cpp as low
 
@@ -306,7 +307,7 @@ class Run:
         from llama_cpp import llama_cpp as low
 
         logits = low.llama_get_logits_ith(self.llm.ctx, -1)
-        return hashlib.sha256(ctypes.string_at(logits, 4 * self.layout.n_vocab)).hexdigest()
+        return hashlib.sha256(ctypes.string_at(logits, 4 * self.llm.n_vocab())).hexdigest()
 
     def facts(self) -> dict[str, Any]:
         """Return what is worth knowing of the model and of the pager."""
@@ -327,7 +328,6 @@ class Run:
             "policy": pager.options.policy if pager else None,
             "n_readers": pager.options.n_readers if pager else None,
             "arena_bytes": pager.arena_bytes if pager else None,
-            "arena_experts": sum(pager.n_slots) if pager else None,
         }
 
     def heat(self) -> list[dict[str, Any]] | None:

@@ -313,9 +313,14 @@ def _page_facts(layout: Layout, machine: dict[str, Any], made: list[dict[str, An
             "n_used": max(layer.n_used for layer in layout.layers),
             "bytes_per_token": layout.bytes_per_token,
         },
-        "cache_state": " / ".join(sorted({f"{row['cache']}, at most {row['cached_bytes']:,} bytes of the file in it before a run"
-                                          if row["cached_bytes"] is not None else row["cache"] for row in made})),
+        "cache_state": " / ".join(sorted({_cache_state(row) for row in made})),
         "rows": made,
         "timelines": details.timelines(runs),
         "heat": details.heat(runs),
     }
+
+
+def _cache_state(row: dict[str, Any]) -> str:
+    if row["cached_bytes"] is None:
+        return str(row["cache"])
+    return f"{row['cache']}, at most {row['cached_bytes']:,} bytes of the file in it before a run"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from gguf_pager.bench.cases import budget_label
 from gguf_pager.report import number
@@ -20,17 +21,24 @@ _BAR_CELLS = 30
 _NOTE_CHARS = 100
 
 
-class Printer(Protocol):
+class Printer(ABC):
     """Turns rows into text as they become known."""
 
-    def head(self) -> str:
-        """Return what stands before all rows."""
+    def __init__(self) -> None:
+        self.is_first = True
+        """Whether no row has been printed yet."""
 
+    def head(self) -> str:
+        """Return what stands before all rows, without knowing one."""
+        return ""
+
+    @abstractmethod
     def rows(self, rows: Sequence[Row]) -> str:
         """Return the text of some more rows."""
 
     def foot(self) -> str:
         """Return what stands after all rows."""
+        return ""
 
 
 # ---- for people -----------------------------------------------------------------------------------------------------
@@ -98,22 +106,14 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str], bool], ...] = (
 """Head, cell, and whether it is shown even where all rows are alike."""
 
 
-class Table:
-    """A table in Markdown, bars beneath it, then what must be known about rows that are not "ok"."""
-
-    def head(self) -> str:
-        """Return nothing: the heading needs a row."""
-        return ""
+class Table(Printer):
+    """A table in Markdown, what must be known beside its numbers, and bars."""
 
     def rows(self, rows: Sequence[Row]) -> str:
         """Return a table of these rows with its bars."""
         if not rows:
             return ""
         return "\n".join([_heading(rows[0]), "", table(rows), "", *_notes(rows), "```", bars(rows), "```", ""])
-
-    def foot(self) -> str:
-        """Return nothing."""
-        return ""
 
 
 def _heading(row: Row) -> str:
@@ -136,8 +136,9 @@ def table(rows: Sequence[Row]) -> str:
         if (is_always and any(text != "-" for text in cells)) or len(set(cells)) > 1:
             width = max(len(head), *(len(text) for text in cells))
             is_text = head in ("mode", "test")
-            columns.append((head.ljust(width) if is_text else head.rjust(width), "-" * (width + 1) + ("-" if is_text else ":"),
-                            [text.ljust(width) if is_text else text.rjust(width) for text in cells]))
+            pad = str.ljust if is_text else str.rjust
+            columns.append((pad(head, width), "-" * (width + 1) + ("-" if is_text else ":"),
+                            [pad(text, width) for text in cells]))
     lines = ["| " + " | ".join(head for head, _, _ in columns) + " |", "|" + "|".join(rule for _, rule, _ in columns) + "|"]
     lines += ["| " + " | ".join(cells[i] for _, _, cells in columns) + " |" for i in range(len(rows))]
     return "\n".join(lines)
@@ -150,7 +151,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes += [f"cap: none, {row['cap_reason']}" for row in rows
               if row["cap"] == "none" and row["cap_reason"] and row["mode"] != "resident"]
     notes += [f"{mode_name(row)}: n_ubatch {row['n_ubatch']} instead of {row['n_ubatch_asked']}, no slots for more"
-              for row in rows if row["mode"] == "paged" and row["n_ubatch"] != row["n_ubatch_asked"]]
+              for row in rows if row["mode"] == "paged" and row["samples_ts"] and row["n_ubatch"] != row["n_ubatch_asked"]]
     notes += [f"{mode_name(row)}: the logits of stock llama.cpp, to the bit, at the end of "
               f"{row['same_logits_rounds']} of {row['n_rounds']} rounds" for row in rows if row["same_logits"]]
     notes += [f"tokens: {row['tokens']} has fewer than needed and repeats" for row in rows if row["tokens_repeat"]]
@@ -175,7 +176,8 @@ def bars(rows: Sequence[Row]) -> str:
             lines.append("prefill, tok/s" if kind == "n_prompt" else "decode, tok/s")
         for label, row in chosen:
             speed = row["median_ts"]
-            value = row["status"] if speed is None else f"{speed:,.2f}" + ("" if row["status"] == "ok" else f" {row['status']}")
+            status = "" if row["status"] == "ok" else row["status"]
+            value = f"{number(speed, ',.2f') if speed is not None else ''} {status}".strip()
             lines.append(f"  {label:{width}} {_bar(speed / most if speed is not None and most else 0.0)} {value}")
     return "\n".join(lines)
 
@@ -188,11 +190,8 @@ def _bar(share: float) -> str:
 
 # ---- for machines ---------------------------------------------------------------------------------------------------
 
-class Json:
+class Json(Printer):
     """An array of objects."""
-
-    def __init__(self) -> None:
-        self._is_first = True
 
     def head(self) -> str:
         """Return the bracket."""
@@ -201,8 +200,8 @@ class Json:
     def rows(self, rows: Sequence[Row]) -> str:
         """Return some more of its elements."""
         text = ",\n".join(json.dumps(row, indent=2) for row in rows)
-        before = "" if self._is_first else ",\n"
-        self._is_first = self._is_first and not rows
+        before = "" if self.is_first else ",\n"
+        self.is_first = self.is_first and not rows
         return before + text if rows else ""
 
     def foot(self) -> str:
@@ -210,20 +209,12 @@ class Json:
         return "]\n"
 
 
-class JsonLines:
+class JsonLines(Printer):
     """One object per line."""
-
-    def head(self) -> str:
-        """Return nothing."""
-        return ""
 
     def rows(self, rows: Sequence[Row]) -> str:
         """Return a line per row."""
         return "".join(json.dumps(row) + "\n" for row in rows)
-
-    def foot(self) -> str:
-        """Return nothing."""
-        return ""
 
 
 def _flat(row: Row) -> dict[str, Any]:
@@ -232,58 +223,35 @@ def _flat(row: Row) -> dict[str, Any]:
             if not name.startswith("samples_")}
 
 
-class Csv:
+class Csv(Printer):
     """A line of names before the first row; unknown is empty."""
-
-    def __init__(self) -> None:
-        self._is_first = True
-
-    def head(self) -> str:
-        """Return nothing: the names need a row."""
-        return ""
 
     def rows(self, rows: Sequence[Row]) -> str:
         """Return a line per row."""
         out = io.StringIO()
         for row in map(_flat, rows):
-            writer = csv.DictWriter(out, list(row), quoting=csv.QUOTE_NOTNULL if hasattr(csv, "QUOTE_NOTNULL")
-                                    else csv.QUOTE_MINIMAL)
-            if self._is_first:
+            writer = csv.DictWriter(out, list(row))
+            if self.is_first:
                 writer.writeheader()
-                self._is_first = False
+                self.is_first = False
             writer.writerow(row)
         return out.getvalue()
 
-    def foot(self) -> str:
-        """Return nothing."""
-        return ""
 
-
-class Sql:
+class Sql(Printer):
     """A table and its rows, for sqlite3."""
-
-    def __init__(self) -> None:
-        self._is_first = True
-
-    def head(self) -> str:
-        """Return nothing: the columns need a row."""
-        return ""
 
     def rows(self, rows: Sequence[Row]) -> str:
         """Return a statement per row, before the first one that makes the table."""
         lines = []
         for row in map(_flat, rows):
-            if self._is_first:
+            if self.is_first:
                 columns = ", ".join(f"{_name(name)} {_type(name, value)}" for name, value in row.items())
                 lines.append(f"CREATE TABLE IF NOT EXISTS {SQL_TABLE} ({columns});")
-                self._is_first = False
+                self.is_first = False
             lines.append(f"INSERT INTO {SQL_TABLE} ({', '.join(map(_name, row))}) "
                          f"VALUES ({', '.join(map(_literal, row.values()))});")
         return "".join(line + "\n" for line in lines)
-
-    def foot(self) -> str:
-        """Return nothing."""
-        return ""
 
 
 def _name(name: str) -> str:
