@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gguf_pager.bench import disk
@@ -100,6 +102,25 @@ def model_align(trace_model: Path) -> int:
     if not pager.is_direct:
         pytest.skip("this file system has no direct reads")
     return pager.align
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_bandwidth_is_measured_into_huge_pages_as_the_arena_has_them() -> None:
+    """Into small ones a device that takes few pieces per request gives half of what it can."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this kernel has no huge pages for private memory")
+    buffer = disk.huge_buffer(8 * MIB)
+    assert len(buffer) == 8 * MIB
+    address = np.frombuffer(buffer, np.uint8).ctypes.data
+    huge_kb, is_inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if head:
+            is_inside = int(head[1], 16) <= address < int(head[2], 16)
+        elif is_inside and line.startswith("AnonHugePages"):
+            huge_kb = int(line.split()[1])
+    assert huge_kb * 1024 >= 8 * MIB
 
 
 def test_best_bandwidth_is_the_largest_that_was_seen(trace_model: Path, model_align: int,
