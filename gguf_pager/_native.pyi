@@ -33,6 +33,8 @@ class Pager:
     ) -> Self:
         """`classes` are (stride_bytes, n_slots)."""
     def close(self) -> None: ...
+    def wait_present(self) -> None:
+        """Wait until the arena's memory is there; one thread at a time."""
     def counters(self) -> list[_Counters]: ...
     def resident(self, layer: int, /) -> bytes:
         """Return a byte per expert: 0 not in a slot, 1 in one, 2 pinned."""

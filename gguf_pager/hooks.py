@@ -223,6 +223,7 @@ class _Hooks:
             return self._call("llama_init_from_model", model, params)
         params = type(params).from_buffer_copy(params)
         is_cut = False
+        self._wait_for_other_arenas(paged)
         params.op_offload = False  # a GPU build would copy host experts to the device for large batches
         while True:
             before = probe.process_memory()
@@ -246,6 +247,13 @@ class _Hooks:
         with self._lock:
             self.contexts[int(context)] = paged.contexts[int(context)] = _Context(paged, tap, os.getpid(), is_cut, keep)
         return context
+
+    def _wait_for_other_arenas(self, paged: _Model) -> None:
+        """What this process uses is measured to size an arena: others that are still being made present would be missed."""
+        if not paged.pager.is_open:
+            with self._lock:
+                for other in self.models.values():
+                    other.pager.wait_present()
 
     def _make_context(self, paged: _Model, params: Any) -> tuple[_native.Tap, Any]:
         ours = type(params).from_buffer_copy(params)

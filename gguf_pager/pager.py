@@ -186,6 +186,11 @@ class Pager:
             ) from None
         self.n_slots = tuple(n_slots)
 
+    def wait_present(self) -> None:
+        """Wait until all of the arena is resident; a thread sees to it since `open`. One caller at a time."""
+        if self._native is not None and os.getpid() == self._pid:
+            self._native.wait_present()
+
     def native(self) -> _native.Pager:
         """Return the C side, for hooks.py.
 

@@ -13,6 +13,9 @@ static uint64_t round_up(uint64_t value, uint64_t step) {
 
 enum { ARENA_ALIGN = 4096, ANY_SLOT = 1 << 20, MAX_SLOTS = INT32_MAX / GP_MAX_SLICES };
 
+/* A step keeps the address space from being changed, by a malloc of a thread that computes, say: two huge pages, 1 to 4 ms. */
+enum { POPULATE_BYTES = 4 << 20 };
+
 #define MAX_ARENA_BYTES (UINT64_C(1) << 47)    /* addresses a process has */
 
 static int check_slice(const gp_config *config, const gp_layer_spec *layer, const gp_slice_spec *slice) {
@@ -102,8 +105,6 @@ static int open_arena(gp_pager *p) {
         return error;
     }
     p->arena = arena;
-    /* Never swapped where the limit allows it; where it does not, doctor says what that means on a machine with swap. */
-    (void) gp_os_memory_lock(p->arena, p->arena_bytes);
     uint64_t at = 0;
     for (uint32_t i = 0; i < config->n_classes; i++) {
         at = round_up(at, ARENA_ALIGN);
@@ -118,6 +119,24 @@ static int open_arena(gp_pager *p) {
     p->reads = calloc((size_t) p->n_slots * GP_MAX_SLICES, sizeof *p->reads);
     p->ahead_reads = calloc((size_t) p->n_slots * GP_MAX_SLICES, sizeof *p->ahead_reads);
     return p->slots && p->reads && p->ahead_reads ? 0 : -ENOMEM;
+}
+
+/* Pages that nobody has touched cost the token that first reads into them; making them present takes seconds for a large
+ * arena, in which the model can be used already. Slots are filled from the first on, so this runs ahead of the reads.
+ * Where it fails, reads make the pages present themselves, and fail with what the system then says. */
+static void *populate(void *data) {
+    gp_pager *p = data;
+    p->os->thread_step_back();
+    for (size_t at = 0; at < p->arena_bytes; at += POPULATE_BYTES) {
+        const size_t left = p->arena_bytes - at;
+        if (atomic_load(&p->is_closing)
+            || p->os->memory_populate(p->arena + at, left < POPULATE_BYTES ? left : POPULATE_BYTES) != 0) {
+            return NULL;
+        }
+    }
+    /* Never swapped where the limit allows it; where it does not, doctor says what that means on a machine with swap. */
+    (void) gp_os_memory_lock(p->arena, p->arena_bytes);
+    return NULL;
 }
 
 static int open_layers(gp_pager *p) {
@@ -202,9 +221,11 @@ int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config) {
                                     .memory_align = config->memory_align, .n_readers = config->n_readers,
                                     .piece_bytes = config->piece_bytes };
     if ((error = open_arena(p)) != 0 || (error = open_layers(p)) != 0 || (error = open_files(p)) != 0
-        || (error = gp_fetch_open(&p->fetch, os, &fetch)) != 0) {
+        || (error = gp_fetch_open(&p->fetch, os, &fetch)) != 0
+        || (error = os->thread_start(&p->populating, populate, p)) != 0) {
         goto fail;
     }
+    p->has_populating = true;
     /* The caller's arrays may go now; what is needed of them is in layers and classes. */
     p->config.paths = NULL;
     p->config.layers = NULL;
@@ -217,12 +238,21 @@ fail:
     return error;
 }
 
+void gp_pager_wait_present(gp_pager *p) {
+    if (getpid() == p->pid && p->has_populating) {
+        pthread_join(p->populating, NULL);
+        p->has_populating = false;
+    }
+}
+
 void gp_pager_close(gp_pager *p) {
     if (!p) {
         return;
     }
     if (getpid() == p->pid) {
         gp_fetch_close(p->fetch);
+        atomic_store(&p->is_closing, true);
+        gp_pager_wait_present(p);
     } else {
         gp_fetch_abandon(p->fetch);
     }

@@ -98,6 +98,9 @@ typedef struct gp_tap gp_tap;
 int  gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config);
 void gp_pager_close(gp_pager *pager);
 
+/* The arena becomes present while the pager is used already; waits until it is. Not from two threads at once. */
+void gp_pager_wait_present(gp_pager *pager);
+
 /* counters: one per layer, n_layers of them. */
 void gp_pager_counters(gp_pager *pager, gp_counters *counters);
 

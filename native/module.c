@@ -217,6 +217,21 @@ fail:
     return (PyObject *) self;
 }
 
+static PyObject *pager_wait_present(PyObject *object, PyObject *unused) {
+    (void) unused;
+    PagerObject *self = (PagerObject *) object;
+    gp_pager *pager = opened(self);
+    if (!pager) {
+        return NULL;
+    }
+    self->n_users++;
+    Py_BEGIN_ALLOW_THREADS
+    gp_pager_wait_present(pager);
+    Py_END_ALLOW_THREADS
+    self->n_users--;
+    Py_RETURN_NONE;
+}
+
 static PyObject *pager_close(PyObject *object, PyObject *unused) {
     (void) unused;
     PagerObject *self = (PagerObject *) object;
@@ -395,6 +410,7 @@ static PyObject *pager_unpin_all(PyObject *object, PyObject *unused) {
 
 static PyMethodDef pager_methods[] = {
     { "close", pager_close, METH_NOARGS, NULL },
+    { "wait_present", pager_wait_present, METH_NOARGS, NULL },
     { "counters", pager_counters, METH_NOARGS, NULL },
     { "resident", pager_resident, METH_VARARGS, NULL },
     { "chosen", pager_chosen, METH_VARARGS, NULL },

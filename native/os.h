@@ -22,10 +22,14 @@ typedef struct gp_os {
     int     (*file_alignment)(const char *path, uint32_t *offset_align, uint32_t *memory_align);
     /* Bytes read, which may be fewer than asked; 0 at the end of the file. */
     int64_t (*file_read)(int fd, void *into, size_t bytes, uint64_t offset_bytes);
-    /* Anonymous memory, page-aligned, present from the start; huge pages where they can be had. */
+    /* Anonymous memory, page-aligned, not present yet; huge pages where they can be had. */
     int     (*memory_open)(void **out, size_t bytes);
+    /* Makes whole pages of it present, keeping what others write meanwhile. */
+    int     (*memory_populate)(void *memory, size_t bytes);
     void    (*memory_close)(void *memory, size_t bytes);
     int     (*thread_start)(pthread_t *thread, void *(*body)(void *), void *data);
+    /* The calling thread's work can wait: others go first where processors are short. */
+    void    (*thread_step_back)(void);
     uint64_t (*now_ns)(void);
 } gp_os;
 

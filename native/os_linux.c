@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -126,19 +127,23 @@ static int memory_open(void **out, size_t bytes) {
         }
         (void) madvise(memory, want, MADV_HUGEPAGE);
     }
-    /* Present from the start, so that no token pays for it; -EFAULT or -ENOMEM here is better than a kill later.
-     * Linux before 5.14 does not know the call. */
-    if (madvise(memory, want, MADV_POPULATE_WRITE) != 0) {
-        if (errno != EINVAL) {
-            const int error = -errno;
-            munmap(memory, want);
-            return error;
-        }
-        for (size_t at = 0; at < want; at += page) {
-            ((volatile char *) memory)[at] = 0;
-        }
-    }
     *out = memory;
+    return 0;
+}
+
+static int memory_populate(void *memory, size_t bytes) {
+    const size_t page = (size_t) sysconf(_SC_PAGESIZE);
+    const size_t want = (bytes + page - 1) / page * page;
+    if (madvise(memory, want, MADV_POPULATE_WRITE) == 0) {
+        return 0;
+    }
+    if (errno != EINVAL) {
+        return -errno;
+    }
+    /* Linux before 5.14 does not know the call. Nothing is added atomically, which leaves what a read has brought. */
+    for (size_t at = 0; at < want; at += page) {
+        atomic_fetch_add((_Atomic char *) memory + at, 0);
+    }
     return 0;
 }
 
@@ -159,6 +164,11 @@ static int thread_start(pthread_t *thread, void *(*body)(void *), void *data) {
     return -error;
 }
 
+static void thread_step_back(void) {
+    enum { NICE = 10 };     /* a tenth of a processor beside a thread that computes */
+    (void) setpriority(PRIO_PROCESS, (id_t) syscall(SYS_gettid), NICE);
+}
+
 static uint64_t now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -172,8 +182,10 @@ const gp_os gp_os_system = {
     .file_alignment = file_alignment,
     .file_read = file_read,
     .memory_open = memory_open,
+    .memory_populate = memory_populate,
     .memory_close = memory_close,
     .thread_start = thread_start,
+    .thread_step_back = thread_step_back,
     .now_ns = now_ns,
 };
 

@@ -8,6 +8,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread/qos.h>
+#include <stdatomic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -80,13 +82,18 @@ static int memory_open(void **out, size_t bytes) {
     if (memory == MAP_FAILED) {
         return -errno;
     }
-    /* Present from the start, so that no token pays for it. Apple silicon has no huge pages to ask for; its pages have
-     * 16 KiB. Whether they stay is up to gp_os_memory_lock: the compressor takes what is not wired. */
-    const size_t page = (size_t) sysconf(_SC_PAGESIZE);
-    for (size_t at = 0; at < want; at += page) {
-        ((volatile char *) memory)[at] = 0;
-    }
+    /* Apple silicon has no huge pages to ask for; its pages have 16 KiB. Whether they stay is up to gp_os_memory_lock: the
+     * compressor takes what is not wired. */
     *out = memory;
+    return 0;
+}
+
+/* Nothing is added atomically, which leaves what a read has brought meanwhile. */
+static int memory_populate(void *memory, size_t bytes) {
+    const size_t page = (size_t) sysconf(_SC_PAGESIZE);
+    for (size_t at = 0; at < bytes; at += page) {
+        atomic_fetch_add((_Atomic char *) memory + at, 0);
+    }
     return 0;
 }
 
@@ -106,6 +113,10 @@ static int thread_start(pthread_t *thread, void *(*body)(void *), void *data) {
     return -error;
 }
 
+static void thread_step_back(void) {
+    (void) pthread_set_qos_class_self_np(QOS_CLASS_UTILITY, 0);
+}
+
 static uint64_t now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC_RAW, &now);   /* CLOCK_MONOTONIC counts whole microseconds here */
@@ -119,8 +130,10 @@ const gp_os gp_os_system = {
     .file_alignment = file_alignment,
     .file_read = file_read,
     .memory_open = memory_open,
+    .memory_populate = memory_populate,
     .memory_close = memory_close,
     .thread_start = thread_start,
+    .thread_step_back = thread_step_back,
     .now_ns = now_ns,
 };
 

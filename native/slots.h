@@ -3,6 +3,7 @@
 #ifndef GGUF_PAGER_SLOTS_H
 #define GGUF_PAGER_SLOTS_H
 
+#include <stdatomic.h>
 #include <sys/types.h>
 
 #include "pager.h"
@@ -55,6 +56,9 @@ struct gp_pager {
     uint32_t         n_open;
     char            *arena;
     size_t           arena_bytes;
+    pthread_t        populating;        /* the thread that makes the arena present */
+    bool             has_populating;    /* and that it was started */
+    atomic_bool      is_closing;
     gp_read         *reads;             /* GP_MAX_SLICES per slot */
     pthread_mutex_t  lock;              /* guards all below */
     pthread_cond_t   released;

@@ -75,7 +75,7 @@ static bool strike(atomic_uint *left) {
 
 static int begin(fake_call call) {
     atomic_fetch_add_explicit(&fake.calls[call], 1, RELAXED);
-    if (call != FAKE_FILE_READ && call != FAKE_MEMORY_LOCK && strike(&fake.fail_any_in)) {
+    if (call != FAKE_FILE_READ && call != FAKE_MEMORY_POPULATE && call != FAKE_MEMORY_LOCK && strike(&fake.fail_any_in)) {
         return atomic_load_explicit(&fake.fail_any_with, RELAXED);
     }
     return strike(&fake.fail_in[call]) ? atomic_load_explicit(&fake.fail_with[call], RELAXED) : 0;
@@ -313,6 +313,11 @@ static int memory_open(void **out, size_t bytes) {
     return 0;
 }
 
+static int memory_populate(void *memory, size_t bytes) {
+    CHECK(memory && bytes > 0, "there is memory to make present");
+    return begin(FAKE_MEMORY_POPULATE);
+}
+
 static void memory_close(void *memory, size_t bytes) {
     (void) bytes;
     free(memory);
@@ -351,6 +356,9 @@ static uint64_t now_ns(void) {
     return (uint64_t) now.tv_sec * 1000000000u + (uint64_t) now.tv_nsec;
 }
 
+static void thread_step_back(void) {
+}
+
 const gp_os fake_os = {
     .file_open = file_open,
     .file_close = file_close,
@@ -358,8 +366,10 @@ const gp_os fake_os = {
     .file_alignment = file_alignment,
     .file_read = file_read,
     .memory_open = memory_open,
+    .memory_populate = memory_populate,
     .memory_close = memory_close,
     .thread_start = thread_start,
+    .thread_step_back = thread_step_back,
     .now_ns = now_ns,
 };
 

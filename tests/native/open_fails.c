@@ -44,7 +44,11 @@ static void each_kind_of_call_is_made(void) {
     gp_pager *pager = model_open(&m);
     CHECK(fake_count(FAKE_FILE_OPEN) == 2 && fake_count(FAKE_FILE_IDENTIFY) == 2, "every file is opened once");
     CHECK(fake_count(FAKE_MEMORY_OPEN) == 1, "there is one arena");
-    CHECK(fake_count(FAKE_THREAD_START) == 4 && fake_running_threads() == 4, "every reader is started");
+    CHECK(fake_count(FAKE_THREAD_START) == 5, "every reader is started, and one thread for the arena");
+    gp_pager_wait_present(pager);
+    CHECK(fake_count(FAKE_MEMORY_POPULATE) == 1 && fake_count(FAKE_MEMORY_LOCK) == 1, "which makes it present, then locks it");
+    CHECK(fake_running_threads() == 4, "and ends");
+    gp_pager_wait_present(pager);       /* twice is fine */
     gp_pager_close(pager);
     gp_pager_close(NULL);
     model_end(&m);
@@ -54,8 +58,25 @@ static void arena_that_may_not_be_locked(void) {
     model m;
     model_make(&m, (model_shape) { 0 });
     fake_fail(FAKE_MEMORY_LOCK, 1, -EPERM);
-    gp_pager_close(model_open(&m));     /* anonymous memory serves as well, where nothing swaps it out */
+    gp_pager *pager = model_open(&m);
+    gp_pager_wait_present(pager);
+    gp_pager_close(pager);              /* anonymous memory serves as well, where nothing swaps it out */
     CHECK(!fake_is_armed(), "the pager tries to lock its arena");
+    model_end(&m);
+}
+
+static void arena_that_cannot_be_made_present(void) {
+    model m;
+    model_make(&m, (model_shape) { 0 });
+    fake_fail(FAKE_MEMORY_POPULATE, 1, -ENOMEM);
+    gp_pager *pager = model_open(&m);
+    gp_pager_wait_present(pager);
+    CHECK(!fake_is_armed() && fake_count(FAKE_MEMORY_LOCK) == 0, "what is not present is not locked");
+    gp_hold hold;
+    CHECK(gp_hold_open(&hold, pager, 2) == 0, "a hold opens");
+    model_use(&m, pager, &hold, 0, (int32_t[]) { 0, 5 }, 2, 1);     /* reads make it present */
+    gp_hold_close(&hold, pager);
+    gp_pager_close(pager);
     model_end(&m);
 }
 
@@ -149,6 +170,7 @@ int main(void) {
     pager_opens_or_refuses();
     each_kind_of_call_is_made();
     arena_that_may_not_be_locked();
+    arena_that_cannot_be_made_present();
     tap_attaches_or_refuses();
     pin_works_or_refuses();
     taps_are_few();

@@ -69,6 +69,8 @@ static void memory(void) {
         CHECK(os->memory_open(&at, sizes[i]) == 0 && (uintptr_t) at % 4096 == 0, "memory begins at a page");
         char *bytes = at;
         CHECK(bytes[0] == 0 && bytes[sizes[i] - 1] == 0, "it is empty");
+        bytes[sizes[i] / 2] = 7;
+        CHECK(os->memory_populate(at, sizes[i]) == 0 && bytes[sizes[i] / 2] == 7, "it becomes present as it is");
         memset(bytes, 1, sizes[i]);
         const int locked = gp_os_memory_lock(at, sizes[i]);
         CHECK(locked == 0 || locked == -ENOMEM || locked == -EPERM || locked == -EAGAIN, "it is locked, or may not be");
@@ -90,6 +92,7 @@ static void *body(void *data) {
 static void threads_and_time(void) {
     int seen = 0;
     pthread_t thread;
+    os->thread_step_back();
     CHECK(os->thread_start(&thread, body, &seen) == 0, "a thread starts");
     void *result;
     pthread_join(thread, &result);
