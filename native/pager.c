@@ -29,12 +29,19 @@ void gp_pager_leave(gp_pager *p, bool has_entered) {
 
 /* ---- acquire and release ---------------------------------------------------------------------------------------- */
 
+static void count_pending(gp_hold *hold, const gp_slot *s, uint32_t by) {
+    hold->pending += s->missing ? by : 0;
+    for (uint32_t i = 0; i < GP_MAX_SLICES; i++) {
+        hold->pending_slices[i] += s->missing >> i & 1 ? by : 0;
+    }
+}
+
 static void hold_slot(gp_hold *hold, gp_slot *s, uint32_t index) {
     const uint64_t mine = UINT64_C(1) << hold->bit;
     if (!(s->users & mine)) {
         s->users |= mine;
         hold->slots[hold->n_slots++] = index;
-        hold->pending += s->state == READING;
+        count_pending(hold, s, 1);
     }
 }
 
@@ -42,7 +49,7 @@ static void release_from(gp_pager *p, gp_hold *hold, uint32_t first) {
     for (uint32_t i = first; i < hold->n_slots; i++) {
         gp_slot *s = &p->slots[hold->slots[i]];
         s->users &= ~(UINT64_C(1) << hold->bit);
-        hold->pending -= s->state == READING;
+        count_pending(hold, s, (uint32_t) -1);
         if (s->has_failed && s->state == READY && !s->users) {
             gp_slot_empty(p, s);
         }
@@ -127,6 +134,7 @@ static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint3
         release_from(p, hold, first_held);
         return -EBUSY;
     }
+    const uint32_t first_taken = hold->n_slots;
     for (uint32_t i = 0; i < demand->n_experts; i++) {
         if (l->slot_of[demand->experts[i]] >= 0) {
             continue;
@@ -136,8 +144,12 @@ static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint3
         assert(victim >= 0);    /* they were counted */
         gp_slot_assign(p, (uint32_t) victim, demand->layer, demand->experts[i], is_transient);
         hold_slot(hold, &p->slots[victim], (uint32_t) victim);
-        n_reads += gp_slot_prepare_reads(p, (uint32_t) victim, hold->reads + n_reads);
         (*n_missed)++;
+    }
+    /* The first slice of all, then the second: in the order in which they are computed with. */
+    const uint32_t n_taken = hold->n_slots - first_taken;
+    for (uint32_t i = 0; i < n_taken; i++) {
+        n_reads += gp_slot_prepare_reads(p, hold->slots[first_taken + i], hold->reads + i, n_taken);
     }
     return (int) n_reads;
 }
@@ -161,7 +173,7 @@ static uint32_t plan_read_ahead(gp_pager *p, const gp_demand *demand) {
             break;
         }
         gp_slot_assign(p, (uint32_t) victim, next, (int32_t) e, true);
-        n_reads += gp_slot_prepare_reads(p, (uint32_t) victim, p->ahead_reads + n_reads);
+        n_reads += gp_slot_prepare_reads(p, (uint32_t) victim, p->ahead_reads + n_reads, 1);
     }
     p->is_reading_ahead = n_reads > 0;
     return n_reads;
@@ -229,6 +241,65 @@ static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, con
     return error;
 }
 
+enum { ALL_SLICES = (1 << GP_MAX_SLICES) - 1 };
+
+static bool is_pending(const gp_hold *hold, uint32_t slices) {
+    bool is_any = false;
+    for (uint32_t i = 0; i < GP_MAX_SLICES; i++) {
+        is_any |= (slices >> i & 1) && hold->pending_slices[i] > 0;
+    }
+    return is_any;
+}
+
+static void wait_for_slices(gp_pager *p, gp_hold *hold, gp_layer *l, uint32_t slices, uint64_t started_ns) {
+    while (is_pending(hold, slices)) {
+        pthread_cond_wait(&hold->arrived, &p->lock);
+    }
+    l->counters.stall_ns += p->os->now_ns() - started_ns;
+}
+
+/* Gives back what was taken, once nothing of it is being read: a slot that has failed is emptied then, and whoever wants
+ * its expert next reads anew. */
+static void give_up(gp_pager *p, gp_hold *hold, gp_layer *l, uint32_t first) {
+    wait_for_slices(p, hold, l, ALL_SLICES, p->os->now_ns());
+    release_and_tell(p, hold, first);
+}
+
+static int find_failed(const gp_pager *p, const gp_hold *hold, uint32_t first, gp_failure *failure) {
+    for (uint32_t i = first; i < hold->n_slots; i++) {
+        if (p->slots[hold->slots[i]].has_failed) {
+            *failure = gp_slot_failure(p, hold->slots[i]);
+            return failure->error;
+        }
+    }
+    return 0;
+}
+
+int gp_pager_wait(gp_pager *p, gp_hold *hold, uint32_t layer_index, uint32_t slices, gp_failure *failure) {
+    gp_layer *l = &p->layers[layer_index];
+    *failure = (gp_failure) { 0 };
+    pthread_mutex_lock(&p->lock);
+    if (is_pending(hold, slices)) {
+        wait_for_slices(p, hold, l, slices, p->os->now_ns());
+    }
+    int error = hold->pending ? 0 : check_new_slots(p, hold, 0, &l->spec, failure);
+    if (error == 0) {
+        error = find_failed(p, hold, 0, failure);
+    }
+    if (error != 0) {
+        give_up(p, hold, l, 0);
+    }
+    pthread_mutex_unlock(&p->lock);
+    return error;
+}
+
+bool gp_pager_is_waiting(gp_pager *p, const gp_hold *hold, uint32_t slices) {
+    pthread_mutex_lock(&p->lock);
+    const bool is_waiting = is_pending(hold, slices);
+    pthread_mutex_unlock(&p->lock);
+    return is_waiting;
+}
+
 int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_t *slots, gp_failure *failure) {
     gp_layer *l = &p->layers[demand->layer];
     *failure = (gp_failure) { 0 };
@@ -261,25 +332,21 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         gp_fetch_submit(p->fetch, hold->reads, (uint32_t) n_reads);
         pthread_mutex_lock(&p->lock);
     }
-    while (hold->pending > 0) {
-        pthread_cond_wait(&hold->arrived, &p->lock);
-    }
     if (started_ns) {
-        l->counters.stall_ns += p->os->now_ns() - started_ns;
+        wait_for_slices(p, hold, l, ALL_SLICES & ~demand->later, started_ns);
     }
-    int error = check_new_slots(p, hold, first_held, &l->spec, failure);
+    int error = hold->pending ? 0 : check_new_slots(p, hold, first_held, &l->spec, failure);
+    if (error == 0) {
+        error = find_failed(p, hold, first_held, failure);
+    }
     for (uint32_t i = 0; i < demand->n_experts; i++) {
         const int32_t index = l->slot_of[demand->experts[i]];
-        assert(index >= 0 && p->slots[index].state == READY);
+        assert(index >= 0 && (p->slots[index].missing & ~demand->later) == 0);
         slots[i] = index - (int32_t) p->classes[l->spec.shape_class].first;
-        if (error == 0 && p->slots[index].has_failed) {
-            *failure = gp_slot_failure(p, (uint32_t) index);
-            error = failure->error;
-        }
     }
     uint32_t n_ahead = 0;
     if (error != 0) {
-        release_and_tell(p, hold, first_held);
+        give_up(p, hold, l, first_held);
     } else if (!demand->is_again && demand->n_tokens > 1) {
         n_ahead = plan_read_ahead(p, demand);
     }

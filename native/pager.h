@@ -11,6 +11,7 @@ typedef struct {
     uint32_t       *slots;      /* lock */
     uint32_t        n_slots;    /* lock */
     uint32_t        pending;    /* lock; how many of them are still being read */
+    uint32_t        pending_slices[GP_MAX_SLICES];  /* lock; how many lack this slice */
     pthread_cond_t  arrived;
     gp_read       **reads;      /* room for one submission */
     uint32_t        n_needed;   /* the most slots of one class it may hold at a time */
@@ -24,6 +25,7 @@ typedef struct {
     uint32_t        n_experts;
     uint32_t        n_tokens;
     bool            is_again;   /* the same ids were counted before: only the slots are wanted */
+    uint32_t        later;      /* slices, a bit each, that are not waited for: gp_pager_wait does, before they are used */
 } gp_demand;
 
 int  gp_hold_open(gp_hold *hold, gp_pager *pager, uint32_t n_needed);
@@ -33,6 +35,10 @@ void gp_hold_close(gp_hold *hold, gp_pager *pager);
  * On failure nothing new is held and *failure tells where. -EBUSY: other contexts hold too many slots.
  * -ECHILD: this process is a fork of the one that opened the pager. */
 int  gp_pager_acquire(gp_pager *pager, gp_hold *hold, const gp_demand *demand, int32_t *slots, gp_failure *failure);
+/* Waits until the slices, a bit each, of all held slots are in. On failure nothing is held any more. */
+int  gp_pager_wait(gp_pager *pager, gp_hold *hold, uint32_t layer, uint32_t slices, gp_failure *failure);
+/* Whether some of these slices are still being read. */
+bool gp_pager_is_waiting(gp_pager *pager, const gp_hold *hold, uint32_t slices);
 void gp_pager_release(gp_pager *pager, gp_hold *hold);
 
 void gp_pager_count_left_alone(gp_pager *pager, uint32_t layer);

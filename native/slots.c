@@ -8,7 +8,8 @@
  * Invariants
  *   1. layer.slot_of[expert] == s  exactly if  slot s is READING or READY and holds that expert of that layer.
  *   2. A slot whose mask of users is not empty, that is pinned, or that is READING is never chosen as a victim.
- *   3. hold.pending is the number of slots in hold.slots that are READING.
+ *   3. hold.pending is the number of slots in hold.slots that are READING; hold.pending_slices[i] of those whose slice i
+ *      is missing.
  *   4. layer.resident is the number of slots READING or READY for it; layer.kept those of them that are not transient.
  *   5. The lock is held for arithmetic only: never across a read, never together with fetch's lock.
  */
@@ -139,7 +140,7 @@ void gp_slot_assign(gp_pager *p, uint32_t index, uint32_t layer_index, int32_t e
     }
     c->n_free--;
     *s = (gp_slot) { .state = READING, .layer = layer_index, .expert = expert, .is_transient = is_transient,
-                  .slices_left = (uint8_t) own->spec.n_slices };
+                  .missing = (uint8_t) ((1u << own->spec.n_slices) - 1) };
     own->slot_of[expert] = (int32_t) index;
     own->counters.resident++;
     if (is_transient) {
@@ -160,14 +161,20 @@ static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
     } else {
         s->has_failed = true;
     }
-    if (--s->slices_left == 0) {
-        const uint64_t users = s->users;
-        s->state = READY;
-        for (uint32_t bit = 0; bit < GP_MAX_TAPS && users >> bit; bit++) {
-            if (users >> bit & 1 && --p->holds[bit]->pending == 0) {
-                pthread_cond_signal(&p->holds[bit]->arrived);
+    const uint32_t slice = (uint32_t) (read - &p->reads[read->tag * GP_MAX_SLICES]);
+    const uint64_t users = s->users;
+    s->missing &= (uint8_t) ~(1u << slice);
+    for (uint32_t bit = 0; bit < GP_MAX_TAPS && users >> bit; bit++) {
+        if (users >> bit & 1) {
+            gp_hold *hold = p->holds[bit];
+            hold->pending -= s->missing == 0;
+            if (--hold->pending_slices[slice] == 0) {
+                pthread_cond_signal(&hold->arrived);
             }
         }
+    }
+    if (s->missing == 0) {
+        s->state = READY;
         if (s->has_failed && !users) {
             gp_slot_empty(p, s);    /* read-ahead: whoever wants it next reads again and hears of it */
         }
@@ -188,8 +195,7 @@ gp_failure gp_slot_failure(const gp_pager *p, uint32_t index) {
     return (gp_failure) { -ESTALE, spec->slices[0].file, spec->slices[0].offset_bytes };
 }
 
-/* Fills in the reads of one slot; returns how many. */
-uint32_t gp_slot_prepare_reads(gp_pager *p, uint32_t index, gp_read **reads) {
+uint32_t gp_slot_prepare_reads(gp_pager *p, uint32_t index, gp_read **reads, uint32_t step) {
     const gp_slot *s = &p->slots[index];
     const gp_layer_spec *spec = &p->layers[s->layer].spec;
     const gp_class *c = &p->classes[spec->shape_class];
@@ -207,7 +213,7 @@ uint32_t gp_slot_prepare_reads(gp_pager *p, uint32_t index, gp_read **reads) {
         read->done = slice_read;
         read->owner = p;
         read->tag = index;
-        reads[i] = read;
+        reads[i * step] = read;
     }
     return spec->n_slices;
 }

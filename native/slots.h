@@ -17,7 +17,7 @@ typedef struct {
     bool       is_pinned;
     bool       has_failed;
     bool       is_checked;      /* the file was still the same one after these bytes were read */
-    uint8_t    slices_left;     /* to be read */
+    uint8_t    missing;         /* slices to be read, a bit each */
     int32_t    expert;
     uint32_t   layer;
     uint64_t   users;           /* a bit per hold */
@@ -86,8 +86,8 @@ int32_t  gp_slot_choose_spare(const gp_pager *pager, const gp_layer *for_layer);
 void     gp_slot_assign(gp_pager *pager, uint32_t index, uint32_t layer, int32_t expert, bool is_transient);
 void     gp_slot_empty(gp_pager *pager, gp_slot *slot);
 void     gp_slot_keep(gp_pager *pager, gp_slot *slot);     /* no longer transient */
-/* Fills in the reads of a slot that was assigned; returns how many. */
-uint32_t gp_slot_prepare_reads(gp_pager *pager, uint32_t index, gp_read **reads);
+/* Fills in the reads of a slot that was assigned, one in every `step` of `reads`; returns how many. */
+uint32_t gp_slot_prepare_reads(gp_pager *pager, uint32_t index, gp_read **reads, uint32_t step);
 /* What went wrong with a slot that has failed. */
 gp_failure gp_slot_failure(const gp_pager *pager, uint32_t index);
 

@@ -9,7 +9,9 @@
  *   2. A node points either at its own tensors, src[0] and src[2], or at both of ours: a view of the slots and the
  *      slot numbers of one `routing`. A graph that is used again still has ours; the routing remembers the originals.
  *   3. Between two computed() calls the slots of a routing do not change: its ids are written once per piece of graph.
- *   4. After a failure the node still points at slots, any slots: what it computes is thrown away by the abort, and the
+ *   4. Reads of a layer's last slices may go on while the first ones are computed with. Then the piece of graph ends before
+ *      the node that needs them, and the slots are kept over that end.
+ *   5. After a failure the node still points at slots, any slots: what it computes is thrown away by the abort, and the
  *      mapping, whose file may have lost its end, is not touched.
  */
 #include <assert.h>
@@ -28,6 +30,7 @@ typedef struct {
     ggml_tensor       *original;
     uint64_t           piece;       /* in which it was last served, with these ids: */
     const ggml_tensor *ids;
+    const ggml_tensor *input;       /* what was multiplied last */
     ggml_tensor        view;
 } slice_view;
 
@@ -67,6 +70,8 @@ struct gp_tap {
     uint64_t          piece;        /* of graph, being asked about */
     uint32_t          last_view;    /* the slice that comes last in a graph, as far as seen */
     uint32_t          latest_view;
+    bool              is_layer_open;    /* in this piece, slots of latest_view's layer were taken */
+    const ggml_tensor *pause_at;        /* this piece ends here, in the middle of it */
     gp_failure        failure;
     gp_eval_callback  next_eval;
     void             *next_eval_data;
@@ -275,7 +280,8 @@ static bool fill_in(gp_tap *tap, const slice_view *v, routing *r) {
     if (n > 0) {
         const gp_demand demand = { .layer = v->layer, .experts = tap->experts, .counts = tap->counts,
                                    .n_experts = (uint32_t) n, .n_tokens = (uint32_t) ids->ne[1],
-                                   .is_again = r->last_used == tap->clock };
+                                   .is_again = r->last_used == tap->clock,
+                                   .later = ~(1u << v->index) };
         gp_failure failure;
         const int error = tap->failure.error
             ? 0 : gp_pager_acquire(tap->pager, &tap->hold, &demand, tap->expert_slots, &failure);
@@ -315,6 +321,36 @@ static bool is_filled_in(const gp_tap *tap, const routing *r) {
     return is_current(tap, r) && is_computed(tap, r->original);
 }
 
+/* The slices of the other experts of this node may still be on their way. */
+static void wait_for_slice(gp_tap *tap, const slice_view *v) {
+    if (tap->failure.error == 0) {
+        gp_failure failure;
+        if (gp_pager_wait(tap->pager, &tap->hold, v->layer, 1u << v->index, &failure) != 0) {
+            tap->failure = failure;
+        }
+    }
+}
+
+/* Whether the node makes the input of a multiplication of the layer at hand whose slices are still being read: what comes
+ * before can be computed meanwhile. */
+static bool is_worth_computing_to(gp_tap *tap, const ggml_tensor *node) {
+    if (!tap->is_layer_open || tap->failure.error) {
+        return false;
+    }
+    const uint32_t layer = tap->views[tap->latest_view].layer;
+    uint32_t at = tap->latest_view;
+    while (at > 0 && tap->views[at - 1].layer == layer) {
+        at--;
+    }
+    for (; at < tap->n_views && tap->views[at].layer == layer; at++) {
+        const slice_view *v = &tap->views[at];
+        if (v->piece != tap->piece && v->input == node) {
+            return gp_pager_is_waiting(tap->pager, &tap->hold, 1u << v->index);
+        }
+    }
+    return false;
+}
+
 static void point_at_slots(const gp_tap *tap, slice_view *v, routing *r, ggml_tensor *node) {
     v->piece = tap->piece;
     v->ids = r->original;
@@ -350,7 +386,10 @@ static bool serve(gp_tap *tap, ggml_tensor *node) {
         gp_pager_count_left_alone(tap->pager, v->layer);
         return false;
     }
+    wait_for_slice(tap, v);
     point_at_slots(tap, v, r, node);
+    v->input = node->src[1];
+    tap->is_layer_open = true;
 
     /* After a graph's last node nobody calls before the next graph: with other contexts about, ask for a call, or its
      * slots stay in use while this context rests. */
@@ -367,6 +406,8 @@ static void piece_computed(gp_tap *tap) {
     if (!tap->pager) {
         return;
     }
+    tap->is_layer_open = false;
+    tap->pause_at = NULL;
     gp_pager_release(tap->pager, &tap->hold);
     tap->piece++;
 }
@@ -386,7 +427,11 @@ bool gp_tap_eval(void *tensor, bool ask, void *data) {
     gp_tap *tap = data;
     ggml_tensor *node = tensor;
     if (!ask) {
-        piece_computed(tap);
+        if (tap->pause_at == node) {
+            tap->pause_at = NULL;
+        } else {
+            piece_computed(tap);
+        }
         if (node->type == tap->ggml.type_i32) {
             note_computed(tap, node);
             if (node->view_src) {
@@ -410,6 +455,9 @@ bool gp_tap_eval(void *tensor, bool ask, void *data) {
         tap->clock += wants;
     } else if (tap->pager && node->op == tap->ggml.op_mul_mat_id) {
         wants = serve(tap, node);
+    } else if (tap->pager && !tap->next_wants && is_worth_computing_to(tap, node)) {
+        wants = true;
+        tap->pause_at = node;
     }
     return wants || tap->next_wants;
 }

@@ -290,7 +290,7 @@ class Run:
                 told_s = ends[-1] / 1e9
                 tell("decoding", n_done=i + 1)
         result = phase.end(len(self._gen), len(self._gen) * self.layout.dense_bytes,
-                           len(self._gen) * self.layout.bytes_per_token, is_overlapped=False)
+                           len(self._gen) * self.layout.bytes_per_token, is_overlapped=self.pager is not None)
         self.token_ns = _steps(begun_ns, ends)
         self.token_stall_ns = _steps(begun_stall_ns, stalls) if self.pager else []
         return result

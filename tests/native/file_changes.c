@@ -126,6 +126,7 @@ static void read_ahead_of_a_changed_file_is_refused(void) {
     fake_hold_reads();
     fake_let_some_go(9 * 3);        /* the slices of layer 0 */
     model_use(&m, pager, &hold, 0, all, 9, 9);
+    fake_wait_for_reads(3);         /* every reader, before the file changes under them */
     rewrite_file(0, 1, 3);
     fake_let_reads_go();
     model_settle(pager);

@@ -126,6 +126,13 @@ void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source) {
             set_shape(node, sizeof(float), 1, w->m->shape.n_used, n_tokens);
             node->src[0] = &w->tensors[i][slice];
             node->src[1] = &l->other;
+            if (s > 0 && s + 1 == w->m->shape.n_slices) {   /* the last takes what the others make */
+                l->activation = new_tensor(OP_OTHER, TYPE_F32, "ffn_moe_swiglu", i);
+                set_shape(&l->activation, sizeof(float), 1, w->m->shape.n_used, n_tokens);
+                l->activation.src[0] = graph_matmul(g, i, order[0]);
+                node->src[1] = &l->activation;
+                add(g, &l->activation);
+            }
             node->src[2] = l->ids;
             add(g, node);
         }

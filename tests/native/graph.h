@@ -38,7 +38,7 @@ typedef enum {
 
 typedef struct {
     ggml_tensor ranking, top_k, reshaped, ids_node;
-    ggml_tensor matmuls[GP_MAX_SLICES], other, lora;
+    ggml_tensor matmuls[GP_MAX_SLICES], other, activation, lora;
     ggml_tensor *ids;                                   /* what the matmuls take as src[2] */
     int32_t     ranking_data[GRAPH_TOKENS][GRAPH_EXPERTS];
     int32_t     ids_data[GRAPH_TOKENS * GRAPH_EXPERTS]; /* rows of k */

@@ -213,7 +213,7 @@ static void check_class(const gp_pager *p, uint32_t index) {
         n_transient += s->is_transient;
         CHECK(p->layers[s->layer].spec.shape_class == index, "a slot holds an expert of its own class");
         CHECK(p->layers[s->layer].slot_of[s->expert] == (int32_t) i, "1: who is in a slot is found there");
-        CHECK((s->state == READING) == (s->slices_left > 0), "a slot is READING while slices are to come");
+        CHECK((s->state == READING) == (s->missing != 0), "a slot is READING while slices are to come");
     }
     CHECK(c->n_free == n_free, "n_free is the number of free slots");
     CHECK(c->n_transient == n_transient, "n_transient is the number of transient slots");
@@ -238,7 +238,7 @@ static void check_layer(const gp_pager *p, uint32_t index) {
 
 static void check_hold(const gp_pager *p, uint32_t bit) {
     const gp_hold *hold = p->holds[bit];
-    uint32_t n_used = 0, pending = 0;
+    uint32_t n_used = 0, pending = 0, slices[GP_MAX_SLICES] = { 0 };
     for (uint32_t i = 0; i < p->n_slots; i++) {
         n_used += p->slots[i].users >> bit & 1;
     }
@@ -251,8 +251,12 @@ static void check_hold(const gp_pager *p, uint32_t bit) {
         const gp_slot *s = &p->slots[hold->slots[i]];
         CHECK(s->users >> bit & 1, "a hold's slots bear its bit");
         pending += s->state == READING;
+        for (uint32_t slice = 0; slice < GP_MAX_SLICES; slice++) {
+            slices[slice] += s->missing >> slice & 1;
+        }
     }
     CHECK(hold->pending == pending, "3: pending is the number of held slots being read");
+    CHECK(memcmp(hold->pending_slices, slices, sizeof slices) == 0, "3: and of each slice");
 }
 
 void model_check_invariants(gp_pager *pager) {

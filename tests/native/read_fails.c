@@ -157,7 +157,7 @@ static void late_comer_hears_of_it(void) {
     fake_let_some_go(1);
     for (bool has_failed = false; !has_failed;) {
         pthread_mutex_lock(&pager->lock);
-        has_failed = pager->slots[index].slices_left < m.shape.n_slices;
+        has_failed = pager->slots[index].missing != (1 << m.shape.n_slices) - 1;
         pthread_mutex_unlock(&pager->lock);
     }
     CHECK(pthread_create(&threads[1], NULL, wait_for_7, &waiters[1]) == 0, "the test has threads");

@@ -253,6 +253,7 @@ static void three_sets_of_ids_in_one_piece(void) {
         nodes[i].src[2] = &ids[i];
         CHECK(!gp_tap_eval(&nodes[i], true, tap), "no stop");
     }
+    model_settle(pager);    /* only these nodes' slices were waited for */
     for (int i = 0; i < 2; i++) {
         const int32_t *slots = nodes[i].src[2]->data;
         CHECK(slots != data[i], "two are served");
