@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from gguf_pager import probe
 from gguf_pager.bench import runner as running
 from gguf_pager.bench.cases import Case, Shape
 from gguf_pager.bench.disk import Device
+from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.runner import Runner, Settings
 from gguf_pager.cap import Cap, memory_cap
 from gguf_pager.cli import bench as command
@@ -239,13 +241,55 @@ def test_interrupt_leaves_the_rows_that_were_finished_and_nothing_else(trace_mod
         time.sleep(0.3)  # in the middle of a run
         child.send_signal(number)
         child.send_signal(number)  # impatience changes nothing
-        made = json.loads(child.stdout.read())
-        assert child.wait(timeout=20) == 130
+        told, _ = child.communicate(timeout=60)
+        assert child.returncode == 130
+    made = json.loads(told)
     assert [(row["mode"], row["status"]) for row in made] == [(mode, "interrupted") for mode in ("paged", "stock")
                                                               for _ in range(2)]
     assert all("of 500 rounds" in row["status_reason"] and row["median_ts"] for row in made)
     assert not workers_of(trace_model)
     assert groups() == before
+
+
+class InterruptedAtItsEnd:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupt_is_not_lost_in_a_destructor() -> None:
+    with Interrupts() as interrupts, selectors.DefaultSelector() as selector:
+        selector.register(interrupts, selectors.EVENT_READ)
+        interrupts.check()
+        InterruptedAtItsEnd()  # the interpreter drops what a handler raises here
+        assert selector.select(10), "it ends the wait of whoever listens"
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                interrupts.check()
+
+
+def test_interrupt_ends_a_sleep() -> None:
+    with Interrupts() as interrupts:
+        before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.sleep(30)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - begun < 10
+
+
+def test_interrupts_are_given_back_and_what_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            interrupts.check()
+            assert signal.getsignal(signal.SIGINT) is not handlers[0]
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_worker_ends_with_a_parent_that_was_killed(trace_model: Path) -> None:
@@ -279,7 +323,7 @@ def test_read_ahead_that_cannot_be_set_is_not_pretended(trace_model: Path, monke
 def a_runner(model: Path) -> Runner:
     layout = read_layout(model)
     settings = Settings(model, 1, 60.0, False, "trace", {}, None, None, "not asked for", False)
-    return Runner(settings, layout, Device(layout.paths, None), lambda _: None)
+    return Runner(settings, layout, Device(layout.paths, None), Interrupts(), lambda _: None)
 
 
 def test_model_that_does_not_fit_is_not_made_resident(trace_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -235,11 +235,11 @@ def read_at_random(paths: Sequence[Path], pattern: Pattern, align_bytes: int, se
             os.close(file)
 
 
-def read_through(paths: Sequence[Path], most_s: float) -> float | None:
+def read_through(paths: Sequence[Path], most_s: float, check: Callable[[], None] = lambda: None) -> float | None:
     """Read files once from front to back, past the page cache, for at most so long; return bytes per second.
 
     Disks of virtual machines keep at their host what was read lately: without this whoever runs first loses. None
-    where direct reads are not possible.
+    where direct reads are not possible. `check` is called after every few milliseconds; what it raises ends the reading.
     """
     done, begun = 0, time.monotonic()
     try:
@@ -249,6 +249,7 @@ def read_through(paths: Sequence[Path], most_s: float) -> float | None:
                 try:
                     at = 0
                     while time.monotonic() - begun < most_s and (got := os.preadv(file, [buffer], at)):
+                        check()
                         at += got
                         done += got
                         if got % mmap.PAGESIZE:  # the end; the next offset would not be aligned

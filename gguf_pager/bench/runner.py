@@ -19,6 +19,7 @@ from typing import IO, Any, Literal
 from gguf_pager import probe
 from gguf_pager.bench import disk
 from gguf_pager.bench.cases import Case, Shape
+from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.worker import PhaseResult, Task
 from gguf_pager.budget import full_arena_bytes, least_arena_bytes, parse_budget
 from gguf_pager.cap import Cap, memory_cap
@@ -89,10 +90,14 @@ class Run:
 
 
 class Runner:
-    """Makes the runs. `tell` gets a line about each, for people who wait."""
+    """Makes the runs. `tell` gets a line about each, for people who wait.
 
-    def __init__(self, settings: Settings, layout: Layout, device: disk.Device, tell: Callable[[str], None]) -> None:
-        self.settings, self.layout, self.device = settings, layout, device
+    All methods raise KeyboardInterrupt soon after one of `interrupts` has come; nothing of a run is left then.
+    """
+
+    def __init__(self, settings: Settings, layout: Layout, device: disk.Device, interrupts: Interrupts,
+                 tell: Callable[[str], None]) -> None:
+        self.settings, self.layout, self.device, self.interrupts = settings, layout, device, interrupts
         self.stream_bytes_per_s: float | None = None
         self._tell = tell
         self._setting = probe.read_ahead_setting(layout.paths[0])
@@ -102,7 +107,7 @@ class Runner:
     def settle(self) -> None:
         """Read the model through once and measure the device."""
         self._tell("reading the model once, so that no run finds the disk's own cache warmer than another ...")
-        self.stream_bytes_per_s = disk.read_through(self.layout.paths, SETTLE_S)
+        self.stream_bytes_per_s = disk.read_through(self.layout.paths, SETTLE_S, self.interrupts.check)
         self.device.sample(disk.N_PATTERNS)
 
     def calibrate(self, shape: Shape, budget: str) -> int:
@@ -148,6 +153,7 @@ class Runner:
         return run
 
     def _make(self, case: Case, turn: int, *, is_prompt_only: bool = False) -> Run:
+        self.interrupts.check()
         run = Run(case, turn, begun_at=time.time())
         try:
             run.is_cache_controlled = disk.drop_from_page_cache(self.layout.paths)
@@ -200,10 +206,15 @@ class Runner:
         pending = b""
         with selectors.DefaultSelector() as selector:
             selector.register(child.stdout, selectors.EVENT_READ)
+            selector.register(self.interrupts, selectors.EVENT_READ)
             while True:
-                if not selector.select(max(0.0, deadline_s - time.monotonic())):
+                ready = selector.select(max(0.0, deadline_s - time.monotonic()))
+                self.interrupts.check()
+                if not ready:
                     run.status, run.reason = "timeout", f"not done within {self.settings.timeout_s:g} s: {_reached(run)}"
                     return
+                if all(key.fileobj is not child.stdout for key, _ in ready):
+                    continue  # a signal that is nobody's business here
                 some = os.read(child.stdout.fileno(), 1 << 16)
                 if not some:
                     break

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from gguf_pager import __version__, budget, probe
 from gguf_pager.bench import details, rows, tokens
 from gguf_pager.bench.cases import Baseline, Case, Shape, budget_bytes, cases_of, parse_numbers, shapes
 from gguf_pager.bench.disk import Device
+from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.runner import Run, Runner, Settings
 from gguf_pager.cli.energy import CONSTANT_OPTION, POWER_COMMAND_OPTION
 from gguf_pager.doctor import physical_cores
@@ -34,8 +34,6 @@ from gguf_pager.report.bench import PRINTERS
 
 _DEFAULT = Options()
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _PHASE_S = 5.0
 """About what a phase takes: a source that needs longer is taken only where there is no other."""
@@ -153,32 +151,19 @@ def bench(is_cold: bool, **given: Any) -> None:
 
     A Ctrl-C leaves the rows that were finished.
     """
-    request = _Request(**given | {"is_warm": not is_cold})
-    numbers = [number for number in _INTERRUPTS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
-    previous = {number: signal.signal(number, _interrupt) for number in numbers}
-    try:
-        _bench(request)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with Interrupts() as interrupts:
+        _bench(_Request(**given | {"is_warm": not is_cold}), interrupts)
 
 
-def _interrupt(*_: Any) -> None:
-    """End the run that is going on, and all after it. What is asked again would only disturb the clearing up."""
-    for number in _INTERRUPTS:
-        signal.signal(number, lambda *_: None)
-    raise KeyboardInterrupt
-
-
-def _bench(request: _Request) -> None:
+def _bench(request: _Request, interrupts: Interrupts) -> None:
     is_spin_chosen = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}.isdisjoint(os.environ)  # before ggml is loaded
     layout = read_layout(request.model)
     _check(request, layout)
     read_ahead, constants = _settable(request.read_ahead, layout), override(request.constants)
-    settings, idle_w = _settings(request, layout, is_spin_chosen)
+    settings, idle_w = _settings(request, layout, is_spin_chosen, interrupts)
     pager = Pager(layout, Options())  # not with --io: the device is what it is
     device = Device(layout.paths, pager.align if pager.is_direct else None)
-    runner = Runner(settings, layout, device, lambda line: click.echo(line, err=True))
+    runner = Runner(settings, layout, device, interrupts, lambda line: click.echo(line, err=True))
     machine, printer = _machine(layout), PRINTERS[request.output]()
     all_runs, all_rows = list[Run](), list[dict[str, Any]]()
     click.echo(printer.head(), nl=False)
@@ -203,14 +188,15 @@ def _bench(request: _Request) -> None:
             click.echo(f"{request.report} written", err=True)
 
 
-def _settings(request: _Request, layout: Layout, is_spin_chosen: bool) -> tuple[Settings, float | None]:
+def _settings(request: _Request, layout: Layout, is_spin_chosen: bool,
+              interrupts: Interrupts) -> tuple[Settings, float | None]:
     """Return how every run is made, and the watts of the idle machine, where they can be measured."""
     options = Options(policy=request.policy, io=request.io, n_readers=request.readers)  # type: ignore[arg-type]
     source = tokens.choose_source(request.tokens, layout.values)
     found = _energy_source(request.power_command)
     energy = meter.Meter(found)
     try:
-        energy.measure_idle(request.idle)
+        energy.measure_idle(request.idle, interrupts.sleep)
     finally:
         energy.close()
     settings = Settings(

@@ -133,12 +133,12 @@ class Meter:
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def measure_idle(self, seconds: float) -> None:
-        """Set `idle_w` to what the machine draws now, for that long; call it while nothing runs."""
+    def measure_idle(self, seconds: float, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Set `idle_w` to what the machine draws now, for that long; call it while nothing runs. `sleep` may raise."""
         if isinstance(self.source, Absent):
             return
         self.start()
-        time.sleep(seconds)
+        sleep(seconds)
         self.idle_w = self.stop().avg_power_w
 
     def start(self) -> None:
