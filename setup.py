@@ -6,7 +6,8 @@ import platform
 from setuptools import Extension, setup
 
 SYSTEM_SOURCE = {"Linux": "native/os_linux.c", "Darwin": "native/os_macos.c"}
-SOURCES = ["arena.c", "fetch.c", "module.c", "pager.c", "pins.c", "policy.c", "slots.c", "tap.c"]
+SOURCES = ["arena.c", "fetch.c", "module.c", "pager.c", "pins.c", "policy.c", "product.c", "slots.c",
+           "tap.c"]
 
 system_source = SYSTEM_SOURCE.get(platform.system())
 if system_source is None:
@@ -26,7 +27,8 @@ setup(
             "gguf_pager._native",
             sources=[f"native/{name}" for name in SOURCES] + [system_source],
             depends=[f"native/{name}" for name in
-                     ("gguf_pager.h", "os.h", "fetch.h", "policy.h", "pager.h", "slots.h", "ggml_tensor.h")],
+                     ("gguf_pager.h", "os.h", "fetch.h", "policy.h", "pager.h", "product.h", "slots.h",
+                      "ggml_tensor.h")],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,
             extra_compile_args=flags,

@@ -11,8 +11,9 @@ _Counters: TypeAlias = tuple[int, int, int, int, int, int, int, int, int]
 """hits, misses, bytes_read, stall_ns, evictions, left_alone, visits, tokens, resident"""
 _Failure: TypeAlias = tuple[int, int, int]
 """errno, file, offset_bytes"""
-_Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int]
-"""op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, type_i32, address of ggml_backend_buffer_is_host"""
+_Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
+"""op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, op_custom, type_i32, type_f32, and the addresses of
+ggml_backend_buffer_is_host, ggml_get_type_traits_cpu (0: all multiplying is left to ggml), ggml_blck_size, ggml_type_size"""
 
 class Pager:
     """Slots, files and reader threads of one model."""
@@ -55,6 +56,8 @@ class Tap:
         """Return the addresses of the eval callback, the abort callback, and the data both take."""
     def chain_abort(self, next_abort: int, next_abort_data: int, /) -> None: ...
     def idle(self) -> None: ...
+    def count_kinds(self) -> tuple[int, int]:
+        """Return how many kinds of matrices are multiplied here, and how many are left to ggml for other bits."""
     def take_failure(self) -> _Failure | None: ...
     def close(self) -> None: ...
 

@@ -170,6 +170,7 @@ def _declare(base: ctypes.CDLL) -> None:
         "ggml_top_k": (pointer, [pointer, pointer, integer]),
         "ggml_view_2d": (pointer, [pointer, pointer, i64, i64, size, size]),
         "ggml_reshape_2d": (pointer, [pointer, pointer, i64, i64]),
+        "ggml_custom_4d": (pointer, [pointer, integer, i64, i64, i64, i64, pointer, integer, pointer, integer, pointer]),
         "ggml_set_name": (pointer, [pointer, text]),
         "ggml_get_name": (text, [pointer]),
         "ggml_get_data": (pointer, [pointer]),
@@ -204,8 +205,11 @@ def _declare(base: ctypes.CDLL) -> None:
         function.restype, function.argtypes = result, arguments
 
 
-F32, I32 = 0, 26
-"""Numbers of two ggml types, checked by name below."""
+F32, Q8_0, Q4_K, I32 = 0, 8, 12, 26
+"""Numbers of ggml types, checked by name."""
+
+_MOST_TYPES = 64
+"""More than ggml has (GGML_TYPE_COUNT of ggml.h is about 40): a larger number is none of its types."""
 
 
 @contextmanager
@@ -252,13 +256,48 @@ def _verify_tensor_struct(base: ctypes.CDLL, version: str) -> None:
             )
 
 
+_ALL_THREADS = -1
+"""GGML_N_TASKS_MAX of ggml.h."""
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _cpu_traits(engine: Engine, context: int) -> int:
+    """Return the address of ggml_get_type_traits_cpu, or 0 where it or what hangs on it is not as we know it.
+
+    Then nodes stay ggml's own: experts that are there wait for those that are not.
+    """
+    if engine.cpu is None or not hasattr(engine.cpu, "ggml_get_type_traits_cpu"):
+        return 0
+    base, find, place = engine.base, _traits_function(engine.cpu), ctypes.c_int()
+    node = base.ggml_custom_4d(context, F32, 4, 1, 1, 1, None, 0, ctypes.addressof(place), _ALL_THREADS, 1 << 20)
+    if _native.read_tensor(node)["custom"] != (ctypes.addressof(place), _ALL_THREADS, 1 << 20):
+        return 0
+    for number, input_name in ((Q8_0, b"q8_0"), (Q4_K, b"q8_K"), (F32, b"f32")):
+        traits = find(number).contents
+        if not traits.vec_dot or traits.nrows not in (1, 2) or not 0 <= traits.vec_dot_type < _MOST_TYPES:
+            return 0
+        if base.ggml_type_name(traits.vec_dot_type) != input_name:
+            return 0
+    return _address(engine.cpu.ggml_get_type_traits_cpu)
+
+
+def _traits_function(cpu: ctypes.CDLL) -> Any:
+    traits = cpu.ggml_get_type_traits_cpu
+    traits.restype, traits.argtypes = ctypes.POINTER(_CpuTypeTraits), [ctypes.c_int]
+    return traits
+
+
 @functools.cache
-def ggml_numbers() -> tuple[int, int, int, int, int, int, int, int]:
+def ggml_numbers() -> tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]:
     """Return what the tap must know of this ggml, in the order of `_native.Tap`'s argument `ggml`.
 
     Numbers of operations are taken from tensors that ggml itself makes, never from a list.
     """
-    base = load().base
+    engine = load()
+    base = engine.base
 
     def op(tensor: int) -> int:
         number = _native.read_tensor(tensor)["op"]
@@ -277,19 +316,18 @@ def ggml_numbers() -> tuple[int, int, int, int, int, int, int, int]:
             op(base.ggml_top_k(context, scores, 2)),
             op(base.ggml_view_2d(context, scores, 2, 3, 32, 0)),
             op(base.ggml_reshape_2d(context, scores, 3, 8)),
+            op(base.ggml_custom_4d(context, F32, 4, 1, 1, 1, None, 0, None, _ALL_THREADS, None)),
         )
-    is_host = ctypes.cast(base.ggml_backend_buffer_is_host, ctypes.c_void_p).value
-    assert is_host is not None
-    return (*numbers, I32, is_host)
+        traits = _cpu_traits(engine, context)
+    return (*numbers, I32, F32, _address(base.ggml_backend_buffer_is_host), traits, _address(base.ggml_blck_size),
+            _address(base.ggml_type_size))
 
 
 def can_multiply(engine: Engine, type_number: int) -> bool:
     """Return whether ggml's CPU backend can multiply matrices of this type; True where it cannot be asked."""
     if engine.cpu is None or not hasattr(engine.cpu, "ggml_get_type_traits_cpu"):
         return True
-    traits = engine.cpu.ggml_get_type_traits_cpu
-    traits.restype, traits.argtypes = ctypes.POINTER(_CpuTypeTraits), [ctypes.c_int]
-    return bool(traits(type_number).contents.vec_dot)
+    return bool(_traits_function(engine.cpu)(type_number).contents.vec_dot)
 
 
 _SCALARS: dict[int, Any] = {

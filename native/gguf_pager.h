@@ -116,12 +116,28 @@ void gp_pager_unpin_all(gp_pager *pager);
 
 bool gp_policy_exists(const char *name);
 
+struct ggml_tensor;
+
+/* ggml's conversion of n floats, and its product of two vectors of n elements (*result; strides and nrc unused: 0, 1). */
+typedef void (*gp_from_float)(const float *from, void *to, int64_t n);
+typedef void (*gp_vec_dot)(int n, float *result, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc);
+
 /* What the tap needs of the ggml that computes; addresses of its functions and numbers of its enums. */
 typedef struct {
-    int32_t op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape;
-    int32_t type_i32;
+    int32_t op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, op_custom;
+    int32_t type_i32, type_f32;
     bool  (*buffer_is_host)(void *buffer);
+    const void *(*cpu_traits)(int type);    /* NULL: all multiplying is left to ggml */
+    int64_t (*block_size)(int type);
+    size_t  (*type_size)(int type);         /* bytes of a block */
 } gp_ggml;
+
+/* What ggml finds in the op_params of a custom operation (struct ggml_custom_op_params); engine.py compares. */
+typedef struct {
+    void   (*compute)(struct ggml_tensor *node, int ith, int nth, void *data);
+    int      n_tasks;
+    void    *data;
+} gp_custom;
 
 typedef bool (*gp_eval_callback)(void *tensor, bool ask, void *data);
 typedef bool (*gp_abort_callback)(void *data);
@@ -143,6 +159,9 @@ void gp_tap_chain_abort(gp_tap *tap, gp_abort_callback next_abort, void *next_ab
 
 /* The context is not computing now: its slots are free for others. */
 void gp_tap_idle(gp_tap *tap);
+
+/* Of the kinds of matrices tried so far: those that are ours to multiply, and those left to ggml for other bits. */
+void gp_tap_count_kinds(const gp_tap *tap, uint32_t *n_same, uint32_t *n_other);
 
 /* Returns what went wrong since the last call and clears it. */
 gp_failure gp_tap_take_failure(gp_tap *tap);

@@ -437,14 +437,17 @@ static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     static char *names[] = { "ggml", "max_ids", "next_eval", "next_eval_data", "next_abort", "next_abort_data", NULL };
     gp_ggml ggml;
     unsigned int max_ids;
-    unsigned long long is_host, next_eval, next_eval_data, next_abort, next_abort_data;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiiK)IKKKK", names, &ggml.op_none, &ggml.op_mul_mat_id,
-                                     &ggml.op_argsort, &ggml.op_top_k, &ggml.op_view, &ggml.op_reshape,
-                                     &ggml.type_i32, &is_host, &max_ids, &next_eval, &next_eval_data, &next_abort,
-                                     &next_abort_data)) {
+    unsigned long long is_host, traits, block_size, type_size, next_eval, next_eval_data, next_abort, next_abort_data;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiiiiKKKK)IKKKK", names, &ggml.op_none, &ggml.op_mul_mat_id,
+                                     &ggml.op_argsort, &ggml.op_top_k, &ggml.op_view, &ggml.op_reshape, &ggml.op_custom,
+                                     &ggml.type_i32, &ggml.type_f32, &is_host, &traits, &block_size, &type_size,
+                                     &max_ids, &next_eval, &next_eval_data, &next_abort, &next_abort_data)) {
         return NULL;
     }
     ggml.buffer_is_host = (bool (*)(void *)) (uintptr_t) is_host;
+    ggml.cpu_traits = (const void *(*)(int)) (uintptr_t) traits;
+    ggml.block_size = (int64_t (*)(int)) (uintptr_t) block_size;
+    ggml.type_size = (size_t (*)(int)) (uintptr_t) type_size;
     allocfunc allocate = (allocfunc) PyType_GetSlot(type, Py_tp_alloc);
     TapObject *self = (TapObject *) allocate(type, 0);
     if (!self) {
@@ -561,7 +564,19 @@ static PyObject *tap_take_failure(PyObject *object, PyObject *unused) {
     return failure_tuple(&failure);
 }
 
+static PyObject *tap_count_kinds(PyObject *object, PyObject *unused) {
+    (void) unused;
+    const gp_tap *tap = opened_tap(object);
+    uint32_t n_same, n_other;
+    if (!tap) {
+        return NULL;
+    }
+    gp_tap_count_kinds(tap, &n_same, &n_other);
+    return Py_BuildValue("II", n_same, n_other);
+}
+
 static PyMethodDef tap_methods[] = {
+    { "count_kinds", tap_count_kinds, METH_NOARGS, NULL },
     { "close", tap_close, METH_NOARGS, NULL },
     { "attach", tap_attach, METH_VARARGS, NULL },
     { "addresses", tap_addresses, METH_NOARGS, NULL },
@@ -653,12 +668,16 @@ static PyObject *read_tensor(PyObject *module, PyObject *args) {
     const ggml_tensor *t = (const ggml_tensor *) (uintptr_t) address;
     char name[GGML_NAME_BYTES + 1] = { 0 };
     memcpy(name, t->name, GGML_NAME_BYTES);
+    gp_custom custom;
+    memcpy(&custom, t->op_params, sizeof custom);
     return Py_BuildValue(
-        "{s:n,s:i,s:K,s:(LLLL),s:(KKKK),s:i,s:(KKK),s:K,s:K,s:K,s:s}", "struct_bytes", (Py_ssize_t) sizeof *t,
+        "{s:n,s:i,s:K,s:(LLLL),s:(KKKK),s:i,s:(KiK),s:(KKK),s:K,s:K,s:K,s:s}", "struct_bytes", (Py_ssize_t) sizeof *t,
         "type", t->type, "buffer", (unsigned long long) (uintptr_t) t->buffer,
         "ne", t->ne[0], t->ne[1], t->ne[2], t->ne[3],
         "nb", (unsigned long long) t->nb[0], (unsigned long long) t->nb[1], (unsigned long long) t->nb[2],
         (unsigned long long) t->nb[3], "op", t->op,
+        "custom", (unsigned long long) (uintptr_t) custom.compute, custom.n_tasks,
+        (unsigned long long) (uintptr_t) custom.data,
         "src", (unsigned long long) (uintptr_t) t->src[0], (unsigned long long) (uintptr_t) t->src[1],
         (unsigned long long) (uintptr_t) t->src[2],
         "view_src", (unsigned long long) (uintptr_t) t->view_src, "view_offs", (unsigned long long) t->view_offs,

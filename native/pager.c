@@ -286,11 +286,30 @@ int gp_pager_wait(gp_pager *p, gp_hold *hold, uint32_t layer_index, uint32_t sli
     if (error == 0) {
         error = find_failed(p, hold, 0, failure);
     }
-    if (error != 0) {
-        give_up(p, hold, l, 0);
-    }
     pthread_mutex_unlock(&p->lock);
     return error;
+}
+
+static const gp_slot *slot_at(const gp_pager *p, uint32_t layer, uint32_t slot) {
+    return &p->slots[p->classes[p->layers[layer].spec.shape_class].first + slot];
+}
+
+bool gp_pager_has_slice(const gp_pager *p, uint32_t layer, uint32_t slot, uint32_t slice) {
+    return !(atomic_load_explicit(&slot_at(p, layer, slot)->missing, memory_order_acquire) >> slice & 1);
+}
+
+void gp_pager_wait_slice(gp_pager *p, gp_hold *hold, uint32_t layer, uint32_t slot, uint32_t slice, bool is_counted) {
+    const uint64_t started_ns = p->os->now_ns();
+    pthread_mutex_lock(&p->lock);
+    hold->n_watching++;
+    while (!gp_pager_has_slice(p, layer, slot, slice)) {
+        pthread_cond_wait(&hold->slice_arrived, &p->lock);
+    }
+    hold->n_watching--;
+    if (is_counted) {
+        p->layers[layer].counters.stall_ns += p->os->now_ns() - started_ns;
+    }
+    pthread_mutex_unlock(&p->lock);
 }
 
 bool gp_pager_is_waiting(gp_pager *p, const gp_hold *hold, uint32_t slices) {
@@ -376,6 +395,7 @@ int gp_hold_open(gp_hold *hold, gp_pager *p, uint32_t n_needed) {
         goto fail;
     }
     pthread_cond_init(&hold->arrived, NULL);
+    pthread_cond_init(&hold->slice_arrived, NULL);
     pthread_mutex_lock(&p->lock);
     while (hold->bit < GP_MAX_TAPS && p->holds[hold->bit]) {
         hold->bit++;
@@ -387,6 +407,7 @@ int gp_hold_open(gp_hold *hold, gp_pager *p, uint32_t n_needed) {
     if (hold->bit < GP_MAX_TAPS) {
         return 0;
     }
+    pthread_cond_destroy(&hold->slice_arrived);
     pthread_cond_destroy(&hold->arrived);
 fail:
     free(hold->reads);
@@ -400,6 +421,7 @@ void gp_hold_close(gp_hold *hold, gp_pager *p) {
         release_and_tell(p, hold, 0);
         p->holds[hold->bit] = NULL;
         pthread_mutex_unlock(&p->lock);
+        pthread_cond_destroy(&hold->slice_arrived);
         pthread_cond_destroy(&hold->arrived);
     }
     free(hold->reads);

@@ -12,7 +12,9 @@ typedef struct {
     uint32_t        n_slots;    /* lock */
     uint32_t        pending;    /* lock; how many of them are still being read */
     uint32_t        pending_slices[GP_MAX_SLICES];  /* lock; how many lack this slice */
-    pthread_cond_t  arrived;
+    pthread_cond_t  arrived;        /* all pending slots' slice of some index */
+    pthread_cond_t  slice_arrived;  /* any slice, while n_watching threads wait for one */
+    uint32_t        n_watching;     /* lock */
     gp_read       **reads;      /* room for one submission */
     uint32_t        n_needed;   /* the most slots of one class it may hold at a time */
 } gp_hold;
@@ -35,8 +37,14 @@ void gp_hold_close(gp_hold *hold, gp_pager *pager);
  * On failure nothing new is held and *failure tells where. -EBUSY: other contexts hold too many slots.
  * -ECHILD: this process is a fork of the one that opened the pager. */
 int  gp_pager_acquire(gp_pager *pager, gp_hold *hold, const gp_demand *demand, int32_t *slots, gp_failure *failure);
-/* Waits until the slices, a bit each, of all held slots are in. On failure nothing is held any more. */
+/* Waits until the slices, a bit each, of all held slots are in. On failure they stay held: other threads may be computing
+ * with them. */
 int  gp_pager_wait(gp_pager *pager, gp_hold *hold, uint32_t layer, uint32_t slices, gp_failure *failure);
+/* Whether a slice of a held slot, named as gp_pager_acquire does, is in. Any thread. */
+bool gp_pager_has_slice(const gp_pager *pager, uint32_t layer, uint32_t slot, uint32_t slice);
+/* Waits until it is, or could not be read: gp_pager_wait tells. Any thread; of several that wait at once for the same hold
+ * one counts the time as a stall. */
+void gp_pager_wait_slice(gp_pager *pager, gp_hold *hold, uint32_t layer, uint32_t slot, uint32_t slice, bool is_counted);
 /* Whether some of these slices are still being read. */
 bool gp_pager_is_waiting(gp_pager *pager, const gp_hold *hold, uint32_t slices);
 void gp_pager_release(gp_pager *pager, gp_hold *hold);

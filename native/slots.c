@@ -163,13 +163,16 @@ static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
     }
     const uint32_t slice = (uint32_t) (read - &p->reads[read->tag * GP_MAX_SLICES]);
     const uint64_t users = s->users;
-    s->missing &= (uint8_t) ~(1u << slice);
+    atomic_fetch_and(&s->missing, (uint8_t) ~(1u << slice));
     for (uint32_t bit = 0; bit < GP_MAX_TAPS && users >> bit; bit++) {
         if (users >> bit & 1) {
             gp_hold *hold = p->holds[bit];
             hold->pending -= s->missing == 0;
             if (--hold->pending_slices[slice] == 0) {
                 pthread_cond_signal(&hold->arrived);
+            }
+            if (hold->n_watching > 0) {
+                pthread_cond_broadcast(&hold->slice_arrived);
             }
         }
     }

@@ -17,7 +17,7 @@ typedef struct {
     bool       is_pinned;
     bool       has_failed;
     bool       is_checked;      /* the file was still the same one after these bytes were read */
-    uint8_t    missing;         /* slices to be read, a bit each */
+    _Atomic uint8_t missing;    /* slices to be read, a bit each; cleared with the lock, read also without */
     int32_t    expert;
     uint32_t   layer;
     uint64_t   users;           /* a bit per hold */

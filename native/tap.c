@@ -21,6 +21,15 @@
 
 #include "ggml_tensor.h"
 #include "pager.h"
+#include "product.h"
+
+/* Whether our own product of some kind of matrices has the bits of ggml's: found out with the first node of that kind. */
+typedef enum { UNTRIED, SAME, OTHER } verdict;
+
+typedef struct {
+    gp_kind kind;
+    verdict is_same;
+} tried_kind;
 
 /* One expert tensor as this context sees it. */
 typedef struct {
@@ -32,11 +41,13 @@ typedef struct {
     const ggml_tensor *ids;
     const ggml_tensor *input;       /* what was multiplied last */
     ggml_tensor        view;
+    tried_kind        *kind;        /* NULL: always computed by MUL_MAT_ID */
+    gp_product         product;
 } slice_view;
 
 /* Per layer two routings are enough: the graph in use and the one before; more than one in the same graph is not known
  * to exist. A graph has three nodes per routing; sixteen leave room for those of graphs that are gone. */
-enum { ROUTINGS = 2, NODES = 16, COMPUTED = 32 };
+enum { ROUTINGS = 2, NODES = 16, COMPUTED = 32, KINDS = 16 };
 
 /* The ids of one router result, as expert ids (llama.cpp's) and as slot numbers (ours). */
 typedef struct {
@@ -72,6 +83,12 @@ struct gp_tap {
     uint32_t          latest_view;
     bool              is_layer_open;    /* in this piece, slots of latest_view's layer were taken */
     const ggml_tensor *pause_at;        /* this piece ends here, in the middle of it */
+    tried_kind        kinds[KINDS];
+    uint32_t          n_kinds;
+    char             *inputs;           /* of the product that is being computed */
+    float            *trial_output;
+    slice_view       *trial;            /* its MUL_MAT_ID node ends this piece and is then compared with ours: */
+    ggml_tensor      *trial_node;
     gp_failure        failure;
     gp_eval_callback  next_eval;
     void             *next_eval_data;
@@ -263,6 +280,10 @@ static void write_slot_ids(gp_tap *tap, routing *r) {
     }
 }
 
+static bool is_trusted(const slice_view *v) {
+    return v->kind && v->kind->is_same == SAME;
+}
+
 /* Brings in what the routing names and writes the slot numbers. False: the node is to be left alone. */
 static bool fill_in(gp_tap *tap, const slice_view *v, routing *r) {
     const gp_layer_spec *layer = gp_pager_layer(tap->pager, v->layer);
@@ -281,7 +302,7 @@ static bool fill_in(gp_tap *tap, const slice_view *v, routing *r) {
         const gp_demand demand = { .layer = v->layer, .experts = tap->experts, .counts = tap->counts,
                                    .n_experts = (uint32_t) n, .n_tokens = (uint32_t) ids->ne[1],
                                    .is_again = r->last_used == tap->clock,
-                                   .later = ~(1u << v->index) };
+                                   .later = ids->ne[1] == 1 && is_trusted(v) ? ~0u : ~(1u << v->index) };
         gp_failure failure;
         const int error = tap->failure.error
             ? 0 : gp_pager_acquire(tap->pager, &tap->hold, &demand, tap->expert_slots, &failure);
@@ -321,7 +342,7 @@ static bool is_filled_in(const gp_tap *tap, const routing *r) {
     return is_current(tap, r) && is_computed(tap, r->original);
 }
 
-/* The slices of the other experts of this node may still be on their way. */
+/* The slices of the experts of this node may still be on their way. */
 static void wait_for_slice(gp_tap *tap, const slice_view *v) {
     if (tap->failure.error == 0) {
         gp_failure failure;
@@ -361,6 +382,53 @@ static void point_at_slots(const gp_tap *tap, slice_view *v, routing *r, ggml_te
     }
 }
 
+/* ---- products --------------------------------------------------------------------------------------------------- */
+
+/* From a MUL_MAT_ID of one token to our own product; until it is asked about again. */
+static void become_product(const gp_tap *tap, slice_view *v, ggml_tensor *node) {
+    gp_product_begin(&v->product, node);
+    const gp_custom custom = { .compute = gp_product_compute, .n_tasks = -1, .data = &v->product };
+    memcpy(node->op_params, &custom, sizeof custom);
+    node->op = tap->ggml.op_custom;
+}
+
+static void unbecome_product(const gp_tap *tap, ggml_tensor *node) {
+    const uintptr_t from_first = (uintptr_t) node->src[0] - (uintptr_t) tap->views;
+    if (node->op == tap->ggml.op_custom && tap->pager && from_first < tap->n_views * sizeof *tap->views) {
+        memset(node->op_params, 0, sizeof(gp_custom));
+        node->op = tap->ggml.op_mul_mat_id;
+    }
+}
+
+/* The node at hand, which this piece has not had for these matrices. Returns whether the piece is to end with it. */
+static bool compute_or_try(gp_tap *tap, slice_view *v, ggml_tensor *node) {
+    if (tap->failure.error == 0 && v->kind && v->kind->is_same != OTHER
+        && gp_product_fits(&v->kind->kind, &tap->ggml, node)) {
+        if (v->kind->is_same == SAME) {
+            become_product(tap, v, node);
+            return false;
+        }
+        if (!tap->trial) {
+            tap->trial = v;
+            tap->trial_node = node;
+        }
+    }
+    wait_for_slice(tap, v);
+    return tap->trial == v;
+}
+
+/* The trial's node is computed, by ggml. */
+static void judge_trial(gp_tap *tap) {
+    gp_product *product = &tap->trial->product;
+    const ggml_tensor *node = tap->trial_node;
+    ggml_tensor ours = *node;
+    ours.data = tap->trial_output;
+    gp_product_begin(product, &ours);
+    gp_product_compute(&ours, 0, 1, product);
+    const size_t bytes = (size_t) node->ne[1] * node->nb[1];
+    tap->trial->kind->is_same = memcmp(ours.data, node->data, bytes) == 0 ? SAME : OTHER;
+}
+
 /* Returns whether llama.cpp shall call back after this node. */
 static bool serve(gp_tap *tap, ggml_tensor *node) {
     slice_view *v = find_view(tap, node->src[0]);
@@ -386,10 +454,16 @@ static bool serve(gp_tap *tap, ggml_tensor *node) {
         gp_pager_count_left_alone(tap->pager, v->layer);
         return false;
     }
-    wait_for_slice(tap, v);
+    const bool is_first = v->piece != tap->piece;
     point_at_slots(tap, v, r, node);
     v->input = node->src[1];
-    tap->is_layer_open = true;
+    bool wants = false;
+    if (is_first) {
+        wants = compute_or_try(tap, v, node);
+    } else {
+        wait_for_slice(tap, v);
+    }
+    tap->is_layer_open = node->op == tap->ggml.op_mul_mat_id;
 
     /* After a graph's last node nobody calls before the next graph: with other contexts about, ask for a call, or its
      * slots stay in use while this context rests. */
@@ -398,7 +472,7 @@ static bool serve(gp_tap *tap, ggml_tensor *node) {
         tap->last_view = tap->latest_view;
     }
     tap->latest_view = at;
-    return at == tap->last_view && gp_pager_n_taps(tap->pager) > 1;
+    return wants || (at == tap->last_view && gp_pager_n_taps(tap->pager) > 1);
 }
 
 /* All nodes up to here are computed: nothing points at the slots any more. */
@@ -408,6 +482,7 @@ static void piece_computed(gp_tap *tap) {
     }
     tap->is_layer_open = false;
     tap->pause_at = NULL;
+    tap->trial = NULL;
     gp_pager_release(tap->pager, &tap->hold);
     tap->piece++;
 }
@@ -426,7 +501,11 @@ static void give_back(gp_tap *tap, ggml_tensor *node) {
 bool gp_tap_eval(void *tensor, bool ask, void *data) {
     gp_tap *tap = data;
     ggml_tensor *node = tensor;
+    unbecome_product(tap, node);
     if (!ask) {
+        if (tap->trial && tap->trial_node == node && tap->failure.error == 0) {
+            judge_trial(tap);
+        }
         if (tap->pause_at == node) {
             tap->pause_at = NULL;
         } else {
@@ -482,7 +561,60 @@ gp_failure gp_tap_take_failure(gp_tap *tap) {
     return failure;
 }
 
+void gp_tap_count_kinds(const gp_tap *tap, uint32_t *n_same, uint32_t *n_other) {
+    *n_same = *n_other = 0;
+    for (uint32_t i = 0; i < tap->n_kinds; i++) {
+        *n_same += tap->kinds[i].is_same == SAME;
+        *n_other += tap->kinds[i].is_same == OTHER;
+    }
+}
+
 /* ---- opening and closing ---------------------------------------------------------------------------------------- */
+
+/* NULL: ggml has no functions for it that are known here. */
+static tried_kind *find_kind(gp_tap *tap, const gp_slice_spec *spec) {
+    for (uint32_t i = 0; i < tap->n_kinds; i++) {
+        const gp_kind *kind = &tap->kinds[i].kind;
+        if (kind->type == spec->type && kind->n_columns == spec->ne[0] && kind->n_rows == spec->ne[1]) {
+            return &tap->kinds[i];
+        }
+    }
+    tried_kind *new = &tap->kinds[tap->n_kinds];
+    if (tap->n_kinds == KINDS || !gp_kind_find(&new->kind, &tap->ggml, spec->type, spec->ne[0], spec->ne[1])) {
+        return NULL;
+    }
+    tap->n_kinds++;
+    return new;
+}
+
+/* Kinds of all slices, and memory for the largest product of each. */
+static int open_products(gp_tap *tap) {
+    size_t input_bytes = 1, output_bytes = 1;
+    for (uint32_t i = 0; i < tap->n_views; i++) {
+        slice_view *v = &tap->views[i];
+        const gp_layer_spec *layer = gp_pager_layer(tap->pager, v->layer);
+        v->kind = find_kind(tap, &layer->slices[v->index]);
+        if (!v->kind) {
+            continue;
+        }
+        const size_t input = layer->n_used * v->kind->kind.input_bytes;
+        const size_t output = layer->n_used * (size_t) v->kind->kind.n_rows * sizeof(float);
+        input_bytes = input > input_bytes ? input : input_bytes;
+        output_bytes = output > output_bytes ? output : output_bytes;
+    }
+    tap->inputs = malloc(input_bytes);
+    tap->trial_output = malloc(output_bytes);
+    if (!tap->inputs || !tap->trial_output) {
+        return -ENOMEM;
+    }
+    for (uint32_t i = 0; i < tap->n_views; i++) {
+        slice_view *v = &tap->views[i];
+        v->product = (gp_product) { .pager = tap->pager, .hold = &tap->hold, .failure = &tap->failure,
+                                    .kind = v->kind ? &v->kind->kind : NULL, .layer = v->layer, .slice = v->index,
+                                    .inputs = tap->inputs };
+    }
+    return 0;
+}
 
 static int open_tables(gp_tap *tap) {
     const gp_layer_spec *layer;
@@ -515,7 +647,7 @@ static int open_tables(gp_tap *tap) {
         }
     }
     tap->last_view = tap->n_views - 1;
-    return 0;
+    return open_products(tap);
 }
 
 static void free_tables(gp_tap *tap) {
@@ -526,6 +658,8 @@ static void free_tables(gp_tap *tap) {
     free(tap->experts);
     free(tap->expert_slots);
     free(tap->counts);
+    free(tap->inputs);
+    free(tap->trial_output);
     tap->n_layers = tap->n_views = 0;
 }
 

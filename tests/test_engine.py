@@ -91,12 +91,12 @@ def test_spinning_is_left_alone_once_llama_cpp_is_there() -> None:
 
 def test_numbers_of_operations_are_those_of_their_names() -> None:
     base = engine.load().base
-    *operations, type_i32, is_host = engine.ggml_numbers()
+    *operations, type_i32, type_f32, is_host, traits, block_size, type_size = engine.ggml_numbers()
     assert [base.ggml_op_name(number) for number in operations] == [
-        b"NONE", b"MUL_MAT_ID", b"ARGSORT", b"TOP_K", b"VIEW", b"RESHAPE"
+        b"NONE", b"MUL_MAT_ID", b"ARGSORT", b"TOP_K", b"VIEW", b"RESHAPE", b"CUSTOM"
     ]
-    assert base.ggml_type_name(type_i32) == b"i32"
-    assert is_host > 0
+    assert base.ggml_type_name(type_i32) == b"i32" and base.ggml_type_name(type_f32) == b"f32"
+    assert min(is_host, traits, block_size, type_size) > 0
 
 
 MULTIPLIABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",

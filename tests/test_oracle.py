@@ -20,6 +20,7 @@ from conftest import unpacked
 from llama_cpp import llama_cpp as low
 
 import gguf_pager
+from gguf_pager.hooks import hooks
 
 BUDGETS = ("min", "25%", "100%")
 N_BATCHED, N_SINGLE = 26, 14
@@ -65,13 +66,19 @@ def open_paged(path: Path, budget: str, **options: Any) -> gguf_pager.Llama:
         return gguf_pager.Llama(model_path=str(path), budget="40%", **ARGUMENTS, **options)
 
 
+def kinds_of(llm: gguf_pager.Llama) -> tuple[int, int]:
+    return hooks.contexts[int(llm._ctx.ctx)].tap.count_kinds()
+
+
 def check_equal(path: Path, budget: str, **options: Any) -> gguf_pager.Stats:
     """Compare paged and stock at one budget; return what the pager counted."""
     llm = open_paged(path, budget, **options)
     n_ubatch = low.llama_n_ubatch(llm._ctx.ctx)
     logits = evaluate(llm)
     stats = llm.pager.stats()
+    n_same, n_other = kinds_of(llm)
     llm.close()
+    assert n_same > 0 and n_other == 0, "experts of single tokens are multiplied here, with the bits of ggml's"
     reference = stock_logits(path, n_ubatch)
     assert np.isfinite(reference).all() and reference.std() > 0
     different = np.flatnonzero((logits != reference).any(axis=1))

@@ -1,5 +1,6 @@
 #include "graph.h"
 
+#include <pthread.h>
 #include <string.h>
 
 #include "check.h"
@@ -11,10 +12,61 @@ static bool is_host(void *buffer) {
     return buffer == &graph_host_buffer;
 }
 
-const gp_ggml graph_ggml = {
+gp_ggml graph_ggml = {
     .op_none = OP_NONE, .op_mul_mat_id = OP_MUL_MAT_ID, .op_argsort = OP_ARGSORT, .op_top_k = OP_TOP_K,
-    .op_view = OP_VIEW, .op_reshape = OP_RESHAPE, .type_i32 = TYPE_I32, .buffer_is_host = is_host,
+    .op_view = OP_VIEW, .op_reshape = OP_RESHAPE, .op_custom = OP_CUSTOM, .type_i32 = TYPE_I32, .type_f32 = TYPE_F32,
+    .buffer_is_host = is_host,
 };
+
+/* ---- kernels: bytes times bytes --------------------------------------------------------------------------------- */
+
+enum { BLOCK = 4 };     /* of an input, whose type is called TYPE_BYTES */
+
+static bool is_different;   /* what MUL_MAT_ID computes */
+
+static void to_bytes(const float *from, void *to, int64_t n) {
+    CHECK(n % BLOCK == 0, "whole blocks are converted");
+    for (int64_t i = 0; i < n; i++) {
+        ((uint8_t *) to)[i] = (uint8_t) from[i];
+    }
+}
+
+static void multiply_bytes(int n, float *result, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc) {
+    CHECK(bs == 0 && bx == 0 && by == 0 && nrc == 1, "one row at a time");
+    uint32_t sum = 0;
+    for (int i = 0; i < n; i++) {
+        sum += (uint32_t) ((const uint8_t *) x)[i] * ((const uint8_t *) y)[i];
+    }
+    *result = (float) sum;
+}
+
+static const struct {
+    gp_from_float from_float;
+    gp_vec_dot    vec_dot;
+    int32_t       vec_dot_type;
+    int64_t       nrows;
+} of_bytes = { .from_float = to_bytes }, of_weights = { .vec_dot = multiply_bytes, .vec_dot_type = TYPE_BYTES, .nrows = 1 };
+
+static const void *cpu_traits(int type) {
+    CHECK(type == TYPE_BYTES || type == TYPE_WEIGHTS, "no other type is asked for");
+    return type == TYPE_BYTES ? (const void *) &of_bytes : (const void *) &of_weights;
+}
+
+static int64_t block_size(int type) {
+    CHECK(type == TYPE_BYTES, "the inputs' type is asked for");
+    return BLOCK;
+}
+
+static size_t type_size(int type) {
+    return (size_t) block_size(type);
+}
+
+void graph_set_kernels(graph_kernels kernels) {
+    graph_ggml.cpu_traits = kernels == NO_KERNELS ? NULL : cpu_traits;
+    graph_ggml.block_size = block_size;
+    graph_ggml.type_size = type_size;
+    is_different = kernels == OTHER_KERNELS;
+}
 
 /* ---- tensors ---------------------------------------------------------------------------------------------------- */
 
@@ -116,19 +168,23 @@ void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source) {
         graph_layer *l = graph_layer_of(g, i);
         build_ids(g, i);
         l->other = new_tensor(OP_OTHER, TYPE_F32, "ffn_moe_weights", i);
-        set_shape(&l->other, sizeof(float), 1, n_tokens, 1);
+        set_shape(&l->other, sizeof(float), GRAPH_COLUMNS, 1, n_tokens);
+        l->other.data = l->inputs;
         l->other.src[0] = l->ids;
         add(g, &l->other);
         for (uint32_t s = 0; s < w->m->shape.n_slices; s++) {
             const uint32_t slice = w->m->shape.n_slices == 1 ? 0 : order[s];
             ggml_tensor *node = graph_matmul(g, i, slice);
             *node = new_tensor(OP_MUL_MAT_ID, TYPE_F32, "ffn_moe_matmul", i);
-            set_shape(node, sizeof(float), 1, w->m->shape.n_used, n_tokens);
+            set_shape(node, sizeof(float), w->m->layers[i].slices[slice].ne[1], w->m->shape.n_used, n_tokens);
+            CHECK(node->ne[0] <= GRAPH_ROWS, "the test's experts are small");
+            node->data = l->out[slice];
             node->src[0] = &w->tensors[i][slice];
             node->src[1] = &l->other;
             if (s > 0 && s + 1 == w->m->shape.n_slices) {   /* the last takes what the others make */
                 l->activation = new_tensor(OP_OTHER, TYPE_F32, "ffn_moe_swiglu", i);
-                set_shape(&l->activation, sizeof(float), 1, w->m->shape.n_used, n_tokens);
+                set_shape(&l->activation, sizeof(float), GRAPH_COLUMNS, w->m->shape.n_used, n_tokens);
+                l->activation.data = l->activations;
                 l->activation.src[0] = graph_matmul(g, i, order[0]);
                 node->src[1] = &l->activation;
                 add(g, &l->activation);
@@ -142,6 +198,12 @@ void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source) {
 void graph_route(graph *g) {
     for (uint32_t i = 0; i < g->w->m->shape.n_layers; i++) {
         graph_layer *l = graph_layer_of(g, i);
+        for (uint32_t j = 0; j < sizeof l->inputs / sizeof *l->inputs; j++) {
+            l->inputs[j] = (float) fake_random(256);
+        }
+        for (uint32_t j = 0; j < sizeof l->activations / sizeof *l->activations; j++) {
+            l->activations[j] = (float) fake_random(256);
+        }
         for (uint32_t t = 0; t < g->n_tokens; t++) {
             model_draw(g->w->m, l->chosen[t], g->w->m->shape.n_used);
             if (g->source == GIVEN_IDS) {
@@ -170,6 +232,64 @@ static int32_t id_at(const ggml_tensor *ids, uint32_t rank, uint32_t token) {
     return *(const int32_t *) ((const char *) ids->data + token * ids->nb[1] + rank * ids->nb[0]);
 }
 
+/* One expert's part of a node, from these weights. */
+static void multiply_expert(const ggml_tensor *node, const uint8_t *matrix, uint32_t rank, uint32_t token, float *out) {
+    const ggml_tensor *input = node->src[1];
+    uint8_t vector[GRAPH_COLUMNS];
+    to_bytes((const float *) ((const char *) input->data + (rank % (uint32_t) input->ne[1]) * input->nb[1]
+                              + token * input->nb[2]), vector, GRAPH_COLUMNS);
+    for (int64_t i = 0; i < node->ne[0]; i++) {
+        multiply_bytes(GRAPH_COLUMNS, &out[i], 0, matrix + i * GRAPH_COLUMNS, 0, vector, 0, 1);
+    }
+}
+
+static float *row_of(const ggml_tensor *node, uint32_t rank, uint32_t token) {
+    return (float *) ((char *) node->data + rank * node->nb[1] + token * node->nb[2]);
+}
+
+typedef struct {
+    ggml_tensor *node;
+    gp_custom    custom;
+    int          ith;
+} thread_part;
+
+static void *compute_part(void *data) {
+    const thread_part *part = data;
+    part->custom.compute(part->node, part->ith, GRAPH_THREADS, part->custom.data);
+    return NULL;
+}
+
+/* A product in several threads, this one the first of them. */
+static void compute_custom(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
+    const graph_layer *l = graph_layer_of(g, layer);
+    ggml_tensor *node = graph_matmul(g, layer, slice);
+    CHECK(node->src[0] != &g->w->tensors[layer][slice] && node->src[2] != l->ids, "2: a product is pointed at slots");
+    memset(node->data, 0xff, (size_t) (node->ne[1] * node->ne[2]) * node->nb[1]);
+    thread_part parts[GRAPH_THREADS];
+    pthread_t threads[GRAPH_THREADS];
+    for (int i = 0; i < GRAPH_THREADS; i++) {
+        parts[i] = (thread_part) { .node = node, .ith = i };
+        memcpy(&parts[i].custom, node->op_params, sizeof parts[i].custom);
+        CHECK(parts[i].custom.n_tasks == -1, "all threads take part");
+        if (i > 0) {
+            CHECK(pthread_create(&threads[i], NULL, compute_part, &parts[i]) == 0, "the test has threads");
+        }
+    }
+    compute_part(&parts[0]);
+    for (int i = 1; i < GRAPH_THREADS; i++) {
+        pthread_join(threads[i], NULL);
+    }
+    const bool is_void = gp_tap_abort(tap);
+    for (uint32_t r = 0; r < g->w->m->shape.n_used; r++) {
+        float truth[GRAPH_ROWS];
+        multiply_expert(node, model_truth(g->w->m, layer, slice, l->chosen[0][r]), r, 0, truth);
+        CHECK(is_void || memcmp(row_of(node, r, 0), truth, (size_t) node->ne[0] * sizeof *truth) == 0,
+              "a product is that of the chosen expert's bytes");
+    }
+    g->n_from_slots++;
+    g->n_products++;
+}
+
 static void multiply(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
     const graph_layer *l = graph_layer_of(g, layer);
     const ggml_tensor *node = graph_matmul(g, layer, slice);
@@ -188,6 +308,8 @@ static void multiply(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
             const uint64_t bytes = g->w->m->layers[layer].slices[slice].slice_bytes;
             CHECK(is_void || memcmp(row, model_truth(g->w->m, layer, slice, l->chosen[t][r]), bytes) == 0,
                   "a node computes with the bytes of the chosen expert");
+            multiply_expert(node, (const uint8_t *) row, r, t, row_of(node, r, t));
+            row_of(node, r, t)[0] += is_different ? 1.0f : 0.0f;
         }
     }
     g->n_from_mapping += is_mapping;
@@ -203,7 +325,9 @@ static void compute(graph *g, ggml_tensor *node, gp_tap *tap) {
             compute_ids(g, l);
         }
         for (uint32_t s = 0; s < g->w->m->shape.n_slices; s++) {
-            if (node == graph_matmul(g, i, s)) {
+            if (node == graph_matmul(g, i, s) && node->op == OP_CUSTOM) {
+                compute_custom(g, i, s, tap);
+            } else if (node == graph_matmul(g, i, s)) {
                 multiply(g, i, s, tap);
             }
         }
@@ -212,7 +336,7 @@ static void compute(graph *g, ggml_tensor *node, gp_tap *tap) {
 
 /* ggml_backend_sched_compute_splits, and ggml_graph_compute_thread for the abort. */
 int graph_run(graph *g, gp_tap *tap) {
-    g->n_from_slots = g->n_from_mapping = g->n_callbacks = 0;
+    g->n_from_slots = g->n_from_mapping = g->n_callbacks = g->n_products = 0;
     const uint32_t ends[] = { g->split_at, g->n_nodes };
     for (uint32_t split = 0, first = 0; split < 2; first = ends[split++]) {
         for (uint32_t from = first; from < ends[split]; from++) {

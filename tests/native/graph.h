@@ -10,13 +10,17 @@
 #include "ggml_tensor.h"
 #include "model.h"
 
-enum { GRAPH_TOKENS = 8, GRAPH_EXPERTS = 16, GRAPH_NODES = 96 };
+enum { GRAPH_TOKENS = 8, GRAPH_EXPERTS = 16, GRAPH_NODES = 96, GRAPH_COLUMNS = 32, GRAPH_ROWS = 128, GRAPH_THREADS = 3 };
 
 /* Numbers unlike ggml's, so that nothing rests on them. */
-enum { OP_NONE = 40, OP_MUL_MAT_ID, OP_ARGSORT, OP_TOP_K, OP_VIEW, OP_RESHAPE, OP_CAST, OP_OTHER };
-enum { TYPE_F32 = 3, TYPE_I32 = 26 };
+enum { OP_NONE = 40, OP_MUL_MAT_ID, OP_ARGSORT, OP_TOP_K, OP_VIEW, OP_RESHAPE, OP_CUSTOM, OP_CAST, OP_OTHER };
+enum { TYPE_F32 = 3, TYPE_BYTES = 7, TYPE_WEIGHTS = 12, TYPE_I32 = 26 };
 
-extern const gp_ggml graph_ggml;
+extern gp_ggml graph_ggml;
+/* What it is able to: without functions for vectors, which is how a graph begins; with them; with others than those that
+ * its MUL_MAT_ID computes with. */
+typedef enum { NO_KERNELS, KERNELS, OTHER_KERNELS } graph_kernels;
+void graph_set_kernels(graph_kernels kernels);
 extern int graph_host_buffer, graph_device_buffer;      /* their addresses stand for buffers */
 
 /* The tensors of a loaded model; contexts share them. */
@@ -39,6 +43,8 @@ typedef enum {
 typedef struct {
     ggml_tensor ranking, top_k, reshaped, ids_node;
     ggml_tensor matmuls[GP_MAX_SLICES], other, activation, lora;
+    float       out[GP_MAX_SLICES][GRAPH_TOKENS * GRAPH_EXPERTS * GRAPH_ROWS];
+    float       inputs[GRAPH_TOKENS * GRAPH_COLUMNS], activations[GRAPH_TOKENS * GRAPH_EXPERTS * GRAPH_COLUMNS];
     ggml_tensor *ids;                                   /* what the matmuls take as src[2] */
     int32_t     ranking_data[GRAPH_TOKENS][GRAPH_EXPERTS];
     int32_t     ids_data[GRAPH_TOKENS * GRAPH_EXPERTS]; /* rows of k */
@@ -57,6 +63,7 @@ typedef struct {
 
     /* What the last run did. */
     uint32_t     n_from_slots, n_from_mapping, n_callbacks;
+    uint32_t     n_products;        /* of those from slots */
 } graph;
 
 graph_layer *graph_layer_of(graph *g, uint32_t layer);

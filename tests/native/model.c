@@ -75,7 +75,7 @@ void model_make(model *m, model_shape wanted) {
             const uint32_t file = s % shape.n_files;
             static const char *const roles[] = { "gate", "up", "down", "more" };
             snprintf(slice->name, sizeof slice->name, "blk.%u.ffn_%s_exps.weight", l, roles[s]);
-            slice->type = 12;
+            slice->type = 12;       /* TYPE_WEIGHTS */
             slice->slice_bytes = shape.slice_bytes[s] + 1024 * layer->shape_class;
             slice->ne[0] = 32;
             slice->ne[1] = (int64_t) slice->slice_bytes / 32;
