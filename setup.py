@@ -5,12 +5,11 @@ import platform
 
 from setuptools import Extension, setup
 
-SYSTEM_SOURCE = {"Linux": "native/os_linux.c", "Darwin": "native/os_macos.c"}
-SOURCES = ["arena.c", "fetch.c", "module.c", "pager.c", "pins.c", "policy.c", "product.c", "slots.c",
-           "tap.c"]
+SYSTEM_SOURCES = {"Linux": ["os_linux.c", "os_linux_aio.c"], "Darwin": ["os_macos.c"]}
+SOURCES = ["arena.c", "fetch.c", "module.c", "pager.c", "pins.c", "policy.c", "product.c", "slots.c", "tap.c"]
 
-system_source = SYSTEM_SOURCE.get(platform.system())
-if system_source is None:
+system_sources = SYSTEM_SOURCES.get(platform.system())
+if system_sources is None:
     raise SystemExit(f"gguf_pager runs on Linux and macOS; this is {platform.system()}.")
 
 # GGUF_PAGER_SANITIZE=address,undefined builds with those sanitizers and with assertions on, for the tests.
@@ -25,7 +24,7 @@ setup(
     ext_modules=[
         Extension(
             "gguf_pager._native",
-            sources=[f"native/{name}" for name in SOURCES] + [system_source],
+            sources=[f"native/{name}" for name in SOURCES + system_sources],
             depends=[f"native/{name}" for name in
                      ("gguf_pager.h", "os.h", "fetch.h", "policy.h", "pager.h", "product.h", "slots.h",
                       "ggml_tensor.h")],

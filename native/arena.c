@@ -217,11 +217,11 @@ int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config) {
     p->pid = getpid();
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->released, NULL);
-    const gp_fetch_config fetch = { .direct = config->direct, .offset_align = config->offset_align,
-                                    .memory_align = config->memory_align, .n_readers = config->n_readers,
-                                    .piece_bytes = config->piece_bytes };
+    gp_fetch_config fetch = { .direct = config->direct, .offset_align = config->offset_align,
+                              .memory_align = config->memory_align, .n_readers = config->n_readers,
+                              .piece_bytes = config->piece_bytes };
     if ((error = open_arena(p)) != 0 || (error = open_layers(p)) != 0 || (error = open_files(p)) != 0
-        || (error = gp_fetch_open(&p->fetch, os, &fetch)) != 0
+        || (fetch.fd = p->files[0], error = gp_fetch_open(&p->fetch, os, &fetch)) != 0
         || (error = os->thread_start(&p->populating, populate, p)) != 0) {
         goto fail;
     }

@@ -1,9 +1,18 @@
-/* A queue of reads, cut into pieces so that a few misses keep the device as busy as many do.
+/* Reads in the order in which they were wanted, cut into pieces so that a few misses keep the device as busy as many do.
+ *
+ * Where the system reads directly and in the background, whoever submits reads puts the first pieces in flight, as many
+ * as may be, without waking anybody; one thread, the pump, sleeps until some are done, finishes them and sends the next
+ * ones after. Elsewhere a pool of threads reads a piece each. Either way no more than n_readers * piece_bytes are in
+ * flight: the device shares itself among all that are, and what was wanted first shall come first.
  *
  * Invariants
- *   1. A read is in the queue while it has pieces that nobody has taken. Pieces are taken in order.
+ *   1. A read is in the list while it has pieces that nobody has taken. Pieces are taken in order, and go to the
+ *      system's queue in order: one thread at a time fills it.
  *   2. pieces_left falls by one per finished piece; whoever brings it to zero moves the bytes and calls done, once.
- *   3. The lock guards the queue, the count of sleepers and `closing`. It is never held across a read or a callback.
+ *   3. The lock guards the list, the pieces in flight, the count of sleepers and the flags. It is never held across a
+ *      read, a call of the system's queue or a callback.
+ *   4. While a read is in the list, the queue is full or somebody is filling it. So the pump, who alone makes room, needs
+ *      nobody's call to go on.
  */
 #include "fetch.h"
 
@@ -11,15 +20,33 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* The queue's pieces may be smaller than a reader thread's, which costs nothing there: the device is evenly busy to the
+ * end. 128 KiB instead of 512: 2.76 GB/s instead of 2.50 for one expert. */
+enum { QUEUE_PIECE_BYTES = 128 << 10, AT_ONCE = 32, MOST_IN_FLIGHT = 4096 };
+
+/* A part of a read, taken by a thread or in flight. */
+typedef struct {
+    gp_read *read;
+    uint64_t at;                /* from the beginning of the read's cover */
+    uint32_t next_idle;
+} piece;
+
 struct gp_fetch {
     const gp_os    *os;
     gp_fetch_config config;
     pthread_mutex_t lock;
-    pthread_cond_t  work;
+    pthread_cond_t  work;           /* for the pool */
     gp_read        *first, *last;   /* lock */
     uint32_t        n_asleep;       /* lock */
     bool            closing;        /* lock */
+    uint64_t        piece_bytes;
     uint64_t        step_bytes;     /* a multiple of both alignments */
+    gp_queue       *queue;          /* NULL: there is a pool */
+    piece          *in_flight;      /* lock; depth of them, by the tag of the request */
+    uint32_t        depth;
+    uint32_t        n_in_flight;    /* lock */
+    uint32_t        idle;           /* lock; the first that is not in flight, depth: none */
+    bool            is_filling;     /* lock */
     uint32_t        n_threads;
     pthread_t       threads[];
 };
@@ -77,18 +104,20 @@ static void finish(gp_read *read) {
     read->done(read, error, atomic_load(&read->error_offset));
 }
 
-/* Reads one piece. Only bytes of the wanted range must arrive: the cover of a file's last slice ends behind the file. */
-static int read_piece(gp_fetch *fetch, const gp_read *read, uint64_t piece_at, uint64_t *error_offset) {
+static uint64_t piece_end(const gp_fetch *fetch, const gp_read *read, uint64_t piece_at) {
+    const uint64_t left = read->cover_bytes - piece_at;
+    return piece_at + (left < fetch->piece_bytes ? left : fetch->piece_bytes);
+}
+
+/* Reads one piece, or what is left of it: `got` is what a first read of it returned, -EINTR if there was none. Only
+ * bytes of the wanted range must arrive: the cover of a file's last slice ends behind the file. */
+static int read_piece(const gp_fetch *fetch, const gp_read *read, uint64_t piece_at, int64_t got, uint64_t *error_offset) {
     const uint64_t wanted_end = read->offset_bytes + read->bytes;
     uint64_t at = read->cover_offset + piece_at;
-    uint64_t left = read->cover_bytes - piece_at;
-    if (left > fetch->config.piece_bytes) {
-        left = fetch->config.piece_bytes;
-    }
+    uint64_t left = piece_end(fetch, read, piece_at) - piece_at;
     char *const begin = read->cover_into + piece_at;
     char *into = begin;
-    while (left > 0 && at < wanted_end) {
-        const int64_t got = fetch->os->file_read(read->fd, into, left, at);
+    for (;; got = fetch->os->file_read(read->fd, into, left, at)) {
         if (got == -EINTR) {
             continue;
         }
@@ -99,9 +128,11 @@ static int read_piece(gp_fetch *fetch, const gp_read *read, uint64_t piece_at, u
         at += (uint64_t) got;
         into += got;
         left -= (uint64_t) got;
+        if (left == 0 || at >= wanted_end) {
+            return 0;
+        }
         /* A direct read may stop anywhere; the next begins at the last place that is aligned in the file and in memory. */
-        const uint64_t back = fetch->config.direct && left > 0 && at < wanted_end
-            ? (uint64_t) (into - begin) % fetch->step_bytes : 0;
+        const uint64_t back = fetch->config.direct ? (uint64_t) (into - begin) % fetch->step_bytes : 0;
         at -= back;
         into -= back;
         left += back;
@@ -110,8 +141,38 @@ static int read_piece(gp_fetch *fetch, const gp_read *read, uint64_t piece_at, u
             return -ENODATA;
         }
     }
-    return 0;
 }
+
+static void finish_piece(const gp_fetch *fetch, const piece *done, int64_t got) {
+    gp_read *read = done->read;
+    uint64_t error_offset = 0;
+    const int error = read_piece(fetch, read, done->at, got, &error_offset);
+    if (error != 0) {
+        int none = 0;
+        if (atomic_compare_exchange_strong(&read->error, &none, error)) {
+            atomic_store(&read->error_offset, error_offset);
+        }
+    }
+    if (atomic_fetch_sub(&read->pieces_left, 1) == 1) {
+        finish(read);
+    }
+}
+
+/* With the lock held, and a read in the list. */
+static piece take_piece(gp_fetch *fetch) {
+    gp_read *read = fetch->first;
+    const piece taken = { .read = read, .at = read->next_piece };
+    read->next_piece = piece_end(fetch, read, taken.at);
+    if (read->next_piece == read->cover_bytes) {
+        fetch->first = read->next;
+        if (!fetch->first) {
+            fetch->last = NULL;
+        }
+    }
+    return taken;
+}
+
+/* ---- the pool of threads ----------------------------------------------------------------------------------------- */
 
 static void *reader(void *data) {
     gp_fetch *fetch = data;
@@ -122,30 +183,98 @@ static void *reader(void *data) {
             pthread_cond_wait(&fetch->work, &fetch->lock);
             fetch->n_asleep--;
         }
-        gp_read *read = fetch->first;
-        if (!read) {
+        if (!fetch->first) {
             break;
         }
-        const uint64_t piece_at = read->next_piece;
-        read->next_piece += fetch->config.piece_bytes;
-        if (read->next_piece >= read->cover_bytes) {
-            fetch->first = read->next;
-            if (!fetch->first) {
-                fetch->last = NULL;
-            }
-        }
+        const piece taken = take_piece(fetch);
         pthread_mutex_unlock(&fetch->lock);
+        finish_piece(fetch, &taken, -EINTR);
+        pthread_mutex_lock(&fetch->lock);
+    }
+    pthread_mutex_unlock(&fetch->lock);
+    return NULL;
+}
 
-        uint64_t error_offset = 0;
-        const int error = read_piece(fetch, read, piece_at, &error_offset);
-        if (error != 0) {
-            int none = 0;
-            if (atomic_compare_exchange_strong(&read->error, &none, error)) {
-                atomic_store(&read->error_offset, error_offset);
+/* As many as there is work for: waking all for one expert costs more than it brings. Called with the lock held. */
+static void wake_readers(gp_fetch *fetch, uint64_t n_pieces) {
+    const uint64_t n_wake = n_pieces < fetch->n_asleep ? n_pieces : fetch->n_asleep;
+    for (uint64_t i = 0; i < n_wake; i++) {
+        pthread_cond_signal(&fetch->work);
+    }
+}
+
+/* ---- the system's queue ------------------------------------------------------------------------------------------ */
+
+/* With the lock held. */
+static uint32_t take_requests(gp_fetch *fetch, gp_request *requests) {
+    uint32_t n = 0;
+    while (fetch->first && fetch->idle < fetch->depth && n < AT_ONCE) {
+        const uint32_t tag = fetch->idle;
+        piece *p = &fetch->in_flight[tag];
+        fetch->idle = p->next_idle;
+        *p = take_piece(fetch);
+        requests[n++] = (gp_request) {
+            .fd = p->read->fd, .into = p->read->cover_into + p->at, .bytes = piece_end(fetch, p->read, p->at) - p->at,
+            .offset_bytes = p->read->cover_offset + p->at, .tag = tag,
+        };
+    }
+    fetch->n_in_flight += n;
+    return n;
+}
+
+/* With the lock held. */
+static piece give_back(gp_fetch *fetch, uint64_t tag) {
+    const piece done = fetch->in_flight[tag];
+    fetch->in_flight[tag].next_idle = fetch->idle;
+    fetch->idle = (uint32_t) tag;
+    fetch->n_in_flight--;
+    return done;
+}
+
+/* Puts pieces in flight until there is no room or no piece. Called with the lock held, which it lets go meanwhile. If
+ * somebody is at it, he will see what there is: he looks again before he leaves. */
+static void fill(gp_fetch *fetch) {
+    if (fetch->is_filling) {
+        return;
+    }
+    fetch->is_filling = true;
+    gp_request requests[AT_ONCE];
+    uint32_t n;
+    while ((n = take_requests(fetch, requests)) > 0) {
+        pthread_mutex_unlock(&fetch->lock);
+        for (uint32_t at = 0; at < n;) {
+            const int begun = fetch->os->queues->submit(fetch->queue, requests + at, n - at);
+            if (begun > 0) {
+                at += (uint32_t) begun;
+                continue;
             }
+            /* It does not want this one, now or ever: it is read here, and says what is wrong with it. */
+            pthread_mutex_lock(&fetch->lock);
+            const piece refused = give_back(fetch, requests[at++].tag);
+            pthread_mutex_unlock(&fetch->lock);
+            finish_piece(fetch, &refused, -EINTR);
         }
-        if (atomic_fetch_sub(&read->pieces_left, 1) == 1) {
-            finish(read);
+        pthread_mutex_lock(&fetch->lock);
+    }
+    fetch->is_filling = false;
+}
+
+static void *pump(void *data) {
+    gp_fetch *fetch = data;
+    gp_event events[AT_ONCE];
+    piece done[AT_ONCE];
+    pthread_mutex_lock(&fetch->lock);
+    while (!fetch->closing || fetch->first || fetch->n_in_flight > 0) {
+        pthread_mutex_unlock(&fetch->lock);
+        const int n = fetch->os->queues->wait(fetch->queue, events, AT_ONCE);
+        pthread_mutex_lock(&fetch->lock);
+        for (int i = 0; i < n; i++) {
+            done[i] = give_back(fetch, events[i].tag);
+        }
+        fill(fetch);
+        pthread_mutex_unlock(&fetch->lock);
+        for (int i = 0; i < n; i++) {
+            finish_piece(fetch, &done[i], events[i].got);
         }
         pthread_mutex_lock(&fetch->lock);
     }
@@ -153,12 +282,14 @@ static void *reader(void *data) {
     return NULL;
 }
 
+/* ---- what others call -------------------------------------------------------------------------------------------- */
+
 void gp_fetch_submit(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads) {
     uint64_t n_pieces = 0;
     for (uint32_t i = 0; i < n_reads; i++) {
         gp_read *read = reads[i];
         plan(&fetch->config, read);
-        const uint64_t pieces = (read->cover_bytes + fetch->config.piece_bytes - 1) / fetch->config.piece_bytes;
+        const uint64_t pieces = (read->cover_bytes + fetch->piece_bytes - 1) / fetch->piece_bytes;
         read->next = i + 1 < n_reads ? reads[i + 1] : NULL;
         read->next_piece = 0;
         atomic_store(&read->error, 0);
@@ -176,12 +307,39 @@ void gp_fetch_submit(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads) {
         fetch->first = reads[0];
     }
     fetch->last = reads[n_reads - 1];
-    /* As many as there is work for: waking all sixteen for one expert costs more than it brings. */
-    const uint64_t n_wake = n_pieces < fetch->n_asleep ? n_pieces : fetch->n_asleep;
-    for (uint64_t i = 0; i < n_wake; i++) {
-        pthread_cond_signal(&fetch->work);
+    if (fetch->queue) {
+        fill(fetch);
+    } else {
+        wake_readers(fetch, n_pieces);
     }
     pthread_mutex_unlock(&fetch->lock);
+}
+
+/* Leaves things as they are where the system has no such queue, or refuses it. */
+static int open_queue(gp_fetch *fetch) {
+    const gp_fetch_config *config = &fetch->config;
+    if (!config->direct || !fetch->os->queues) {
+        return 0;
+    }
+    uint64_t piece_bytes = QUEUE_PIECE_BYTES - QUEUE_PIECE_BYTES % fetch->step_bytes;
+    if (piece_bytes == 0 || piece_bytes > config->piece_bytes) {
+        piece_bytes = config->piece_bytes;
+    }
+    const uint64_t wanted = config->piece_bytes / piece_bytes * config->n_readers;
+    const uint32_t depth = wanted < MOST_IN_FLIGHT ? (uint32_t) wanted : MOST_IN_FLIGHT;
+    if (fetch->os->queues->open(&fetch->queue, depth, config->fd) != 0) {
+        return 0;
+    }
+    fetch->in_flight = calloc(depth, sizeof *fetch->in_flight);
+    if (!fetch->in_flight) {
+        return -ENOMEM;
+    }
+    fetch->piece_bytes = piece_bytes;
+    fetch->depth = depth;
+    for (uint32_t i = 0; i < depth; i++) {
+        fetch->in_flight[i].next_idle = i + 1;
+    }
+    return 0;
 }
 
 int gp_fetch_open(gp_fetch **out, const gp_os *os, const gp_fetch_config *config) {
@@ -200,19 +358,30 @@ int gp_fetch_open(gp_fetch **out, const gp_os *os, const gp_fetch_config *config
     }
     fetch->os = os;
     fetch->config = *config;
+    fetch->piece_bytes = config->piece_bytes;
     fetch->step_bytes = step_bytes;
     pthread_mutex_init(&fetch->lock, NULL);
     pthread_cond_init(&fetch->work, NULL);
-    for (uint32_t i = 0; i < config->n_readers; i++) {
-        const int error = os->thread_start(&fetch->threads[i], reader, fetch);
-        if (error != 0) {
-            gp_fetch_close(fetch);
-            return error;
-        }
-        fetch->n_threads++;
+    int error = open_queue(fetch);
+    const uint32_t n_wanted = fetch->queue ? 1 : config->n_readers;
+    while (error == 0 && fetch->n_threads < n_wanted) {
+        error = os->thread_start(&fetch->threads[fetch->n_threads], fetch->queue ? pump : reader, fetch);
+        fetch->n_threads += error == 0;
+    }
+    if (error != 0) {
+        gp_fetch_close(fetch);
+        return error;
     }
     *out = fetch;
     return 0;
+}
+
+static void free_all(gp_fetch *fetch) {
+    if (fetch->queue) {
+        fetch->os->queues->close(fetch->queue);
+    }
+    free(fetch->in_flight);
+    free(fetch);
 }
 
 void gp_fetch_close(gp_fetch *fetch) {
@@ -223,14 +392,19 @@ void gp_fetch_close(gp_fetch *fetch) {
     fetch->closing = true;
     pthread_cond_broadcast(&fetch->work);
     pthread_mutex_unlock(&fetch->lock);
+    if (fetch->queue && fetch->n_threads > 0) {
+        fetch->os->queues->wake(fetch->queue);
+    }
     for (uint32_t i = 0; i < fetch->n_threads; i++) {
         pthread_join(fetch->threads[i], NULL);
     }
     pthread_cond_destroy(&fetch->work);
     pthread_mutex_destroy(&fetch->lock);
-    free(fetch);
+    free_all(fetch);
 }
 
 void gp_fetch_abandon(gp_fetch *fetch) {
-    free(fetch);
+    if (fetch) {
+        free_all(fetch);
+    }
 }

@@ -1,4 +1,4 @@
-/* Reading: a pool of threads that bring ranges of files into memory. It knows nothing of experts. */
+/* Reading: ranges of files are brought into memory in the background. It knows nothing of experts. */
 #ifndef GGUF_PAGER_FETCH_H
 #define GGUF_PAGER_FETCH_H
 
@@ -21,12 +21,12 @@ struct gp_read {
     char     *region;           /* memory around it that the read may overwrite: */
     uint64_t  region_bytes;     /* aligned covers begin before and end after the range */
 
-    /* Called by the reader thread that finished the last piece, without locks held. */
+    /* Called by the thread that finished the last piece, without locks held. */
     void    (*done)(gp_read *read, int error, uint64_t error_offset_bytes);
     void     *owner;
     uint32_t  tag;
 
-    /* The pool's own. */
+    /* Fetch's own. */
     gp_read         *next;
     char            *cover_into;
     uint64_t         cover_offset, cover_bytes, next_piece;
@@ -38,8 +38,9 @@ struct gp_read {
 typedef struct {
     bool     direct;            /* reads must be aligned */
     uint32_t offset_align, memory_align;
-    uint32_t n_readers;
+    uint32_t n_readers;         /* threads, or as many pieces in flight in the system's queue */
     uint64_t piece_bytes;
+    int      fd;                /* one of the files, if reads are direct: to see how the system reads it */
 } gp_fetch_config;
 
 int  gp_fetch_open(gp_fetch **out, const gp_os *os, const gp_fetch_config *config);

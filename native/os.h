@@ -14,6 +14,36 @@ typedef struct {
     int64_t  modified_ns;
 } gp_file_id;
 
+/* One read that goes on in the background, as file_read would do it in the foreground. */
+typedef struct {
+    int       fd;
+    void     *into;
+    size_t    bytes;
+    uint64_t  offset_bytes;
+    uint64_t  tag;              /* comes back with the result */
+} gp_request;
+
+typedef struct {
+    uint64_t tag;
+    int64_t  got;               /* what file_read would have returned */
+} gp_event;
+
+typedef struct gp_queue gp_queue;
+
+/* Reads in the background. Any thread may submit and wake, one at a time waits. */
+typedef struct {
+    /* For up to `depth` requests at a time, of files like the open one given. -ENOTSUP where a read of it would keep
+     * the one who submits it waiting. */
+    int  (*open)(gp_queue **out, uint32_t depth, int fd);
+    /* Begins the first so many, at least one, or none: -errno of the first. */
+    int  (*submit)(gp_queue *queue, const gp_request *requests, uint32_t n_requests);
+    /* Sleeps until a request is done or somebody wakes it; returns how many events there are. */
+    int  (*wait)(gp_queue *queue, gp_event *events, uint32_t n_events);
+    void (*wake)(gp_queue *queue);
+    /* With nothing in flight and nobody waiting, or in a fork, which has neither. */
+    void (*close)(gp_queue *queue);
+} gp_queues;
+
 typedef struct gp_os {
     int     (*file_open)(const char *path, bool direct, int *fd);
     int     (*file_close)(int fd);
@@ -31,9 +61,11 @@ typedef struct gp_os {
     /* The calling thread's work can wait: others go first where processors are short. */
     void    (*thread_step_back)(void);
     uint64_t (*now_ns)(void);
+    const gp_queues *queues;    /* NULL: there are none */
 } gp_os;
 
 extern const gp_os gp_os_system;
+extern const gp_queues gp_queues_linux;     /* on Linux alone */
 
 /* Keeps the pages of a range in RAM. */
 int gp_os_memory_lock(void *memory, size_t bytes);

@@ -187,6 +187,7 @@ const gp_os gp_os_system = {
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,
     .now_ns = now_ns,
+    .queues = &gp_queues_linux,
 };
 
 int gp_os_memory_lock(void *memory, size_t bytes) {

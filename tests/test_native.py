@@ -21,6 +21,7 @@ TRACE = ROOT / "scripts" / "traces" / "qwen3-30b-a3b" / "code.npz"
 CORE = ("arena", "fetch", "pager", "pins", "policy", "product", "slots", "tap")
 SUPPORT = ("fake_os", "model", "graph")
 OF_SYSTEM = ("system_os",)
+SYSTEM = ("os_macos",) if platform.system() == "Darwin" else ("os_linux", "os_linux_aio")
 WITH_ARGUMENTS = ("policy_replay", "system_os")
 PROGRAMS = tuple(sorted(path.stem for path in HERE.glob("*.c") if path.stem not in SUPPORT))
 
@@ -73,15 +74,15 @@ class Build:
         _compile(*self.flags, *renamed, "-c", source, "-o", self.folder / f"{name}.o")
 
     def _program(self, name: str) -> None:
-        system = "os_macos" if platform.system() == "Darwin" else "os_linux"
-        parts = ([NATIVE / f"{system}.c"] if name in OF_SYSTEM
+        parts = ([NATIVE / f"{system}.c" for system in SYSTEM] if name in OF_SYSTEM
                  else [self.folder / f"{part}.o" for part in (*CORE, *SUPPORT)])
         _compile(*self.flags, HERE / f"{name}.c", *parts, "-o", self.folder / name)
 
-    def run(self, name: str, *arguments: str, text: str = "") -> str:
+    def run(self, name: str, *arguments: str, text: str = "", has_queue: bool = False) -> str:
         """Run a program and return what it printed; it says on standard error what does not hold."""
+        environment = {**os.environ, "FAKE_QUEUE": "1"} if has_queue else None
         done = subprocess.run([str(self.folder / name), *arguments], input=text, capture_output=True, text=True,
-                              timeout=RUN_SECONDS, check=False)
+                              timeout=RUN_SECONDS, check=False, env=environment)
         assert done.returncode == 0, f"{name} ended with {done.returncode}:\n{done.stderr}"
         return done.stdout
 
@@ -97,6 +98,11 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in WITH_ARGUMENTS])
 def test_program_finds_nothing_wrong(build: Build, program: str) -> None:
     build.run(program)
+
+
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in WITH_ARGUMENTS])
+def test_program_finds_nothing_wrong_when_reads_go_on_in_the_background(build: Build, program: str) -> None:
+    build.run(program, has_queue=True)
 
 
 def test_system_os_keeps_its_contract(build: Build, tmp_path: Path) -> None:

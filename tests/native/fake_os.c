@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "check.h"
 
@@ -42,7 +43,8 @@ static struct {
     atomic_uint     short_one_in, interrupted_one_in, delay_us;
     atomic_bool     is_ragged;
     _Atomic uint64_t random;
-    atomic_uint     memories, threads, allocations;
+    atomic_uint     memories, threads, queues, allocations;
+    atomic_bool     has_queue;
     pthread_mutex_t gate_lock;
     pthread_cond_t  gate_moved;
     atomic_bool     is_gated;
@@ -75,7 +77,9 @@ static bool strike(atomic_uint *left) {
 
 static int begin(fake_call call) {
     atomic_fetch_add_explicit(&fake.calls[call], 1, RELAXED);
-    if (call != FAKE_FILE_READ && call != FAKE_MEMORY_POPULATE && call != FAKE_MEMORY_LOCK && strike(&fake.fail_any_in)) {
+    const bool can_be_done_without = call == FAKE_FILE_READ || call == FAKE_MEMORY_POPULATE || call == FAKE_MEMORY_LOCK
+        || call == FAKE_QUEUE_OPEN || call == FAKE_QUEUE_SUBMIT;
+    if (!can_be_done_without && strike(&fake.fail_any_in)) {
         return atomic_load_explicit(&fake.fail_any_with, RELAXED);
     }
     return strike(&fake.fail_in[call]) ? atomic_load_explicit(&fake.fail_with[call], RELAXED) : 0;
@@ -299,6 +303,148 @@ static int64_t file_read(int fd, void *into, size_t bytes, uint64_t offset_bytes
     return (int64_t) got;
 }
 
+/* ---- reads in the background -------------------------------------------------------------------------------------
+ * As many threads as requests may be in flight: all of them begin at once, and end in any order. */
+
+enum { MAX_DEPTH = 64 };
+
+struct gp_queue {
+    pid_t           pid;
+    pthread_mutex_t lock;
+    pthread_cond_t  work, done;
+    pthread_t       threads[MAX_DEPTH];
+    uint32_t        depth;
+    gp_request      requests[MAX_DEPTH];    /* lock; a ring */
+    uint32_t        n_requests, first_request;
+    gp_event        events[MAX_DEPTH];      /* lock */
+    uint32_t        n_events;
+    uint32_t        n_in_flight;            /* lock; submitted and not reaped */
+    bool            is_waited_for, is_woken, is_closing;    /* lock */
+};
+
+static void *work_off(void *data) {
+    gp_queue *q = data;
+    pthread_mutex_lock(&q->lock);
+    for (;;) {
+        while (q->n_requests == 0 && !q->is_closing) {
+            pthread_cond_wait(&q->work, &q->lock);
+        }
+        if (q->n_requests == 0) {
+            break;
+        }
+        const gp_request r = q->requests[q->first_request];
+        q->first_request = (q->first_request + 1) % q->depth;
+        q->n_requests--;
+        pthread_mutex_unlock(&q->lock);
+        const int64_t got = file_read(r.fd, r.into, r.bytes, r.offset_bytes);
+        pthread_mutex_lock(&q->lock);
+        q->events[q->n_events++] = (gp_event) { r.tag, got };
+        pthread_cond_signal(&q->done);
+    }
+    pthread_mutex_unlock(&q->lock);
+    return NULL;
+}
+
+static int queue_open(gp_queue **out, uint32_t depth, int fd) {
+    *out = NULL;
+    (void) find_descriptor(fd);
+    const int error = begin(FAKE_QUEUE_OPEN);
+    if (error != 0 || !fake_has_queue()) {
+        return error != 0 ? error : -ENOTSUP;
+    }
+    CHECK(depth > 0 && depth <= MAX_DEPTH, "the test asks for few reads at a time");
+    gp_queue *q = calloc(1, sizeof *q);
+    CHECK(q, "the test has memory");
+    q->pid = getpid();
+    q->depth = depth;
+    pthread_mutex_init(&q->lock, NULL);
+    pthread_cond_init(&q->work, NULL);
+    pthread_cond_init(&q->done, NULL);
+    for (uint32_t i = 0; i < depth; i++) {
+        CHECK(pthread_create(&q->threads[i], NULL, work_off, q) == 0, "the test has threads");
+    }
+    atomic_fetch_add(&fake.queues, 1);
+    *out = q;
+    return 0;
+}
+
+static int queue_submit(gp_queue *q, const gp_request *requests, uint32_t n_requests) {
+    const int error = begin(FAKE_QUEUE_SUBMIT);
+    if (error != 0) {
+        return error;
+    }
+    const uint32_t n = happens(&fake.short_one_in) ? 1 + fake_random(n_requests) : n_requests;
+    pthread_mutex_lock(&q->lock);
+    for (uint32_t i = 0; i < n; i++) {
+        CHECK(q->n_in_flight < q->depth, "no more requests are in flight than was said");
+        q->requests[(q->first_request + q->n_requests) % q->depth] = requests[i];
+        q->n_requests++;
+        q->n_in_flight++;
+        pthread_cond_signal(&q->work);
+    }
+    pthread_mutex_unlock(&q->lock);
+    return (int) n;
+}
+
+static int queue_wait(gp_queue *q, gp_event *events, uint32_t n_events) {
+    pthread_mutex_lock(&q->lock);
+    CHECK(!q->is_waited_for, "one thread waits at a time");
+    q->is_waited_for = true;
+    while (q->n_events == 0 && !q->is_woken) {
+        pthread_cond_wait(&q->done, &q->lock);
+    }
+    uint32_t n = 0;
+    while (q->n_events > 0 && n < n_events) {
+        events[n++] = q->events[--q->n_events];
+    }
+    q->n_in_flight -= n;
+    q->is_woken &= n > 0;
+    q->is_waited_for = false;
+    pthread_mutex_unlock(&q->lock);
+    return (int) n;
+}
+
+static void queue_wake(gp_queue *q) {
+    pthread_mutex_lock(&q->lock);
+    q->is_woken = true;
+    pthread_cond_signal(&q->done);
+    pthread_mutex_unlock(&q->lock);
+}
+
+static void queue_close(gp_queue *q) {
+    if (getpid() == q->pid) {
+        pthread_mutex_lock(&q->lock);
+        CHECK(q->n_in_flight == 0 && !q->is_waited_for, "a queue is closed when nothing is in flight any more");
+        q->is_closing = true;
+        pthread_cond_broadcast(&q->work);
+        pthread_mutex_unlock(&q->lock);
+        for (uint32_t i = 0; i < q->depth; i++) {
+            pthread_join(q->threads[i], NULL);
+        }
+        pthread_cond_destroy(&q->done);
+        pthread_cond_destroy(&q->work);
+        pthread_mutex_destroy(&q->lock);
+    }
+    atomic_fetch_sub(&fake.queues, 1);
+    free(q);
+}
+
+static const gp_queues queues = {
+    .open = queue_open,
+    .submit = queue_submit,
+    .wait = queue_wait,
+    .wake = queue_wake,
+    .close = queue_close,
+};
+
+bool fake_has_queue(void) {
+    return atomic_load(&fake.has_queue) || getenv("FAKE_QUEUE");
+}
+
+void fake_allow_queue(bool is_allowed) {
+    atomic_store(&fake.has_queue, is_allowed);
+}
+
 /* ---- memory, threads, time -------------------------------------------------------------------------------------- */
 
 static int memory_open(void **out, size_t bytes) {
@@ -371,6 +517,7 @@ const gp_os fake_os = {
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,
     .now_ns = now_ns,
+    .queues = &queues,
 };
 
 int gp_os_memory_lock(void *memory, size_t bytes) {
@@ -430,6 +577,7 @@ void fake_reset(void) {
     CHECK(fake_open_files() == 0, "every file was closed");
     CHECK(fake_open_memories() == 0, "every arena was closed");
     CHECK(fake_running_threads() == 0, "every thread has ended");
+    CHECK(atomic_load(&fake.queues) == 0, "every queue was closed");
     CHECK(fake_allocations() == 0, "all memory was freed");
     for (unsigned i = 0; i < fake.n_files; i++) {
         free(fake.files[i].bytes);

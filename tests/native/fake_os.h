@@ -13,7 +13,7 @@
 
 typedef enum {
     FAKE_FILE_OPEN, FAKE_FILE_IDENTIFY, FAKE_FILE_READ, FAKE_MEMORY_OPEN, FAKE_MEMORY_POPULATE, FAKE_MEMORY_LOCK, FAKE_THREAD_START,
-    FAKE_ALLOCATE, FAKE_CALLS
+    FAKE_QUEUE_OPEN, FAKE_QUEUE_SUBMIT, FAKE_ALLOCATE, FAKE_CALLS
 } fake_call;
 
 extern const gp_os fake_os;
@@ -40,7 +40,13 @@ bool     fake_is_armed(void);
 /* Of direct reads; a misaligned one gets -EINVAL, as from Linux. 1, 1 from the start. */
 void     fake_direct_align(uint32_t offset_align, uint32_t memory_align);
 
-/* One read in so many stops short, is interrupted; each waits up to so long. 0: never. */
+/* Direct reads can go on in the background. Off from the start, unless FAKE_QUEUE stands in the environment, with which
+ * every test can be run over the queue instead of the pool of threads. */
+void     fake_allow_queue(bool is_allowed);
+bool     fake_has_queue(void);
+
+/* One read in so many stops short, is interrupted; each waits up to so long. 0: never.
+ * Of one submission in so many the queue takes only the first few requests. */
 typedef struct {
     unsigned short_one_in, interrupted_one_in, delay_us;
     bool     is_ragged;         /* direct reads may stop between multiples of the alignment */

@@ -103,7 +103,7 @@ static void *wait_for_3(void *data) {
 
 /* The file changes after the demand has begun and before its reads have. */
 static void change_during_the_read_is_refused(void) {
-    begin((model_shape) { .n_readers = 3, .piece_bytes = 1 << 20 });
+    begin((model_shape) { .n_readers = 3, .piece_bytes = 64 << 10 });
     fake_hold_reads();
     waiter w = { .hold = &hold };
     pthread_t thread;
@@ -119,7 +119,7 @@ static void change_during_the_read_is_refused(void) {
 
 /* Nobody waits for read-ahead, so nobody looked at the file for it. */
 static void read_ahead_of_a_changed_file_is_refused(void) {
-    begin((model_shape) { .n_slots = 24, .piece_bytes = 1 << 20, .read_ahead = true });
+    begin((model_shape) { .n_slots = 24, .piece_bytes = 64 << 10, .read_ahead = true });
     const int32_t all[] = { 0, 1, 2, 3, 4, 5, 6, 7, 8 };
     int32_t slots[9];
     gp_failure failure;
@@ -139,7 +139,7 @@ static void read_ahead_of_a_changed_file_is_refused(void) {
 /* Two contexts wait for one read of a changed file: neither may compute with it. */
 static void both_who_wait_are_refused(void) {
     for (int round = 0; round < 30; round++) {
-        begin((model_shape) { .n_readers = 3, .piece_bytes = 1 << 20 });
+        begin((model_shape) { .n_readers = 3, .piece_bytes = 64 << 10 });
         rewrite_file(0, 1, 3);
         fake_hold_reads();
         waiter waiters[] = { { .hold = &hold }, { .hold = &other } };

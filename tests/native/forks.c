@@ -56,7 +56,7 @@ static bool child_ends_well(int (*child)(void)) {
 }
 
 static void begin(void) {
-    model_make(&m, (model_shape) { .n_slots = 2, .n_readers = 3, .piece_bytes = 1 << 20 });
+    model_make(&m, (model_shape) { .n_slots = 2, .n_readers = 3, .piece_bytes = 64 << 10 });
     pager = model_open(&m);
     CHECK(gp_hold_open(&hold, pager, 2) == 0 && gp_hold_open(&other, pager, 2) == 0, "two holds open");
 }

@@ -36,6 +36,9 @@ static model_shape complete(model_shape shape) {
         shape.n_slices = defaults.n_slices;
         memcpy(shape.slice_bytes, defaults.slice_bytes, sizeof shape.slice_bytes);
     }
+    if (!shape.offset_align && fake_has_queue()) {     /* the queue is for direct reads */
+        shape.offset_align = shape.memory_align = 1;
+    }
     return shape;
 }
 

@@ -94,7 +94,7 @@ static void *use_next_layer(void *data) {
 }
 
 static void what_is_still_coming_is_a_miss(void) {
-    begin((model_shape) { .n_slots = 3 * EXPERTS, .piece_bytes = 1 << 20 });
+    begin((model_shape) { .n_slots = 3 * EXPERTS, .piece_bytes = 64 << 10 });
     fake_hold_reads();
     fake_let_some_go(EXPERTS * 3);      /* the slices of layer 0 */
     model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
@@ -197,7 +197,7 @@ static void *use_last_layer(void *data) {
 }
 
 static void slots_being_read_are_not_given_up(void) {
-    begin((model_shape) { .n_layers = 3, .n_slots = 14, .n_used = 4, .n_readers = 2, .piece_bytes = 1 << 20 });
+    begin((model_shape) { .n_layers = 3, .n_slots = 14, .n_used = 4, .n_readers = 2, .piece_bytes = 64 << 10 });
     fake_hold_reads();
     fake_let_some_go(EXPERTS * 3);      /* the slices of layer 0 */
     int32_t slots[EXPERTS];

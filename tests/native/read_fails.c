@@ -116,7 +116,7 @@ static void *wait_for_7(void *data) {
 
 /* Two contexts wait for the same read: both hear of its failure, with its errno and place. */
 static void both_who_wait_hear_of_it(void) {
-    begin((model_shape) { .n_readers = 3, .piece_bytes = 1 << 20 });
+    begin((model_shape) { .n_readers = 3, .piece_bytes = 64 << 10 });
     fake_fail_at(m.paths[0], model_offset(&m, 1, 2, 7), -EIO);
     fake_hold_reads();
     waiter waiters[] = { { .hold = &hold }, { .hold = &other } };
@@ -143,7 +143,7 @@ static void both_who_wait_hear_of_it(void) {
 
 /* One slice has failed, another is still being read, when a second context comes to wait: it hears the same. */
 static void late_comer_hears_of_it(void) {
-    begin((model_shape) { .n_readers = 1, .piece_bytes = 1 << 20 });
+    begin((model_shape) { .n_readers = 1, .piece_bytes = 64 << 10 });
     fake_fail(FAKE_FILE_READ, 1, -ENXIO);
     fake_hold_reads();
     waiter waiters[] = { { .hold = &hold }, { .hold = &other } };

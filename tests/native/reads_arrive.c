@@ -44,11 +44,11 @@ static void read_all(model_shape shape, fake_weather weather, placement wanted) 
 #define RAGGED  .n_slices = 3, .slice_bytes = { 1120, 1120, 2208 }     /* as in MXFP4: it is not */
 
 static const model_shape shapes[] = {
-    { .piece_bytes = 1 << 20 },
+    { .piece_bytes = 64 << 10 },
     { .piece_bytes = 100 },
     { .n_files = 2, .n_classes = 2, .piece_bytes = 1024 },
     { SECTORS, .offset_align = 512, .memory_align = 512, .piece_bytes = 512 },
-    { SECTORS, .offset_align = 512, .memory_align = 4, .piece_bytes = 1 << 20 },
+    { SECTORS, .offset_align = 512, .memory_align = 4, .piece_bytes = 64 << 10 },
     { SECTORS, .offset_align = 512, .memory_align = 512, .piece_bytes = 1536, .n_files = 2, .n_classes = 2 },
     { RAGGED, .offset_align = 512, .memory_align = 4, .piece_bytes = 512 },
     { RAGGED, .offset_align = 512, .memory_align = 512, .piece_bytes = 512 },

@@ -35,7 +35,7 @@ static void *acquire(void *data) {
 }
 
 static void begin(uint32_t n_slots, waiter *waiters, int n) {
-    model_make(&m, (model_shape) { .n_slots = n_slots, .n_used = 3, .piece_bytes = 1 << 20 });
+    model_make(&m, (model_shape) { .n_slots = n_slots, .n_used = 3, .piece_bytes = 64 << 10 });
     pager = model_open(&m);
     CHECK(gp_hold_open(&owner, pager, 4) == 0, "a hold opens");
     for (int i = 0; i < n; i++) {
