@@ -62,14 +62,6 @@ static void release_and_tell(gp_pager *p, gp_hold *hold, uint32_t first) {
     pthread_cond_broadcast(&p->released);
 }
 
-void gp_pager_release(gp_pager *p, gp_hold *hold) {
-    if (hold->n_slots == 0 || !gp_pager_enter(p)) {     /* only this thread changes n_slots */
-        return;
-    }
-    release_and_tell(p, hold, 0);
-    pthread_mutex_unlock(&p->lock);
-}
-
 static void count_use(gp_layer *l, const gp_demand *demand) {
     const uint64_t before = l->counters.tokens;
     l->counters.visits++;
@@ -251,17 +243,21 @@ static bool is_pending(const gp_hold *hold, uint32_t slices) {
     return is_any;
 }
 
-static void wait_for_slices(gp_pager *p, gp_hold *hold, gp_layer *l, uint32_t slices, uint64_t started_ns) {
+static void wait_for_slices(gp_pager *p, gp_hold *hold, uint32_t slices) {
     while (is_pending(hold, slices)) {
         pthread_cond_wait(&hold->arrived, &p->lock);
     }
+}
+
+static void stall_for_slices(gp_pager *p, gp_hold *hold, gp_layer *l, uint32_t slices, uint64_t started_ns) {
+    wait_for_slices(p, hold, slices);
     l->counters.stall_ns += p->os->now_ns() - started_ns;
 }
 
 /* Gives back what was taken, once nothing of it is being read: a slot that has failed is emptied then, and whoever wants
  * its expert next reads anew. */
-static void give_up(gp_pager *p, gp_hold *hold, gp_layer *l, uint32_t first) {
-    wait_for_slices(p, hold, l, ALL_SLICES, p->os->now_ns());
+static void give_up(gp_pager *p, gp_hold *hold, uint32_t first) {
+    wait_for_slices(p, hold, ALL_SLICES);
     release_and_tell(p, hold, first);
 }
 
@@ -275,12 +271,25 @@ static int find_failed(const gp_pager *p, const gp_hold *hold, uint32_t first, g
     return 0;
 }
 
+void gp_pager_release(gp_pager *p, gp_hold *hold) {
+    if (hold->n_slots == 0 || !gp_pager_enter(p)) {     /* only this thread changes n_slots */
+        return;
+    }
+    gp_failure failure;
+    if (find_failed(p, hold, 0, &failure) != 0) {
+        give_up(p, hold, 0);
+    } else {
+        release_and_tell(p, hold, 0);
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
 int gp_pager_wait(gp_pager *p, gp_hold *hold, uint32_t layer_index, uint32_t slices, gp_failure *failure) {
     gp_layer *l = &p->layers[layer_index];
     *failure = (gp_failure) { 0 };
     pthread_mutex_lock(&p->lock);
     if (is_pending(hold, slices)) {
-        wait_for_slices(p, hold, l, slices, p->os->now_ns());
+        stall_for_slices(p, hold, l, slices, p->os->now_ns());
     }
     int error = hold->pending ? 0 : check_new_slots(p, hold, 0, &l->spec, failure);
     if (error == 0) {
@@ -352,7 +361,7 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         pthread_mutex_lock(&p->lock);
     }
     if (started_ns) {
-        wait_for_slices(p, hold, l, ALL_SLICES & ~demand->later, started_ns);
+        stall_for_slices(p, hold, l, ALL_SLICES & ~demand->later, started_ns);
     }
     int error = hold->pending ? 0 : check_new_slots(p, hold, first_held, &l->spec, failure);
     if (error == 0) {
@@ -365,7 +374,7 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
     }
     uint32_t n_ahead = 0;
     if (error != 0) {
-        give_up(p, hold, l, first_held);
+        give_up(p, hold, first_held);
     } else if (!demand->is_again && demand->n_tokens > 1) {
         n_ahead = plan_read_ahead(p, demand);
     }
