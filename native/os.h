@@ -42,6 +42,9 @@ typedef struct {
     void (*wake)(gp_queue *queue);
     /* With nothing in flight and nobody waiting, or in a fork, which has neither. */
     void (*close)(gp_queue *queue);
+    /* The calling thread will be the one that waits. It works for microseconds at a time, on which others wait: it goes
+     * before those that compute. */
+    void (*step_forward)(void);
 } gp_queues;
 
 typedef struct gp_os {

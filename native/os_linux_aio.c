@@ -1,5 +1,5 @@
 /* Linux native AIO (io_submit, io_getevents): direct reads that the kernel does in the background. io_uring would do the
- * same and is forbidden in most containers. The calls have no wrappers in libc. */
+ * same and is often forbidden in containers. The calls have no wrappers in libc. */
 #define _GNU_SOURCE
 #include "os.h"
 
@@ -151,10 +151,34 @@ static int open_queue(gp_queue **out, uint32_t depth, int fd) {
     return 0;
 }
 
+/* As in linux/sched/types.h, which a libc alone does not bring. */
+typedef struct {
+    uint32_t bytes, policy;
+    uint64_t flags;
+    int32_t  nice;
+    uint32_t priority;
+    uint64_t runtime_ns, deadline_ns, period_ns;
+} scheduling;
+
+/* Who asks for short turns gets them early (Linux 6.12; before, it asks in vain). Beside
+ * threads that compute without end the pump otherwise waits its turn: 16.0 ms of stall per token instead of 18.8 (medians
+ * of three, 18.8 with a wide range; 18 instead of 20.4 in another sitting). */
+static void step_forward(void) {
+    enum { TURN_NS = 100000 };      /* the least that the kernel grants */
+    scheduling mine = { .bytes = sizeof mine };
+    if (syscall(SYS_sched_getattr, 0, &mine, sizeof mine, 0) == 0 && mine.policy == 0) {
+        mine.bytes = sizeof mine;
+        mine.flags = 0;
+        mine.runtime_ns = TURN_NS;
+        (void) syscall(SYS_sched_setattr, 0, &mine, 0);
+    }
+}
+
 const gp_queues gp_queues_linux = {
     .open = open_queue,
     .submit = begin,
     .wait = wait_for_events,
     .wake = wake,
     .close = close_queue,
+    .step_forward = step_forward,
 };

@@ -135,7 +135,7 @@ const gp_os gp_os_system = {
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,
     .now_ns = now_ns,
-    .queues = NULL,     /* aio(7) is threads in the kernel that read one after the other: a pool of ours does as well */
+    .queues = NULL,     /* a pool of threads reads */
 };
 
 /* Wires the pages. -EAGAIN or -ENOMEM above vm.user_wire_limit. */

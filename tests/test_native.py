@@ -23,6 +23,7 @@ SUPPORT = ("fake_os", "model", "graph")
 OF_SYSTEM = ("system_os",)
 SYSTEM = ("os_macos",) if platform.system() == "Darwin" else ("os_linux", "os_linux_aio")
 WITH_ARGUMENTS = ("policy_replay", "system_os")
+WAITS_FOR_SLOTS = ("tap_contexts", "waiting")  # for seconds, however reads are done
 PROGRAMS = tuple(sorted(path.stem for path in HERE.glob("*.c") if path.stem not in SUPPORT))
 
 WARNINGS = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-pthread")
@@ -100,7 +101,7 @@ def test_program_finds_nothing_wrong(build: Build, program: str) -> None:
     build.run(program)
 
 
-@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in WITH_ARGUMENTS])
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in WITH_ARGUMENTS + WAITS_FOR_SLOTS])
 def test_program_finds_nothing_wrong_when_reads_go_on_in_the_background(build: Build, program: str) -> None:
     build.run(program, has_queue=True)
 

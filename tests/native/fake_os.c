@@ -429,12 +429,16 @@ static void queue_close(gp_queue *q) {
     free(q);
 }
 
+static void queue_step_forward(void) {
+}
+
 static const gp_queues queues = {
     .open = queue_open,
     .submit = queue_submit,
     .wait = queue_wait,
     .wake = queue_wake,
     .close = queue_close,
+    .step_forward = queue_step_forward,
 };
 
 bool fake_has_queue(void) {

@@ -62,6 +62,74 @@ static void direct_files(const char *path) {
     CHECK(os->file_close(fd) == 0, "a file closes");
 }
 
+static void *wait_for_one(void *queue) {
+    gp_event event;
+    return os->queues->wait(queue, &event, 1) == 0 ? queue : NULL;
+}
+
+static void reads_in_the_background(const char *path) {
+    uint32_t at, memory;
+    int fd;
+    if (!os->queues || os->file_alignment(path, &at, &memory) != 0) {
+        return;
+    }
+    CHECK(os->file_open(path, true, &fd) == 0, "a file opens");
+    gp_queue *queue = (gp_queue *) &fd;
+    CHECK(os->queues->open(&queue, 4, -1) < 0 && !queue, "no queue for a file that is not open");
+    const int error = os->queues->open(&queue, 4, fd);
+    if (error != 0) {
+        CHECK(error == -ENOTSUP || error == -ENOSYS || error == -EPERM || error == -EAGAIN, "a system may refuse");
+        CHECK(!queue, "and leaves nothing");
+        printf("skipped: no reads in the background (%d)\n", error);
+    } else {
+        os->queues->step_forward();
+        memset(buffer, 0, sizeof buffer);
+        gp_request requests[4];
+        for (uint32_t i = 0; i < 4; i++) {
+            requests[i] = (gp_request) { .fd = fd, .into = buffer + i * ALIGNED, .bytes = ALIGNED,
+                                         .offset_bytes = (i + 4) * ALIGNED, .tag = 70 + i };
+        }
+        requests[3].into = buffer + 3 * ALIGNED + 1;        /* at no address for direct reads */
+        uint32_t n_begun = 0;
+        while (n_begun < 4) {
+            const int begun = os->queues->submit(queue, requests + n_begun, 4 - n_begun);
+            CHECK(begun > 0, "there is room for as many as was said");
+            n_begun += (uint32_t) begun;
+        }
+        uint32_t seen = 0;
+        for (uint32_t n_done = 0; n_done < 4;) {
+            gp_event events[4];
+            const int n = os->queues->wait(queue, events, 4);
+            CHECK(n > 0, "they are done one day");
+            for (int i = 0; i < n; i++) {
+                seen |= 1u << (events[i].tag - 70);
+                CHECK(events[i].got == ALIGNED || (events[i].tag == 73 && (events[i].got == -EINVAL || memory == 1)),
+                      "each with its own result");
+            }
+            n_done += (uint32_t) n;
+        }
+        CHECK(seen == 15 && is_right(4 * ALIGNED, 3 * ALIGNED), "and what was read lies where it was wanted");
+        requests[0].offset_bytes = LAST_PAGE;
+        requests[1].fd = 9999;
+        CHECK(os->queues->submit(queue, requests, 2) == 1, "what cannot begin ends the row");
+        CHECK(os->queues->submit(queue, requests + 1, 1) == -EBADF, "and says why when it comes first");
+        gp_event event;
+        CHECK(os->queues->wait(queue, &event, 1) == 1 && event.tag == 70 && event.got == FILE_BYTES - LAST_PAGE
+              && is_right(LAST_PAGE, event.got), "the end cuts it short");
+        pthread_t thread;
+        void *woken;
+        CHECK(pthread_create(&thread, NULL, wait_for_one, queue) == 0, "the test has threads");
+        nanosleep(&(struct timespec) { .tv_nsec = 20000000 }, NULL);
+        os->queues->wake(queue);
+        pthread_join(thread, &woken);
+        CHECK(woken, "who waits can be woken");
+        os->queues->wake(queue);
+        CHECK(wait_for_one(queue), "also before he waits");
+        os->queues->close(queue);
+    }
+    CHECK(os->file_close(fd) == 0, "the file closes");
+}
+
 static void memory(void) {
     static const size_t sizes[] = { 1, 4096, 100000, (2 << 20) - 4096, (5 << 20) + 3 };
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
@@ -116,6 +184,7 @@ int main(int argc, char **argv) {
     CHECK(argc == 2, "a file is given");
     buffered_files(argv[1]);
     direct_files(argv[1]);
+    reads_in_the_background(argv[1]);
     memory();
     threads_and_time();
     lazy_load_of_something_else();
