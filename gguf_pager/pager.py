@@ -22,9 +22,10 @@ class Options:
     Attributes:
         policy: who leaves when a slot is needed: "lfru" (uses per age) or "lru".
         io: "direct" reads past the page cache, "buffered" through it; "auto" takes direct where the file system can.
-        n_readers: threads that read. More bring more bandwidth, fewer bring what is needed first sooner, so that computing
-            with it can begin: 4 x 512 KiB decoded fastest where it was measured (benchmarks/LOG.md, 2026-11-24), 3 to 4
-            GB/s; a device that wants more in flight may want more.
+        n_readers: how many reads of `piece_bytes` are in flight at a time. More bring more bandwidth, fewer bring what is
+            needed first sooner, so that computing with it can begin: 4 x 512 KiB decoded fastest where it was measured
+            (benchmarks/LOG.md, 2026-11-24), 3 to 4 GB/s; a device that wants more in flight may want more. Where Linux
+            reads directly in the background (io_submit), one thread serves them all; elsewhere each has its own.
         piece_bytes: the largest single read; smaller pieces keep the device busy when few experts are missing.
         read_ahead: in large batches, read the next layer while this one computes.
         lock_dense: keep the weights that every token needs in RAM: "auto" locks them, or copies them where locking

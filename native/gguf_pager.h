@@ -71,7 +71,8 @@ typedef struct {
     bool                 read_ahead;        /* in large batches, read the next layer while this one computes */
     uint32_t             offset_align;      /* of direct reads, in the file */
     uint32_t             memory_align;      /* of direct reads, in memory */
-    uint32_t             n_readers;         /* threads */
+    uint32_t             n_readers;         /* reads of piece_bytes in flight: as many threads, or fewer bytes each where the system
+                                             * reads in the background by itself */
     uint64_t             piece_bytes;       /* the largest single read */
 } gp_config;
 

@@ -9,10 +9,12 @@
  *   2. A node points either at its own tensors, src[0] and src[2], or at both of ours: a view of the slots and the
  *      slot numbers of one `routing`. A graph that is used again still has ours; the routing remembers the originals.
  *   3. Between two computed() calls the slots of a routing do not change: its ids are written once per piece of graph.
- *   4. Reads of a layer's last slices may go on while the first ones are computed with. Then the piece of graph ends before
- *      the node that needs them, and the slots are kept over that end.
+ *   4. Reads may go on after a node was answered for. A product (product.h) waits for its own experts; before a MUL_MAT_ID
+ *      that needs slices which are still on their way the piece of graph ends, and the slots are kept over that end.
  *   5. After a failure the node still points at slots, any slots: what it computes is thrown away by the abort, and the
  *      mapping, whose file may have lost its end, is not touched.
+ *   6. A node is made a product only for the time of its piece, once per tensor and piece, and only of a kind whose bits
+ *      were those of MUL_MAT_ID when ggml computed one.
  */
 #include <assert.h>
 #include <errno.h>

@@ -100,7 +100,7 @@ def _check_n_predict(_: click.Context, __: click.Parameter, value: int) -> int:
 @click.option("--io", type=click.Choice(["auto", "direct", "buffered"]), default=_DEFAULT.io, show_default=True,
               help="Read past the page cache or through it.")
 @click.option("--readers", metavar="N", type=int, default=_DEFAULT.n_readers, show_default=True,
-              help="Threads that read.")
+              help="Reads of 512 KiB in flight at a time.")
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's own output, on stderr.")
 @click.option("--progress/--no-progress", default=None,
               help="Say on stderr what takes longer than a second. [default: when stderr is a terminal]")
