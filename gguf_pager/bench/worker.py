@@ -360,6 +360,8 @@ def work(task: Task) -> None:
         tell("prefilled", phase=run.prefill().to_json())
     if task.shape.n_gen and not task.is_prompt_only:
         tell("decoded", phase=run.decode().to_json(), token_ns=run.token_ns, token_stall_ns=run.token_stall_ns)
+    if run.pager is not None:
+        run.pager.wait_present()  # or a short run's peak is less than the budget takes, and a cap made of it kills
     tell("done", digest=run.digest(), peak_rss_bytes=probe.process_memory().peak_bytes, layers=run.heat())
     llm.close()
 
