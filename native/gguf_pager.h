@@ -133,6 +133,8 @@ typedef struct {
     size_t  (*type_size)(int type);         /* bytes of a block */
 } gp_ggml;
 
+enum { GP_ALL_THREADS = -1 };   /* GGML_N_TASKS_MAX */
+
 /* What ggml finds in the op_params of a custom operation (struct ggml_custom_op_params); engine.py compares. */
 typedef struct {
     void   (*compute)(struct ggml_tensor *node, int ith, int nth, void *data);

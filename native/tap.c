@@ -389,7 +389,7 @@ static void point_at_slots(const gp_tap *tap, slice_view *v, routing *r, ggml_te
 /* From a MUL_MAT_ID of one token to our own product; until it is asked about again. */
 static void become_product(const gp_tap *tap, slice_view *v, ggml_tensor *node) {
     gp_product_begin(&v->product, node);
-    const gp_custom custom = { .compute = gp_product_compute, .n_tasks = -1, .data = &v->product };
+    const gp_custom custom = { .compute = gp_product_compute, .n_tasks = GP_ALL_THREADS, .data = &v->product };
     memcpy(node->op_params, &custom, sizeof custom);
     node->op = tap->ggml.op_custom;
 }
@@ -405,6 +405,7 @@ static void unbecome_product(const gp_tap *tap, ggml_tensor *node) {
 /* The node at hand, which this piece has not had for these matrices. Returns whether the piece is to end with it. */
 static bool compute_or_try(gp_tap *tap, slice_view *v, ggml_tensor *node) {
     if (tap->failure.error == 0 && v->kind && v->kind->is_same != OTHER
+        && node->ne[1] <= (int64_t) gp_pager_layer(tap->pager, v->layer)->n_used    /* as foreseen in open_products */
         && gp_product_fits(&v->kind->kind, &tap->ggml, node)) {
         if (v->kind->is_same == SAME) {
             become_product(tap, v, node);

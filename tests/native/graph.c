@@ -270,7 +270,7 @@ static void compute_custom(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap
     for (int i = 0; i < GRAPH_THREADS; i++) {
         parts[i] = (thread_part) { .node = node, .ith = i };
         memcpy(&parts[i].custom, node->op_params, sizeof parts[i].custom);
-        CHECK(parts[i].custom.n_tasks == -1, "all threads take part");
+        CHECK(parts[i].custom.n_tasks == GP_ALL_THREADS, "all threads take part");
         if (i > 0) {
             CHECK(pthread_create(&threads[i], NULL, compute_part, &parts[i]) == 0, "the test has threads");
         }

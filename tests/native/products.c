@@ -89,6 +89,23 @@ static void inputs_of_another_type_are_left_to_ggml(void) {
     end();
 }
 
+/* Room is made for as many experts per token as the model's header names. */
+static void more_experts_than_foreseen_are_left_to_ggml(void) {
+    begin(KERNELS, 1);
+    (void) n_products();
+    gp_tap_close(tap);
+    gp_pager_close(pager);
+    for (uint32_t l = 0; l < m.shape.n_layers; l++) {
+        m.layers[l].n_used = 3;
+    }
+    pager = model_open(&m);
+    CHECK(gp_tap_open(&tap, &graph_ggml, 64, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+    CHECK(gp_tap_attach(tap, pager) == 0, "a tap is attached");
+    graph_build(&g, &w, 1, TOP_K_VIEW);
+    CHECK(n_products() == 0 && n_products() == 0, "four experts are more than three");
+    end();
+}
+
 /* In every order of arrival, by several threads: the graph compares each row. */
 static void slow_reads_give_the_same(void) {
     begin(KERNELS, 1);
@@ -257,6 +274,7 @@ int main(void) {
     without_kernels_all_is_left_to_ggml();
     batches_are_left_to_ggml();
     inputs_of_another_type_are_left_to_ggml();
+    more_experts_than_foreseen_are_left_to_ggml();
     slow_reads_give_the_same();
     reads_are_only_begun();
     failed_reads_end_the_graph();
