@@ -226,6 +226,7 @@ class _Hooks:
         self._wait_for_other_arenas(paged)
         params.op_offload = False  # a GPU build would copy host experts to the device for large batches
         while True:
+            probe.give_back_free_memory()  # of the attempt before, or of a closed model
             before = probe.process_memory()
             tap, context = self._make_context(paged, params)
             if not context:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -29,11 +30,32 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class ProcessMemory:
-    """Bytes of this process: resident, the most ever resident (None where unknown), and private address space."""
+    """Bytes of this process: resident, the most ever resident (None where unknown), and allocated, touched or not.
+
+    `allocated_bytes` is what the C library has handed out where it tells (glibc 2.33 on), and private address space
+    elsewhere, which does not grow when an allocation fits where another one was.
+    """
 
     resident_bytes: int
     peak_bytes: int | None
-    private_address_bytes: int
+    allocated_bytes: int
+
+
+class _Mallinfo2(ctypes.Structure):
+    """What glibc's mallinfo2 returns (mallinfo(3)): `uordblks` is in use in the heaps, `hblkhd` mapped by itself."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
+                                                     "uordblks", "fordblks", "keepcost")]
+
+
+_LIBC = ctypes.CDLL(None)
+
+
+def give_back_free_memory() -> None:
+    """Make what was freed in the heaps not resident any more, where the C library can: what is allocated next is then seen."""
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def memory() -> Memory:
@@ -98,7 +120,13 @@ def process_memory() -> ProcessMemory:
             key, _, value = line.partition(":")
             if value.endswith("kB"):
                 fields[key] = int(value.split()[0]) * 1024
-        return ProcessMemory(fields["VmRSS"], fields["VmHWM"], fields["VmData"])
+        allocated = fields["VmData"]
+        mallinfo2 = getattr(_LIBC, "mallinfo2", None)
+        if mallinfo2 is not None:
+            mallinfo2.restype = _Mallinfo2
+            info2 = mallinfo2()
+            allocated = info2.uordblks + info2.hblkhd
+        return ProcessMemory(fields["VmRSS"], fields["VmHWM"], allocated)
     info = psutil.Process().memory_info()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     return ProcessMemory(int(info.rss), int(peak), int(info.vms))
