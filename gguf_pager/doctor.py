@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import psutil
 
-from gguf_pager import __version__, _native, budget, engine, probe
+from gguf_pager import __version__, _native, budget, cache, device, engine, probe
 from gguf_pager.budget import format_bytes
 from gguf_pager.cap import memory_cap
 from gguf_pager.errors import EngineError, PagerError
@@ -49,8 +49,11 @@ def process_bytes(layout: Layout, arena_bytes: int) -> int:
     return PROCESS_BYTES + layout.dense_bytes + budget.WORK_BYTES + arena_bytes
 
 
-def examine(model: Path | None) -> list[Check]:
-    """Ask everything, about a model and its file system or, without one, about the current folder's."""
+def examine(model: Path | None, *, measure_device: bool = False) -> list[Check]:
+    """Ask everything, about a model and its file system or, without one, about the current folder's.
+
+    With `measure_device` the model's device is measured, whether it is known or not, and remembered.
+    """
     said = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
     checks = [_versions(), _engine(), _lazy_load(), _spinning(said), _cores()]
     layout: Layout | None = None
@@ -60,7 +63,7 @@ def examine(model: Path | None) -> list[Check]:
     checks += [_memory(), _memory_lock(layout), _huge_pages(Path("/sys/kernel/mm/transparent_hugepage/enabled"))]
     try:
         with _file_here(model) as path:
-            checks += [_direct_io(path, layout), _read_ahead(path)]
+            checks += [_direct_io(path, layout), _device(path, layout if measure_device else None), _read_ahead(path)]
     except OSError as error:
         checks.append(Check("direct_io", "note", f"cannot be tried in the current folder: {error.strerror}",
                             "Name a model: gguf-pager doctor MODEL"))
@@ -221,6 +224,32 @@ def _direct_io(path: Path, layout: Layout | None) -> Check:
     if layout is not None and any(size % align for shape in layout.shapes for size in shape):
         message += "; this model's slices are no such multiples and are moved after reading"
     return Check("direct_io", "ok", message, None, facts)
+
+
+def _device(path: Path, measured_with: Layout | None) -> Check:
+    """Tell what is remembered of a file's device, or measure it with a model."""
+    found = device.identify(path)
+    facts: dict[str, Any] = {"device": found.name if found else None, "date": None, "io": None, "direct": None,
+                             "buffered": None}
+    if found is None:
+        return Check("device", "note", "not known: reads are as by default", None, facts)
+    if measured_with is not None:
+        try:
+            findings = device.measure(measured_with)
+        except (PagerError, OSError) as error:
+            return Check("device", "note", f"{found.name} cannot be measured: {error}", None, facts)
+        if not device.remember(found, findings):
+            return Check("device", "note", f"{found.name}: {findings}; it cannot be remembered",
+                         f"Set GGUF_PAGER_CACHE to a folder that can be written to, not {cache.cache_folder()}", facts)
+    findings_now = device.recall(found)
+    if findings_now is None:
+        return Check("device", "note", f"{found.name} is not measured yet; the first model of "
+                     f"{format_bytes(device.LEAST_EXPERT_BYTES)} of experts that is opened there does it",
+                     "Or now: gguf-pager doctor MODEL --probe", facts)
+    for io, best in (("direct", findings_now.direct), ("buffered", findings_now.buffered)):
+        facts[io] = best and {"n_readers": best[0].n_readers, "piece_bytes": best[0].piece_bytes, "bytes_per_s": best[1]}
+    facts |= {"date": findings_now.date, "io": findings_now.io}
+    return Check("device", "ok", f"{found.name}: {findings_now} (measured {findings_now.date})", None, facts)
 
 
 def _read_ahead(path: Path) -> Check:

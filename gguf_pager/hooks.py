@@ -20,7 +20,7 @@ from typing import Any
 import llama_cpp
 from llama_cpp import llama_cpp as low
 
-from gguf_pager import _native, budget, engine, probe, residency
+from gguf_pager import _native, budget, device, engine, probe, residency
 from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.layout import Layout, override_n_used, read_layout
 from gguf_pager.pager import Pager
@@ -68,6 +68,7 @@ class _Hooks:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._measuring = threading.Lock()
         self._n_holders = 0
         self._original: dict[str, Callable[..., Any]] = {}
         self._in_package: set[str] = set()
@@ -150,7 +151,9 @@ class _Hooks:
         if reason is not None:
             log.info("%s runs as stock llama.cpp: %s", path, reason)
             return self._call("llama_model_load_from_file", path_model, params)
-        pager = Pager(layout, request.options)
+        with self._measuring:  # who comes second finds remembered what the first has measured undisturbed
+            options = device.fill(layout, request.options)
+        pager = Pager(layout, options)
         identities = [residency.identify(file) for file in layout.paths]
         others = residency.files_mappings(layout)
         params = type(params).from_buffer_copy(params)

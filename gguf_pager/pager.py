@@ -14,6 +14,9 @@ from gguf_pager.layout import Layout
 
 IoMode = Literal["auto", "direct", "buffered"]
 
+DEFAULT_READERS, DEFAULT_PIECE_BYTES = 4, 512 << 10
+"""What decoded fastest where it was measured, on a disk of 3 to 4 GB/s (benchmarks/LOG.md, 2026-11-24)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -21,12 +24,16 @@ class Options:
 
     Attributes:
         policy: who leaves when a slot is needed: "lfru" (uses per age) or "lru".
-        io: "direct" reads past the page cache, "buffered" through it; "auto" takes direct where the file system can.
+        io: "direct" reads past the page cache, "buffered" through it; "auto" takes direct where the file system can,
+            unless buffered was measured to be clearly faster on this device.
         n_readers: how many reads of `piece_bytes` are in flight at a time. More bring more bandwidth, fewer bring what is
-            needed first sooner, so that computing with it can begin: 4 x 512 KiB decoded fastest where it was measured
-            (benchmarks/LOG.md, 2026-11-24), 3 to 4 GB/s; a device that wants more in flight may want more. Where Linux
-            reads directly in the background (io_submit), one thread serves them all; elsewhere each has its own.
-        piece_bytes: the largest single read; smaller pieces keep the device busy when few experts are missing.
+            needed first sooner, so that computing with it can begin. Where Linux reads directly in the background
+            (io_submit), one thread serves them all; elsewhere each has its own.
+        piece_bytes: the largest single read; smaller pieces keep the device busy when few experts are missing. Neither
+            this nor `n_readers`, None: as measured for the device that holds the model. The first model of 1 GiB of
+            experts or more that is opened there with these defaults takes about a second more for it (device.py); what
+            was found is kept in $GGUF_PAGER_CACHE, or where the system keeps caches. Until then, and where only one of
+            the two is given, the other is 4 or 512 KiB. `Pager.options` tells what is used.
         read_ahead: in large batches, read the next layer while this one computes.
         lock_dense: keep the weights that every token needs in RAM: "auto" locks them, or copies them where locking
             is not allowed; "lock", "copy", "off".
@@ -34,8 +41,8 @@ class Options:
 
     policy: str = "lfru"
     io: IoMode = "auto"
-    n_readers: int = 4
-    piece_bytes: int = 512 << 10
+    n_readers: int | None = None
+    piece_bytes: int | None = None
     read_ahead: bool = True
     lock_dense: Literal["auto", "lock", "copy", "off"] = "auto"
 
@@ -46,9 +53,9 @@ class Options:
             raise PagerError(f"io {self.io!r} does not exist: choose 'auto', 'direct' or 'buffered'.")
         if self.lock_dense not in ("auto", "lock", "copy", "off"):
             raise PagerError(f"lock_dense {self.lock_dense!r} does not exist: choose 'auto', 'lock', 'copy' or 'off'.")
-        if not 1 <= self.n_readers <= 256:
+        if self.n_readers is not None and not 1 <= self.n_readers <= 256:
             raise PagerError(f"n_readers must lie between 1 and 256, not {self.n_readers}.")
-        if self.piece_bytes < 4096 or self.piece_bytes % 4096:
+        if self.piece_bytes is not None and (self.piece_bytes < 4096 or self.piece_bytes % 4096):
             raise PagerError(f"piece_bytes must be a multiple of 4096, not {self.piece_bytes}.")
 
 
@@ -176,8 +183,8 @@ class Pager:
                 read_ahead=self.options.read_ahead,
                 offset_align=self._offset_align,
                 memory_align=self._memory_align,
-                n_readers=self.options.n_readers,
-                piece_bytes=self.options.piece_bytes,
+                n_readers=self.options.n_readers or DEFAULT_READERS,
+                piece_bytes=self.options.piece_bytes or DEFAULT_PIECE_BYTES,
             )
         except OSError as error:
             wanted = sum(stride * n for stride, n in classes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+
+os.environ["GGUF_PAGER_CACHE"] = tempfile.mkdtemp(prefix="gguf_pager-tests-")  # processes that tests start inherit it
 
 import gguf_pager
 
@@ -33,6 +37,13 @@ UNWRAPPED = {name: getattr(low, name) for name in hooks._WRAPPED}
 
 Logits = npt.NDArray[np.single]
 Factory = Callable[..., Any]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_user() -> Iterator[None]:
+    """Whatever tests let the library remember is gone afterwards."""
+    yield
+    shutil.rmtree(os.environ["GGUF_PAGER_CACHE"], ignore_errors=True)
 
 
 # ---- models ----

@@ -22,6 +22,7 @@ from gguf_pager.bench.disk import Device
 from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.runner import Run, Runner, Settings
 from gguf_pager.cli.energy import CONSTANT_OPTION, POWER_COMMAND_OPTION
+from gguf_pager.device import fill
 from gguf_pager.doctor import physical_cores
 from gguf_pager.energy import meter
 from gguf_pager.energy.model import override
@@ -92,7 +93,7 @@ class _Request:
     timeout: float
     policy: str
     io: str
-    readers: int
+    readers: int | None
     power_command: str | None
     constants: dict[str, float]
     idle: float
@@ -135,7 +136,7 @@ class _Request:
 @click.option("--policy", metavar="NAME", default=_DEFAULT.policy, show_default=True, help="As for run.")
 @click.option("--io", type=click.Choice(["auto", "direct", "buffered"]), default=_DEFAULT.io, show_default=True,
               help="As for run.")
-@click.option("--readers", metavar="N", type=int, default=_DEFAULT.n_readers, show_default=True, help="As for run.")
+@click.option("--readers", metavar="N", type=int, help="As for run; a device is measured before the first run.")
 @POWER_COMMAND_OPTION
 @CONSTANT_OPTION
 @click.option("--idle", metavar="S", type=click.FloatRange(min=0), default=10.0, show_default=True,
@@ -191,7 +192,8 @@ def _bench(request: _Request, interrupts: Interrupts) -> None:
 def _settings(request: _Request, layout: Layout, is_spin_chosen: bool,
               interrupts: Interrupts) -> tuple[Settings, float | None]:
     """Return how every run is made, and the watts of the idle machine, where they can be measured."""
-    options = Options(policy=request.policy, io=request.io, n_readers=request.readers)  # type: ignore[arg-type]
+    wanted = Options(policy=request.policy, io=request.io, n_readers=request.readers)  # type: ignore[arg-type]
+    options = fill(layout, wanted)  # here, that no run's loading time and cap have a part in it
     source = tokens.choose_source(request.tokens, layout.values)
     found = _energy_source(request.power_command)
     energy = meter.Meter(found)
@@ -201,7 +203,8 @@ def _settings(request: _Request, layout: Layout, is_spin_chosen: bool,
         energy.close()
     settings = Settings(
         model=request.model, n_rounds=request.repetitions, timeout_s=request.timeout, is_warm=request.is_warm,
-        tokens=source, options={"policy": options.policy, "io": options.io, "n_readers": options.n_readers},
+        tokens=source, options={
+            "policy": options.policy, "io": options.io, "n_readers": options.n_readers, "piece_bytes": options.piece_bytes},
         power_command=request.power_command, energy_source=None if isinstance(found, Absent) else found.name,
         no_energy_reason=found.reason if isinstance(found, Absent) else None, is_spin_chosen=is_spin_chosen)
     return settings, energy.idle_w

@@ -13,14 +13,18 @@ from gguf_pager.report import checks as shown
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--probe", "is_probing", is_flag=True,
+              help="Measure anew how the device that holds MODEL is read best, and remember it; takes about a second.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with null for what is not known.")
 @click.pass_context
-def doctor(context: click.Context, model: Path | None, as_json: bool) -> None:
+def doctor(context: click.Context, model: Path | None, is_probing: bool, as_json: bool) -> None:
     """Check whether experts can be paged on this machine.
 
     With MODEL also whether this model can, on the file system it lies on; without, the current folder's file system is
     looked at. The exit code is 1 when something stops paging, else 0.
     """
-    checks = probing.examine(model)
+    if is_probing and model is None:
+        raise click.UsageError("--probe reads a MODEL: name one.")
+    checks = probing.examine(model, measure_device=is_probing)
     click.echo(json.dumps(shown.checks_json(checks), indent=2) if as_json else shown.checks_text(checks))
     context.exit(1 if any(check.status == "problem" for check in checks) else 0)

@@ -57,7 +57,7 @@ class _Settings:
     budget: str
     policy: str
     io: str
-    readers: int
+    readers: int | None
     verbose: bool
     progress: bool | None
     as_json: bool
@@ -99,8 +99,8 @@ def _check_n_predict(_: click.Context, __: click.Parameter, value: int) -> int:
               help="Who leaves when a slot is needed: 'lfru' (uses per age) or 'lru'.")
 @click.option("--io", type=click.Choice(["auto", "direct", "buffered"]), default=_DEFAULT.io, show_default=True,
               help="Read past the page cache or through it.")
-@click.option("--readers", metavar="N", type=int, default=_DEFAULT.n_readers, show_default=True,
-              help="Reads of 512 KiB in flight at a time.")
+@click.option("--readers", metavar="N", type=int,
+              help="Reads of 512 KiB in flight at a time. [default: as measured for the device]")
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's own output, on stderr.")
 @click.option("--progress/--no-progress", default=None,
               help="Say on stderr what takes longer than a second. [default: when stderr is a terminal]")
@@ -291,6 +291,7 @@ def _facts(llm: Llama, settings: _Settings, generation: _Generation, load_s: flo
         "policy": pager.options.policy if pager else None,
         "io": ("direct" if pager.is_direct else "buffered") if pager else None,
         "n_readers": pager.options.n_readers if pager else None,
+        "piece_bytes": pager.options.piece_bytes if pager else None,
         "n_threads": settings.threads or physical_cores(),
         "n_ctx": llm.n_ctx(),
         "n_batch": llama_cpp.llama_n_batch(llm.ctx),

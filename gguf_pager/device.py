@@ -1,0 +1,418 @@
+"""How the device that holds a model is read best: measured the first time it is met, and remembered."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import hashlib
+import logging
+import mmap
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+
+from gguf_pager import cache
+from gguf_pager.errors import PagerError
+from gguf_pager.layout import Layer, Layout, Range
+from gguf_pager.pager import DEFAULT_PIECE_BYTES, DEFAULT_READERS, Options, Pager
+
+log = logging.getLogger("gguf_pager")
+
+Io = Literal["direct", "buffered"]
+
+LEAST_EXPERT_BYTES = 1 << 30
+"""Smaller models are not measured with: all of their experts are read in less time than the measuring takes."""
+
+_VERSION = 1
+"""Of what is remembered. Anything else that is found there is as good as nothing."""
+
+# ---- which device ---------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A disk or a remote file system: its name for people, and what it is known by after a reboot."""
+
+    name: str
+    identity: str
+
+    @property
+    def cache_name(self) -> str:
+        """Where cache.py keeps what is remembered. A file each: processes that meet two devices at once lose neither."""
+        return f"devices/{hashlib.sha256(self.identity.encode()).hexdigest()[:16]}.json"
+
+
+def identify(path: Path, blocks: Path = Path("/sys/dev/block")) -> Device | None:
+    """Return the device that holds a file; None if that cannot be told.
+
+    A disk is known by what its maker or the volume manager has numbered it with, its model and its size, and by the type
+    of the file system on it; names such as sda and the numbers in st_dev change. Where there is no such number, and for
+    what is no disk (network, overlay), by what is mounted where. `blocks` is the kernel's table of disks.
+    """
+    try:
+        where = path.resolve(strict=True)
+        mount = max((mount for mount in psutil.disk_partitions(all=True) if where.is_relative_to(mount.mountpoint)),
+                    key=lambda mount: len(mount.mountpoint))  # of equal ones max takes the first, which lies below the last
+        number = where.stat().st_dev
+    except (OSError, ValueError, RuntimeError):
+        return None
+    disk = _disk(blocks, number) or _disk(blocks, _special_number(mount.device))
+    if disk is None:
+        return Device(f"{mount.device} ({mount.fstype})", f"{mount.fstype} {mount.device} {mount.mountpoint}")
+    numbers = [_read(disk / name) for name in ("wwid", "device/wwid", "device/serial", "serial", "dm/uuid", "md/uuid")]
+    known = [number for number in numbers if number] or [mount.device, mount.mountpoint]
+    model = _read(disk / "device/model")
+    name = f"{disk.name}, {model}" if model else disk.name
+    return Device(f"{name} ({mount.fstype})", " ".join([mount.fstype, model, _read(disk / "size"), *known]))
+
+
+def _disk(blocks: Path, number: int) -> Path | None:
+    node = (blocks / f"{os.major(number)}:{os.minor(number)}").resolve()
+    return next((folder for folder in (node, node.parent) if (folder / "queue").is_dir()), None)  # of a partition: its disk
+
+
+def _special_number(device: str) -> int:
+    """Files of btrfs and ZFS have a st_dev that no disk has; the first may be mounted from one."""
+    try:
+        return os.stat(device).st_rdev
+    except OSError:
+        return 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip("\0 \n")
+    except OSError:
+        return ""
+
+
+# ---- what is chosen -------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to read."""
+
+    io: Io
+    n_readers: int
+    piece_bytes: int
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes that are on their way at a time."""
+        return self.n_readers * self.piece_bytes
+
+
+_ENOUGH = 0.75
+"""Of the best bandwidth. The rest is worth less than what is paid for it: with more in flight the expert that is computed
+with first comes later. On a disk where 4 x 512 KiB reach 0.84 to 0.93 of the best, 8 and 16 of them decode slower, by 6 and
+11 % (benchmarks/LOG.md, 2026-11-24); nearer to 0.84 the noise of so short a measuring would decide."""
+
+_CLEARLY = 1.2
+"""Times as fast as the usual: buffered reads, which fill a page cache that counts against caps, than direct ones; pieces
+of another size than the usual."""
+
+_LADDER = (DEFAULT_READERS, 8, 16, 32)
+"""Readers of DEFAULT_PIECE_BYTES that are tried: 2 to 16 MiB in flight. Fewer have only been seen to lose: a device slow
+enough for fewer bytes to fill it brings 2 MiB in a few milliseconds, and an expert is larger than that. More than 16 MiB
+no device is known to want: 12 GB/s at 1 ms are 12 MB."""
+
+_PIECES = (128 << 10, 1 << 20)
+"""Other sizes that are tried, with as many bytes in flight. Where the native side hands reads to the system's queue it cuts
+the larger ones to 256 KiB anyway (fetch.c), so that only the first differs."""
+
+_MOST_READERS = 32
+
+
+def ladder(io: Io) -> list[Way]:
+    """Return ways with more and more in flight."""
+    return [Way(io, n_readers, DEFAULT_PIECE_BYTES) for n_readers in _LADDER]
+
+
+def other_pieces(way: Way) -> list[Way]:
+    """Return ways with as much in flight, in pieces of other sizes."""
+    ways = [Way(way.io, way.in_flight_bytes // piece_bytes, piece_bytes) for piece_bytes in _PIECES]
+    return [other for other in ways if 1 <= other.n_readers <= _MOST_READERS]
+
+
+def least_in_flight(rates: Mapping[Way, float]) -> Way:
+    """Return the way with the least in flight that comes near enough to the best of these bytes per second."""
+    best = max(rates.values())
+    return min((way for way, rate in rates.items() if rate >= _ENOUGH * best), key=lambda way: way.in_flight_bytes)
+
+
+def best_pieces(usual: Way, rates: Mapping[Way, float]) -> Way:
+    """Return the fastest way, if it is clearly faster than the usual one."""
+    best = max(rates, key=lambda way: rates[way])
+    return best if rates[best] >= _CLEARLY * rates[usual] else usual
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What was measured, and when: the best way of either kind with its bytes per second; None where there is none."""
+
+    date: str
+    direct: tuple[Way, float] | None
+    buffered: tuple[Way, float] | None
+
+    @property
+    def io(self) -> Io:
+        """The kind to take."""
+        if self.direct is None:
+            return "buffered"
+        return "buffered" if self.buffered is not None and self.buffered[1] >= _CLEARLY * self.direct[1] else "direct"
+
+    def best(self, io: Io) -> Way | None:
+        """Return the best way of this kind."""
+        found = self.direct if io == "direct" else self.buffered
+        return found[0] if found else None
+
+    def __str__(self) -> str:
+        parts = [f"{way.io} {way.n_readers} x {way.piece_bytes >> 10} KiB at {rate / 1e9:.2f} GB/s"
+                 for way, rate in filter(None, sorted(filter(None, (self.direct, self.buffered)),
+                                                      key=lambda found: found[0].io != self.io))]
+        return ", not ".join(parts)
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+_MOST_SECONDS = 2.0
+"""Nothing new is begun after that; what a slow device has not been asked by then is not chosen."""
+
+_SLICE_SECONDS = 0.025
+"""One measurement: 75 MB, 9 batches where it was tried; longer on slow devices, which are asked for two batches at least."""
+
+_ROUNDS = 2
+"""The better one counts: others' reads and a device's moods only take away."""
+
+_BATCH_BYTES, _MOST_EXPERTS = 8 << 20, 4
+"""What is read and waited for at a time: as many experts as a token misses in a layer, 1 to 4."""
+
+
+def measure(layout: Layout) -> Findings:
+    """Read experts of a model that are not in the page cache, as decoding does, in different ways, for about a second.
+
+    The page cache is left without what was read. Takes a few tens of MB meanwhile.
+
+    Raises:
+        PagerError: they cannot be read.
+    """
+    begun = time.monotonic()
+    with _Trial(layout, begun + _MOST_SECONDS) as trial:
+        kinds: list[Io] = [*(["direct"] if trial.has_direct else []), *(["buffered"] if trial.has_buffered else [])]
+        # Both kinds of a rung are neighbours, and the lowest comes first: of a slow device there may be no others.
+        rates = trial.rates([way for rung in zip(*(ladder(io) for io in kinds), strict=True) for way in rung])
+        found: dict[Io, tuple[Way, float]] = {}
+        for io in kinds:
+            of_kind = {way: rate for way, rate in rates.items() if way.io == io}
+            if of_kind:
+                usual = least_in_flight(of_kind)
+                found[io] = usual, of_kind[usual]
+        findings = Findings(datetime.date.today().isoformat(), found.get("direct"), found.get("buffered"))
+        usual_way = findings.best(findings.io)
+        if usual_way is None:
+            raise PagerError("none of the model's experts could be read from the device, because all are in the page cache")
+        rates = trial.rates([usual_way, *other_pieces(usual_way)])
+        if usual_way in rates:
+            chosen = best_pieces(usual_way, rates)
+            findings = replace(findings, **{findings.io: (chosen, rates[chosen])})
+    return findings
+
+
+class _Trial:
+    """The experts of a model, each handed out once before any is a second time: what was just read comes too fast."""
+
+    def __init__(self, layout: Layout, deadline_s: float) -> None:
+        like = layout.layers[0]
+        whole = like.expert_bytes <= 2 * _BATCH_BYTES  # of larger ones a slice will do, to keep the memory small
+        layers = tuple(replace(layer, n_used=1, slices=layer.slices if whole else layer.slices[:1])
+                       for layer in layout.layers if layer.shape == like.shape)
+        self._layout = replace(layout, layers=layers, shapes=(layers[0].shape,))
+        self._n_experts = min(max(1, _BATCH_BYTES // layers[0].expert_bytes), _MOST_EXPERTS, layers[0].n_experts - 1)
+        if self._n_experts < 1:
+            raise PagerError("the model has too few experts to measure with")
+        self._deadline_s = deadline_s
+        batches = [(layer, experts) for layer in range(len(layers)) for experts in self._groups(layers[layer])]
+        random.shuffle(batches)
+        self._batches = cycle(batches)
+        self._files = [os.open(path, os.O_RDONLY) for path in layout.paths]
+        self.has_direct = Pager(self._layout, Options()).is_direct
+        self.has_buffered = hasattr(os, "posix_fadvise")
+        """Whether the page cache can be asked to forget, without which it would be measured instead of the device."""
+
+    def _groups(self, layer: Layer) -> Iterator[Sequence[int]]:
+        experts = random.sample(range(layer.n_experts), layer.n_experts)
+        for at in range(0, layer.n_experts - self._n_experts + 1, self._n_experts):
+            yield experts[at : at + self._n_experts]
+
+    def __enter__(self) -> _Trial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            os.close(file)
+
+    def rates(self, ways: Sequence[Way]) -> dict[Way, float]:
+        """Return the bytes per second of each, the best of all rounds; without those that there was no time for."""
+        best: dict[Way, float] = {}
+        for i in range(_ROUNDS):
+            for way in ways if i % 2 == 0 else reversed(ways):  # what falls off with time is even then
+                if time.monotonic() < self._deadline_s:
+                    rate = self._rate(way)
+                    if rate is not None:
+                        best[way] = max(best.get(way, 0.0), rate)
+        return best
+
+    def _rate(self, way: Way) -> float | None:
+        pager = Pager(self._layout, Options(io=way.io, n_readers=way.n_readers, piece_bytes=way.piece_bytes,
+                                            read_ahead=False))
+        pager.open([self._n_experts + 1])  # one is to stay free for computing
+        try:
+            pager.wait_present()
+            self._read_batch(pager, way)  # the first wakes threads and opens what is opened late
+            n_bytes, seconds = 0, 0.0
+            until = time.monotonic() + _SLICE_SECONDS
+            while not seconds or time.monotonic() < until:
+                took_s = self._read_batch(pager, way)
+                if took_s is None:
+                    return None
+                n_bytes += self._n_experts * self._layout.layers[0].expert_bytes
+                seconds += took_s
+            return n_bytes / seconds
+        finally:
+            pager.close()
+
+    def _read_batch(self, pager: Pager, way: Way) -> float | None:
+        """Return the seconds that the next batch takes; None if the page cache has, and keeps, all that was tried."""
+        tries = 16 if way.io == "buffered" else 1
+        for _ in range(tries):
+            layer, experts = next(self._batches)
+            ranges = [Range(piece.file, piece.offset_bytes + expert * piece.slice_bytes, piece.slice_bytes)
+                      for piece in self._layout.layers[layer].slices for expert in experts]
+            if way.io == "buffered":
+                self._forget(ranges)
+                if any(_is_cached(self._files[piece.file], piece) for piece in ranges):
+                    continue  # another process has it mapped
+            begun = time.perf_counter()
+            pager.pin({layer: experts})
+            took_s = time.perf_counter() - begun
+            pager.unpin_all()
+            if way.io == "buffered":
+                self._forget(ranges)
+            return took_s
+        return None
+
+    def _forget(self, ranges: Sequence[Range]) -> None:
+        """Drop whole pages; those at the ends of a range belong to its neighbours, too, whom nobody needs either."""
+        page = mmap.PAGESIZE
+        for piece in ranges:
+            first = piece.offset_bytes // page * page
+            end = -(-(piece.offset_bytes + piece.n_bytes) // page) * page
+            os.posix_fadvise(self._files[piece.file], first, end - first, os.POSIX_FADV_DONTNEED)
+
+
+def _is_cached(file: int, piece: Range) -> bool:
+    """Return whether more than the ends of a range are in the page cache; False where the kernel does not tell this user."""
+    status = os.fstat(file)
+    if status.st_uid != os.geteuid() and os.geteuid() != 0:
+        return False  # since 5.2 everything is called cached then
+    first = -(-piece.offset_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+    n_bytes = (piece.offset_bytes + piece.n_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if n_bytes <= 0:
+        return False
+    pages = np.zeros(n_bytes // mmap.PAGESIZE, np.uint8)
+    with mmap.mmap(file, n_bytes, access=mmap.ACCESS_READ, offset=first) as window:
+        view = np.frombuffer(window, np.uint8)
+        failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(n_bytes),
+                                           ctypes.c_void_p(pages.ctypes.data))
+        del view  # or the mapping could not be closed
+    return not failed and bool((pages & 1).any())
+
+
+# ---- what is remembered ---------------------------------------------------------------------------------------------
+
+def recall(device: Device) -> Findings | None:
+    """Return what is remembered of a device; None if nothing is, or nothing that makes sense."""
+    value = cache.read_json(device.cache_name)
+    try:
+        if value["version"] != _VERSION or value["identity"] != device.identity:
+            return None
+        findings = Findings(datetime.date.fromisoformat(value["date"]).isoformat(), *(
+            _recall_way(io, value[io]) for io in ("direct", "buffered")))
+    except (KeyError, TypeError, ValueError, PagerError):
+        return None
+    return findings if findings.direct or findings.buffered else None
+
+
+def _recall_way(io: Io, value: Any) -> tuple[Way, float] | None:
+    if value is None:
+        return None
+    way, rate = Way(io, value["n_readers"], value["piece_bytes"]), value["bytes_per_s"]
+    if not all(type(number) is int for number in (way.n_readers, way.piece_bytes)) or not 0 < float(rate) < 1e15:
+        raise ValueError
+    Options(n_readers=way.n_readers, piece_bytes=way.piece_bytes)  # raises if they would not do
+    return way, float(rate)
+
+
+def remember(device: Device, findings: Findings | None) -> bool:
+    """Keep what was found, or that nothing was yet. Return whether that was possible."""
+    value = {"version": _VERSION, "device": device.name, "identity": device.identity}
+    if findings is not None:
+        value |= {"date": findings.date} | {
+            io: found and {name: number for name, number in asdict(found[0]).items() if name != "io"} | {
+                "bytes_per_s": round(found[1])}
+            for io, found in (("direct", findings.direct), ("buffered", findings.buffered))}
+    cache.write_json(device.cache_name, value)
+    return bool(cache.read_json(device.cache_name) == value)
+
+
+def meet(device: Device, layout: Layout) -> Findings | None:
+    """Measure a device and remember it. None, with the reason in the log, where nothing can be remembered or read.
+
+    What cannot be remembered is not measured: it would be done for every model that is opened.
+    """
+    if not remember(device, None):
+        log.info("%s is not measured, because %s cannot be written: set GGUF_PAGER_CACHE", device.name,
+                 cache.cache_folder() or "the cache folder")
+        return None
+    begun = time.monotonic()
+    try:
+        findings = measure(layout)
+    except (PagerError, OSError) as error:
+        log.info("%s could not be measured: %s", device.name, error)
+        return None
+    remember(device, findings)
+    log.info("%s, measured in %.1f s: %s", device.name, time.monotonic() - begun, findings)
+    return findings
+
+
+def fill(layout: Layout, options: Options) -> Options:
+    """Return options with what they leave open as measured for the device that holds the model, or else the defaults.
+
+    A device that is not known is measured if all three of io, n_readers and piece_bytes are left open and the model's
+    experts are LEAST_EXPERT_BYTES or more.
+    """
+    usual = replace(options, n_readers=options.n_readers or DEFAULT_READERS,
+                    piece_bytes=options.piece_bytes or DEFAULT_PIECE_BYTES)
+    is_open = options.n_readers is None and options.piece_bytes is None
+    if not is_open and options.io != "auto":
+        return usual
+    device = identify(layout.paths[0])
+    findings = recall(device) if device else None
+    if findings is None and device and is_open and options.io == "auto" and layout.expert_bytes >= LEAST_EXPERT_BYTES:
+        findings = meet(device, layout)
+    if findings is None:
+        return usual
+    io = findings.io if options.io == "auto" else options.io
+    way = findings.best(io)
+    if way is None:
+        return usual
+    if options.io == "auto" and io == "buffered":
+        usual = replace(usual, io="buffered")
+    return replace(usual, n_readers=way.n_readers, piece_bytes=way.piece_bytes) if is_open else usual
