@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import psutil
@@ -111,8 +111,8 @@ class Way:
 
 _ENOUGH = 0.75
 """Of the best bandwidth. The rest is worth less than what is paid for it: with more in flight the expert that is computed
-with first comes later. On a disk where 4 x 512 KiB reach 0.84 to 0.93 of the best, 8 and 16 of them decode slower, by 6 and
-11 % (benchmarks/LOG.md, 2026-11-24); nearer to 0.84 the noise of so short a measuring would decide."""
+with first comes later. On a disk where 4 x 512 KiB reach 0.84 to 0.93 of the best, 8 and 16 of them take 16 and 10 %
+longer per token (benchmarks/LOG.md, 2026-11-24); nearer to 0.84 the noise of so short a measuring would decide."""
 
 _CLEARLY = 1.2
 """Times as fast as the usual: buffered reads, which fill a page cache that counts against caps, than direct ones; pieces
@@ -174,16 +174,16 @@ class Findings:
         return found[0] if found else None
 
     def __str__(self) -> str:
-        parts = [f"{way.io} {way.n_readers} x {way.piece_bytes >> 10} KiB at {rate / 1e9:.2f} GB/s"
-                 for way, rate in filter(None, sorted(filter(None, (self.direct, self.buffered)),
-                                                      key=lambda found: found[0].io != self.io))]
-        return ", not ".join(parts)
+        found = [each for each in (self.direct, self.buffered) if each is not None]
+        return ", not ".join(f"{way.io} {way.n_readers} x {way.piece_bytes >> 10} KiB at {rate / 1e9:.2f} GB/s"
+                             for way, rate in sorted(found, key=lambda each: each[0].io != self.io))
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 _MOST_SECONDS = 2.0
-"""Nothing new is begun after that; what a slow device has not been asked by then is not chosen."""
+"""Nothing is begun that would end later, if it took as long as the longest before; what a slow device has not been asked by
+then is not chosen."""
 
 _SLICE_SECONDS = 0.025
 """One measurement: 75 MB, 9 batches where it was tried; longer on slow devices, which are asked for two batches at least."""
@@ -205,7 +205,7 @@ def measure(layout: Layout) -> Findings:
     """
     begun = time.monotonic()
     with _Trial(layout, begun + _MOST_SECONDS) as trial:
-        kinds: list[Io] = [*(["direct"] if trial.has_direct else []), *(["buffered"] if trial.has_buffered else [])]
+        kinds = trial.kinds()
         # Both kinds of a rung are neighbours, and the lowest comes first: of a slow device there may be no others.
         rates = trial.rates([way for rung in zip(*(ladder(io) for io in kinds), strict=True) for way in rung])
         found: dict[Io, tuple[Way, float]] = {}
@@ -221,7 +221,8 @@ def measure(layout: Layout) -> Findings:
         rates = trial.rates([usual_way, *other_pieces(usual_way)])
         if usual_way in rates:
             chosen = best_pieces(usual_way, rates)
-            findings = replace(findings, **{findings.io: (chosen, rates[chosen])})
+            found[findings.io] = chosen, rates[chosen]
+            findings = replace(findings, direct=found.get("direct"), buffered=found.get("buffered"))
     return findings
 
 
@@ -237,21 +238,23 @@ class _Trial:
         self._n_experts = min(max(1, _BATCH_BYTES // layers[0].expert_bytes), _MOST_EXPERTS, layers[0].n_experts - 1)
         if self._n_experts < 1:
             raise PagerError("the model has too few experts to measure with")
-        self._deadline_s = deadline_s
+        self._deadline_s, self._longest_s = deadline_s, 0.0
         batches = [(layer, experts) for layer in range(len(layers)) for experts in self._groups(layers[layer])]
         random.shuffle(batches)
         self._batches = cycle(batches)
         self._files = [os.open(path, os.O_RDONLY) for path in layout.paths]
-        self.has_direct = Pager(self._layout, Options()).is_direct
-        self.has_buffered = hasattr(os, "posix_fadvise")
-        """Whether the page cache can be asked to forget, without which it would be measured instead of the device."""
+
+    def kinds(self) -> list[Io]:
+        """Return what can be measured here; buffered reads only where the page cache can be asked to forget."""
+        kinds: list[Io] = ["direct"] if Pager(self._layout, Options()).is_direct else []
+        return [*kinds, "buffered"] if hasattr(os, "posix_fadvise") else kinds
 
     def _groups(self, layer: Layer) -> Iterator[Sequence[int]]:
         experts = random.sample(range(layer.n_experts), layer.n_experts)
         for at in range(0, layer.n_experts - self._n_experts + 1, self._n_experts):
             yield experts[at : at + self._n_experts]
 
-    def __enter__(self) -> _Trial:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -263,10 +266,13 @@ class _Trial:
         best: dict[Way, float] = {}
         for i in range(_ROUNDS):
             for way in ways if i % 2 == 0 else reversed(ways):  # what falls off with time is even then
-                if time.monotonic() < self._deadline_s:
-                    rate = self._rate(way)
-                    if rate is not None:
-                        best[way] = max(best.get(way, 0.0), rate)
+                begun = time.monotonic()
+                if begun + self._longest_s > self._deadline_s:
+                    return best
+                rate = self._rate(way)
+                if rate is not None:
+                    best[way] = max(best.get(way, 0.0), rate)
+                self._longest_s = max(self._longest_s, time.monotonic() - begun)
         return best
 
     def _rate(self, way: Way) -> float | None:

@@ -304,14 +304,14 @@ def test_doctor_finds_no_problem_here(models: Path) -> None:
     assert facts["checks"]["engine"]["status"] == facts["checks"]["model"]["status"] == "ok"
     assert set(facts["checks"]) == {
         "versions", "engine", "lazy_load", "spinning", "cores", "model", "memory", "memory_lock", "huge_pages",
-        "direct_io", "read_ahead", "memory_cap", "energy"}
+        "direct_io", "device", "read_ahead", "memory_cap", "energy"}
 
 
 def test_doctor_text_has_a_line_per_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = CliRunner().invoke(main, ["doctor"]).output.splitlines()
     starts = [line.split()[0] for line in lines if not line.startswith(" ")]
-    assert len(starts) == 12 and set(starts) <= {"ok", "note", "problem"}
+    assert len(starts) == 13 and set(starts) <= {"ok", "note", "problem"}
     assert list(tmp_path.iterdir()) == []
 
 
