@@ -109,10 +109,10 @@ class Way:
         return self.n_readers * self.piece_bytes
 
 
-_ENOUGH = 0.75
+_ENOUGH = 2 / 3
 """Of the best bandwidth. The rest is worth less than what is paid for it: with more in flight the expert that is computed
-with first comes later. On a disk where 4 x 512 KiB reach 0.84 to 0.93 of the best, 8 and 16 of them take 16 and 10 %
-longer per token (benchmarks/LOG.md, 2026-11-24); nearer to 0.84 the noise of so short a measuring would decide."""
+with first comes later. On a disk where 4 x 512 KiB reach 0.83 of the best in the middle, 8 and 16 of them take 16 and 10 %
+longer per token (benchmarks/LOG.md, 2026-11-24). 0.73 were seen there once: nearer to that, noise would decide."""
 
 _CLEARLY = 1.2
 """Times as fast as the usual: buffered reads, which fill a page cache that counts against caps, than direct ones; pieces
@@ -206,6 +206,9 @@ def measure(layout: Layout) -> Findings:
     begun = time.monotonic()
     with _Trial(layout, begun + _MOST_SECONDS) as trial:
         kinds = trial.kinds()
+        if not kinds:
+            raise PagerError("the page cache would be measured instead of it")
+        trial.rates([Way(kinds[0], DEFAULT_READERS, DEFAULT_PIECE_BYTES)], n_rounds=1)  # wakes disk and processor up
         # Both kinds of a rung are neighbours, and the lowest comes first: of a slow device there may be no others.
         rates = trial.rates([way for rung in zip(*(ladder(io) for io in kinds), strict=True) for way in rung])
         found: dict[Io, tuple[Way, float]] = {}
@@ -261,10 +264,10 @@ class _Trial:
         for file in self._files:
             os.close(file)
 
-    def rates(self, ways: Sequence[Way]) -> dict[Way, float]:
+    def rates(self, ways: Sequence[Way], n_rounds: int = _ROUNDS) -> dict[Way, float]:
         """Return the bytes per second of each, the best of all rounds; without those that there was no time for."""
         best: dict[Way, float] = {}
-        for i in range(_ROUNDS):
+        for i in range(n_rounds):
             for way in ways if i % 2 == 0 else reversed(ways):  # what falls off with time is even then
                 begun = time.monotonic()
                 if begun + self._longest_s > self._deadline_s:
