@@ -350,6 +350,40 @@ def test_slow_device_is_measured_in_bounded_time(layout: Layout, monkeypatch: py
     assert found.best(found.io) in tried
 
 
+Rates = Callable[[Way, float], float]
+
+
+def rates_of(monkeypatch: pytest.MonkeyPatch, layout: Layout, rate: Rates) -> Findings:
+    """Measure a device that gives these bytes per second, which may depend on how long it is asked."""
+    if not Pager(layout, Options()).is_direct or not hasattr(os, "posix_fadvise"):
+        pytest.skip("there is no choice here")
+    monkeypatch.setattr(device._Trial, "_rate", lambda _, way, least_s: rate(way, least_s))
+    return device.measure(layout)
+
+
+def test_device_that_wants_more_in_flight_gets_it(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rates_of(monkeypatch, layout, lambda way, _: min(way.n_readers, 16) * (2e8 if way.io == "direct" else 1e8))
+    assert found.io == "direct" and found.direct == (Way("direct", 16, 512 * KIB), 3.2e9)
+    assert found.buffered == (Way("buffered", 16, 512 * KIB), 1.6e9)
+
+
+def test_device_that_wants_small_pieces_gets_them(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rates_of(monkeypatch, layout, lambda way, _: 3e9 if way.piece_bytes == 128 * KIB else 1e9)
+    assert found.direct == (Way("direct", 16, 128 * KIB), 3e9)
+
+
+def test_device_that_is_better_through_the_page_cache_is_found(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rates_of(monkeypatch, layout, lambda way, _: 2e9 if way.io == "buffered" else 1e9)
+    assert found.io == "buffered" and found.buffered == (Way("buffered", 4, 512 * KIB), 2e9)
+
+
+@pytest.mark.parametrize("lucky", [Way("buffered", 4, 512 * KIB), Way("direct", 8, 512 * KIB), Way("direct", 16, 128 * KIB)])
+def test_what_is_only_faster_for_a_moment_is_not_taken(layout: Layout, monkeypatch: pytest.MonkeyPatch, lucky: Way) -> None:
+    """As under a limit that lets saved-up reads pass at once."""
+    found = rates_of(monkeypatch, layout, lambda way, least_s: 9e9 if way == lucky and least_s < 0.1 else 1e9)
+    assert found.io == "direct" and found.direct == (USUAL, 1e9)
+
+
 def test_reads_from_the_page_cache_are_not_taken_for_the_devices(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_is_cached", lambda *_: True)
     if Pager(layout, Options()).is_direct:
