@@ -201,7 +201,7 @@ _BATCH_BYTES, _MOST_EXPERTS = 8 << 20, 4
 
 
 def measure(layout: Layout) -> Findings:
-    """Read experts of a model that are not in the page cache, as decoding does, in different ways, for about a second.
+    """Read experts of a model that are not in the page cache, as decoding does, in different ways, for 1 to 2.4 s.
 
     The page cache is left without what was read. Takes a few tens of MB meanwhile.
 

@@ -31,7 +31,7 @@ class Options:
             (io_submit), one thread serves them all; elsewhere each has its own.
         piece_bytes: the largest single read; smaller pieces keep the device busy when few experts are missing. Neither
             this nor `n_readers`, None: as measured for the device that holds the model. The first model of 1 GiB of
-            experts or more that is opened there with these defaults takes about a second more for it (device.py); what
+            experts or more that is opened there with these defaults takes 1 to 2.4 s more for it (device.py); what
             was found is kept in $GGUF_PAGER_CACHE, or where the system keeps caches. Until then, and where only one of
             the two is given, the other is 4 or 512 KiB. `Pager.options` tells what is used.
         read_ahead: in large batches, read the next layer while this one computes.

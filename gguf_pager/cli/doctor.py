@@ -14,7 +14,7 @@ from gguf_pager.report import checks as shown
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.option("--probe", "is_probing", is_flag=True,
-              help="Measure anew how the device that holds MODEL is read best, and remember it; takes about a second.")
+              help="Measure anew how the device that holds MODEL is read best, and remember it; takes 1 to 2.4 s.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with null for what is not known.")
 @click.pass_context
 def doctor(context: click.Context, model: Path | None, is_probing: bool, as_json: bool) -> None:
