@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import psutil
 
-from gguf_pager import __version__, _native, budget, cache, device, engine, probe
+from gguf_pager import __version__, _native, bandwidth, budget, cache, device, engine, probe
 from gguf_pager.budget import format_bytes
 from gguf_pager.cap import memory_cap
 from gguf_pager.errors import EngineError, PagerError
@@ -235,7 +235,7 @@ def _device(path: Path, measured_with: Layout | None) -> Check:
         return Check("device", "note", "not known: reads are as by default", None, facts)
     if measured_with is not None:
         try:
-            findings = device.measure(measured_with)
+            findings = bandwidth.measure(measured_with)
         except (PagerError, OSError) as error:
             return Check("device", "note", f"{found.name} cannot be measured: {error}", None, facts)
         if not device.remember(found, findings):

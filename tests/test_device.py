@@ -16,12 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from gguf_pager import _native, cache, device
+from gguf_pager import _native, bandwidth, cache, device
+from gguf_pager.bandwidth import Findings, Way
 from gguf_pager.bench import disk
 from gguf_pager.cli import main
-from gguf_pager.device import Findings, Way
-from gguf_pager.errors import PagerIOError
-from gguf_pager.layout import Layout, read_layout
+from gguf_pager.errors import PagerError, PagerIOError
+from gguf_pager.layout import Layout, Range, read_layout
 from gguf_pager.pager import Options, Pager
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -57,27 +57,27 @@ PROFILES = {  # GB/s with 2, 4, 8 and 16 MiB in flight, and how many readers are
 @pytest.mark.parametrize("name", PROFILES)
 def test_least_in_flight_that_is_near_enough_to_the_best_is_chosen(name: str) -> None:
     rates, right = PROFILES[name]
-    measured = dict(zip(device.ladder("direct"), rates, strict=True))
-    assert device.least_in_flight(measured) == Way("direct", right, 512 * KIB)
+    measured = dict(zip(bandwidth.ladder("direct"), rates, strict=True))
+    assert bandwidth.least_in_flight(measured) == Way("direct", right, 512 * KIB)
 
 
 def test_what_there_was_no_time_for_is_not_chosen() -> None:
-    assert device.least_in_flight({USUAL: 0.1}) == USUAL
+    assert bandwidth.least_in_flight({USUAL: 0.1}) == USUAL
 
 
 def test_other_pieces_have_as_much_in_flight_and_bounded_readers() -> None:
-    assert device.other_pieces(USUAL) == [Way("direct", 16, 128 * KIB), Way("direct", 2, MIB)]
-    for way in device.ladder("buffered"):
-        for other in device.other_pieces(way):
+    assert bandwidth.other_pieces(USUAL) == [Way("direct", 16, 128 * KIB), Way("direct", 2, MIB)]
+    for way in bandwidth.ladder("buffered"):
+        for other in bandwidth.other_pieces(way):
             assert other.in_flight_bytes == way.in_flight_bytes and 1 <= other.n_readers <= 32
             assert 128 * KIB <= other.piece_bytes <= MIB
 
 
 def test_other_pieces_are_taken_only_where_clearly_faster() -> None:
-    small, large = device.other_pieces(USUAL)
-    assert device.best_pieces(USUAL, {USUAL: 3.0, small: 3.5, large: 3.4}) == USUAL
-    assert device.best_pieces(USUAL, {USUAL: 3.0, small: 3.7, large: 3.8}) == large
-    assert device.best_pieces(USUAL, {USUAL: 3.0}) == USUAL
+    small, large = bandwidth.other_pieces(USUAL)
+    assert bandwidth.best_pieces(USUAL, {USUAL: 3.0, small: 3.5, large: 3.4}) == USUAL
+    assert bandwidth.best_pieces(USUAL, {USUAL: 3.0, small: 3.7, large: 3.8}) == large
+    assert bandwidth.best_pieces(USUAL, {USUAL: 3.0}) == USUAL
 
 
 @pytest.mark.parametrize(("direct", "buffered", "io"), [
@@ -196,7 +196,7 @@ def test_what_cannot_be_remembered_is_not_measured(folder: Path, layout: Layout,
                                                    caplog: pytest.LogCaptureFixture) -> None:
     folder.write_text("a file where the folder should be")
     assert not device.remember(DEVICE, FOUND)
-    monkeypatch.setattr(device, "measure", lambda _: pytest.fail("measured in vain"))
+    monkeypatch.setattr(bandwidth, "measure", lambda _: pytest.fail("measured in vain"))
     with caplog.at_level(logging.INFO, "gguf_pager"):
         assert device.meet(DEVICE, layout) is None
     assert "GGUF_PAGER_CACHE" in caplog.text
@@ -205,7 +205,8 @@ def test_what_cannot_be_remembered_is_not_measured(folder: Path, layout: Layout,
 BOTH = """
 import sys
 from gguf_pager import device
-from gguf_pager.device import Device, Findings, Way
+from gguf_pager.bandwidth import Findings, Way
+from gguf_pager.device import Device
 here = Device("d", "same")
 own = Findings("2026-11-24", (Way("direct", int(sys.argv[1]), 4096), 1e9), None)
 for _ in range(300):
@@ -259,14 +260,14 @@ def test_device_that_is_faster_buffered_is_read_so(layout: Layout, here: device.
 
 
 def test_only_large_models_opened_with_the_defaults_are_measured_with(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "measure", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr(bandwidth, "measure", lambda _: pytest.fail("measured"))
     assert device.fill(layout, Options()) == Options(n_readers=4, piece_bytes=512 * KIB), "a small one"
     monkeypatch.setattr(device, "LEAST_EXPERT_BYTES", 0)
     for given in (Options(io="direct"), Options(io="buffered"), Options(n_readers=4), Options(piece_bytes=4096)):
         device.fill(layout, given)
-    monkeypatch.setattr(device, "measure", lambda _: FOUND)
+    monkeypatch.setattr(bandwidth, "measure", lambda _: FOUND)
     assert device.fill(layout, Options()).n_readers == 8
-    monkeypatch.setattr(device, "measure", lambda _: pytest.fail("measured twice"))
+    monkeypatch.setattr(bandwidth, "measure", lambda _: pytest.fail("measured twice"))
     assert device.fill(layout, Options()).n_readers == 8
 
 
@@ -276,7 +277,7 @@ def test_device_that_cannot_be_read_is_read_as_by_default(layout: Layout, here: 
         raise PagerIOError("broken", errno=5, path="x", offset_bytes=0)
 
     monkeypatch.setattr(device, "LEAST_EXPERT_BYTES", 0)
-    monkeypatch.setattr(device, "measure", fail)
+    monkeypatch.setattr(bandwidth, "measure", fail)
     with caplog.at_level(logging.INFO, "gguf_pager"):
         assert device.fill(layout, Options()) == Options(n_readers=4, piece_bytes=512 * KIB)
     assert "broken" in caplog.text and device.recall(here) is None
@@ -303,12 +304,12 @@ def test_doctor_measures_when_asked_and_tells_what_is_remembered(trace_model: Pa
         return dict(json.loads(done.output)["checks"]["device"])
 
     assert ask()["status"] == "note" and "--probe" in ask()["remedy"]
-    monkeypatch.setattr(device, "measure", lambda _: FOUND)
+    monkeypatch.setattr(bandwidth, "measure", lambda _: FOUND)
     assert ask("--probe")["facts"] == {
         "device": here.name, "date": "2026-11-24", "io": "direct",
         "direct": {"n_readers": 8, "piece_bytes": 512 * KIB, "bytes_per_s": 5e9},
         "buffered": {"n_readers": 16, "piece_bytes": 128 * KIB, "bytes_per_s": 2e9}}
-    monkeypatch.setattr(device, "measure", lambda _: pytest.fail("nobody has asked"))
+    monkeypatch.setattr(bandwidth, "measure", lambda _: pytest.fail("nobody has asked"))
     assert ask()["status"] == "ok" and device.recall(here) == FOUND
     assert CliRunner().invoke(main, ["doctor", "--probe"]).exit_code == 2
 
@@ -324,7 +325,7 @@ def test_measuring_is_quick_and_leaves_page_cache_and_process_as_they_were(
     if before is None or before > trace_model.stat().st_size // 2:
         pytest.skip("this file system does not tell what is cached, or keeps it")
     held, begun = footprint(trace_model.parent), time.monotonic()
-    found = device.measure(layout)
+    found = bandwidth.measure(layout)
     assert time.monotonic() - begun < 3
     assert footprint(trace_model.parent) == held
     assert found.buffered is not None and found.buffered[1] > 1e6
@@ -342,9 +343,9 @@ def test_slow_device_is_measured_in_bounded_time(layout: Layout, monkeypatch: py
         time.sleep(0.2)
         return 0.2
 
-    monkeypatch.setattr(device._Trial, "_read_batch", read_slowly)
+    monkeypatch.setattr(bandwidth._Trial, "_read_batch", read_slowly)
     begun = time.monotonic()
-    found = device.measure(layout)
+    found = bandwidth.measure(layout)
     assert time.monotonic() - begun < 2.5
     assert Way("buffered", 4, 512 * KIB) in tried and len(tried) <= 5
     assert found.best(found.io) in tried
@@ -357,8 +358,8 @@ def rates_of(monkeypatch: pytest.MonkeyPatch, layout: Layout, rate: Rates) -> Fi
     """Measure a device that gives these bytes per second, which may depend on how long it is asked."""
     if not Pager(layout, Options()).is_direct or not hasattr(os, "posix_fadvise"):
         pytest.skip("there is no choice here")
-    monkeypatch.setattr(device._Trial, "_rate", lambda _, way, least_s: rate(way, least_s))
-    return device.measure(layout)
+    monkeypatch.setattr(bandwidth._Trial, "_rate", lambda _, way, least_s: rate(way, least_s))
+    return bandwidth.measure(layout)
 
 
 def test_device_that_wants_more_in_flight_gets_it(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,29 +386,29 @@ def test_what_is_only_faster_for_a_moment_is_not_taken(layout: Layout, monkeypat
 
 
 def test_reads_from_the_page_cache_are_not_taken_for_the_devices(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_is_cached", lambda *_: True)
+    monkeypatch.setattr(bandwidth, "_is_cached", lambda *_: True)
     if Pager(layout, Options()).is_direct:
-        assert device.measure(layout).buffered is None
+        assert bandwidth.measure(layout).buffered is None
     monkeypatch.setattr(_native, "file_alignment", lambda _: (_ for _ in ()).throw(OSError(95, "not supported")))
-    with pytest.raises(device.PagerError, match="page cache"):
-        device.measure(layout)
+    with pytest.raises(PagerError, match="page cache"):
+        bandwidth.measure(layout)
 
 
 def test_cached_experts_are_seen(trace_model: Path) -> None:
     file = os.open(trace_model, os.O_RDONLY)
     try:
-        piece = device.Range(0, 5000, 100_000)
+        piece = Range(0, 5000, 100_000)
         os.pread(file, 200_000, 0)
-        assert device._is_cached(file, piece)
+        assert bandwidth._is_cached(file, piece)
         if disk.drop_from_page_cache([trace_model]) and disk.cached_bytes([trace_model]) == 0:
-            assert not device._is_cached(file, piece)
-        assert not device._is_cached(file, device.Range(0, 5000, 100)), "of its pages only the ends"
+            assert not bandwidth._is_cached(file, piece)
+        assert not bandwidth._is_cached(file, Range(0, 5000, 100)), "of its pages only the ends"
     finally:
         os.close(file)
 
 
 def test_experts_are_not_read_twice_before_all_are_read_once(layout: Layout) -> None:
-    with device._Trial(layout, time.monotonic() + 1) as trial:
+    with bandwidth._Trial(layout, time.monotonic() + 1) as trial:
         n_batches = sum(len(list(trial._groups(layer))) for layer in trial._layout.layers)
         seen = [next(trial._batches) for _ in range(n_batches)]
         pairs = [(layer, expert) for layer, experts in seen for expert in experts]
@@ -417,10 +418,11 @@ def test_experts_are_not_read_twice_before_all_are_read_once(layout: Layout) -> 
 
 def test_memory_for_measuring_is_small_whatever_an_expert_is(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     like = layout.layers[0]
-    for batch_bytes, n_slices, n_experts in ((like.expert_bytes * 2, len(like.slices), 2), (like.expert_bytes, len(like.slices), 1),
+    whole = len(like.slices)
+    for batch_bytes, n_slices, n_experts in ((like.expert_bytes * 2, whole, 2), (like.expert_bytes, whole, 1),
                                              (like.expert_bytes // 2 - 1, 1, 1)):
-        monkeypatch.setattr(device, "_BATCH_BYTES", batch_bytes)
-        with device._Trial(layout, time.monotonic() + 1) as trial:
+        monkeypatch.setattr(bandwidth, "_BATCH_BYTES", batch_bytes)
+        with bandwidth._Trial(layout, time.monotonic() + 1) as trial:
             assert {len(layer.slices) for layer in trial._layout.layers} == {n_slices}
             assert trial._n_experts == n_experts
 
