@@ -6,6 +6,7 @@ or to turn weight repacking off. The wrappers pass every model and context that 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import errno
 import logging
@@ -75,6 +76,12 @@ class _Hooks:
         self._installed: list[Request] = []
         self.models: dict[int, _Model] = {}
         self.contexts: dict[int, _Context] = {}
+
+    def keep_profiles(self) -> None:
+        """Keep what models that nobody has closed have learned: when the program ends, it is too late to write files
+        by the time they are."""
+        for model in list(self.models.values()):
+            model.pager.keep_profile()
 
     # ---- wrapping ----
 
@@ -247,6 +254,7 @@ class _Hooks:
         keep = (params, params.cb_eval, params.abort_callback)
         with self._lock:
             self.contexts[int(context)] = paged.contexts[int(context)] = _Context(paged, tap, os.getpid(), is_cut, keep)
+        paged.pager.warm_up()
         return context
 
     def _wait_for_other_arenas(self, paged: _Model) -> None:
@@ -332,6 +340,7 @@ class _Hooks:
 
 
 hooks = _Hooks()
+atexit.register(hooks.keep_profiles)
 
 
 def _handle(pointer: Any) -> int:

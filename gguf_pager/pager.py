@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gguf_pager import _native, budget
+from gguf_pager import _native, budget, profile
 from gguf_pager.errors import BudgetError, EngineError, PagerError, PagerIOError
 from gguf_pager.layout import Layout
 
@@ -30,6 +31,8 @@ class Options:
         read_ahead: in large batches, read the next layer while this one computes.
         lock_dense: keep the weights that every token needs in RAM: "auto" locks them, or copies them where locking
             is not allowed; "lock", "copy", "off".
+        profile: keep, from one process to the next, how often each expert of this model was chosen (in the cache folder,
+            numbers and nothing else), and read the most used ones while nobody waits for reads.
     """
 
     policy: str = "lfru"
@@ -38,6 +41,7 @@ class Options:
     piece_bytes: int = 512 << 10
     read_ahead: bool = True
     lock_dense: Literal["auto", "lock", "copy", "off"] = "auto"
+    profile: bool = True
 
     def __post_init__(self) -> None:
         if not _native.policy_exists(self.policy):
@@ -133,6 +137,7 @@ class Pager:
         self._native: _native.Pager | None = None
         self._last_stats: Stats | None = None
         self._pid = os.getpid()
+        self._is_warmed = self._is_profile_kept = False
 
     @property
     def align(self) -> int:
@@ -193,6 +198,23 @@ class Pager:
         """Wait until all of the arena is resident; a thread sees to it since `open`. One caller at a time."""
         if self._native is not None and os.getpid() == self._pid:
             self._native.wait_present()
+
+    def warm_up(self) -> None:
+        """Begin to read, in the background, what the model's profile says is used most; once, and without a profile not."""
+        if self._is_warmed or not self.options.profile:
+            return
+        self._is_warmed = True
+        known = profile.read(self.layout)
+        if known is not None:
+            with contextlib.suppress(OSError):  # no memory for a list: the model works as well without
+                self.native().warm_up(profile.most_used(self.layout, known, self.n_slots))
+
+    def keep_profile(self) -> None:
+        """Add what was chosen since `open` to the model's profile; once, at close or when the program ends."""
+        if self._native is None or not self.options.profile or self._is_profile_kept or os.getpid() != self._pid:
+            return
+        self._is_profile_kept = True
+        profile.write(self.layout, [self.times_chosen(i) for i in range(len(self.layout.layers))])
 
     def native(self) -> _native.Pager:
         """Return the C side, for hooks.py.
@@ -287,5 +309,6 @@ class Pager:
             self._native = native
             if os.getpid() == self._pid:
                 self._last_stats = self.stats()
+                self.keep_profile()
             self._native = None
             native.close()

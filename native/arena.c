@@ -250,8 +250,8 @@ void gp_pager_close(gp_pager *p) {
         return;
     }
     if (getpid() == p->pid) {
-        gp_fetch_close(p->fetch);
         atomic_store(&p->is_closing, true);
+        gp_fetch_close(p->fetch);
         gp_pager_wait_present(p);
     } else {
         gp_fetch_abandon(p->fetch);
@@ -268,6 +268,7 @@ void gp_pager_close(gp_pager *p) {
     if (p->arena) {
         p->os->memory_close(p->arena, p->arena_bytes);
     }
+    free(p->warm_up);
     free(p->ahead_reads);
     free(p->reads);
     free(p->slots);

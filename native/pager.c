@@ -115,8 +115,8 @@ static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint3
             gp_slot *s = &p->slots[index];
             *n_missed += s->state == READING;
             hold_slot(hold, s, (uint32_t) index);
-            if (!is_batch || (s->is_transient && is_worth_keeping(l, c, demand, i))) {
-                gp_slot_keep(p, s);     /* read ahead for this batch, or left over from an earlier one */
+            if (!is_batch || ((s->is_transient || s->is_guess) && is_worth_keeping(l, c, demand, i))) {
+                gp_slot_keep(p, s);     /* read ahead for this batch, left over from an earlier one, or guessed right */
             }
         } else {
             n_wanted++;

@@ -10,7 +10,8 @@
  *   2. A slot whose mask of users is not empty, that is pinned, or that is READING is never chosen as a victim.
  *   3. hold.pending is the number of slots in hold.slots that are READING; hold.pending_slices[i] of those whose slice i
  *      is missing.
- *   4. layer.resident is the number of slots READING or READY for it; layer.kept those of them that are not transient.
+ *   4. layer.resident is the number of slots READING or READY for it; layer.kept those of them that are neither transient
+ *      nor guesses. pager.n_reading is the number of slots that are READING.
  *   5. The lock is held for arithmetic only: never across a read, never together with fetch's lock.
  */
 #include "slots.h"
@@ -57,7 +58,7 @@ static int32_t find_least(const gp_pager *p, const gp_class *c, const gp_layer *
         if (among == TRANSIENT_OF_OTHERS && own == for_layer) {
             continue;
         }
-        if (!s->is_transient && own != for_layer && own->kept <= c->floor) {
+        if (!s->is_transient && !s->is_guess && own != for_layer && own->kept <= c->floor) {
             continue;
         }
         const double value = worth(p, s, for_layer);
@@ -112,6 +113,9 @@ void gp_slot_keep(gp_pager *p, gp_slot *s) {
         s->is_transient = false;
         p->classes[p->layers[s->layer].spec.shape_class].n_transient--;
         p->layers[s->layer].kept++;
+    } else if (s->is_guess) {
+        s->is_guess = false;
+        p->layers[s->layer].kept++;
     }
 }
 
@@ -123,7 +127,7 @@ void gp_slot_empty(gp_pager *p, gp_slot *s) {
     own->counters.resident--;
     if (s->is_transient) {
         c->n_transient--;
-    } else {
+    } else if (!s->is_guess) {
         own->kept--;
     }
     c->n_free++;
@@ -139,6 +143,7 @@ void gp_slot_assign(gp_pager *p, uint32_t index, uint32_t layer_index, int32_t e
         gp_slot_empty(p, s);
     }
     c->n_free--;
+    p->n_reading++;
     *s = (gp_slot) { .state = READING, .layer = layer_index, .expert = expert, .is_transient = is_transient,
                   .missing = (uint8_t) ((1u << own->spec.n_slices) - 1) };
     own->slot_of[expert] = (int32_t) index;
@@ -148,6 +153,17 @@ void gp_slot_assign(gp_pager *p, uint32_t index, uint32_t layer_index, int32_t e
     } else {
         own->kept++;
     }
+}
+
+int32_t gp_slot_guess(gp_pager *p, uint32_t layer_index, int32_t expert) {
+    gp_layer *own = &p->layers[layer_index];
+    const int32_t index = find_free(p, &p->classes[own->spec.shape_class]);
+    if (index >= 0) {
+        gp_slot_assign(p, (uint32_t) index, layer_index, expert, false);
+        p->slots[index].is_guess = true;
+        own->kept--;
+    }
+    return index;
 }
 
 /* In a reader thread: one slice has come, or has not. The read keeps its error until the slot is assigned anew. */
@@ -178,12 +194,15 @@ static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
     }
     if (s->missing == 0) {
         s->state = READY;
+        p->n_reading--;
         if (s->has_failed && !users) {
             gp_slot_empty(p, s);    /* read-ahead: whoever wants it next reads again and hears of it */
         }
         pthread_cond_broadcast(&p->released);
     }
+    const uint32_t n_next = gp_warm_up_next(p);
     pthread_mutex_unlock(&p->lock);
+    gp_warm_up_submit(p, n_next);
 }
 
 gp_failure gp_slot_failure(const gp_pager *p, uint32_t index) {

@@ -14,6 +14,7 @@ typedef enum { FREE, READING, READY } gp_slot_state;
 typedef struct {
     gp_slot_state state;
     bool       is_transient;    /* came for a large batch; first to go */
+    bool       is_guess;        /* came before anybody wanted it */
     bool       is_pinned;
     bool       has_failed;
     bool       is_checked;      /* the file was still the same one after these bytes were read */
@@ -45,6 +46,8 @@ typedef struct {
     uint32_t batch_share;       /* the same of those that are not set aside for transient experts */
 } gp_class;
 
+typedef struct gp_warm_up gp_warm_up;
+
 struct gp_pager {
     const gp_os     *os;
     gp_config        config;
@@ -69,6 +72,8 @@ struct gp_pager {
     gp_hold         *holds[GP_MAX_TAPS];
     gp_read        **ahead_reads;       /* room for one submission of read-ahead */
     bool             is_reading_ahead;  /* that room is taken */
+    uint32_t         n_reading;         /* slots that are READING */
+    gp_warm_up      *warm_up;           /* NULL: none was asked for */
 };
 
 /* Take and give back the pager's lock. A fork is alone with a copy of the state, and of the lock as some thread of the
@@ -84,11 +89,18 @@ int32_t  gp_slot_choose(const gp_pager *pager, const gp_layer *for_layer, bool i
 int32_t  gp_slot_choose_spare(const gp_pager *pager, const gp_layer *for_layer);
 
 void     gp_slot_assign(gp_pager *pager, uint32_t index, uint32_t layer, int32_t expert, bool is_transient);
+/* The same for a free slot and an expert that nobody has asked for; -1: there is none. */
+int32_t  gp_slot_guess(gp_pager *pager, uint32_t layer, int32_t expert);
 void     gp_slot_empty(gp_pager *pager, gp_slot *slot);
-void     gp_slot_keep(gp_pager *pager, gp_slot *slot);     /* no longer transient */
+void     gp_slot_keep(gp_pager *pager, gp_slot *slot);     /* no longer transient, no guess */
 /* Fills in the reads of a slot that was assigned, one in every `step` of `reads`; returns how many. */
 uint32_t gp_slot_prepare_reads(gp_pager *pager, uint32_t index, gp_read **reads, uint32_t step);
 /* What went wrong with a slot that has failed. */
 gp_failure gp_slot_failure(const gp_pager *pager, uint32_t index);
+
+/* What is to be read next to warm up, now that nothing else is read: how many reads, which belong to this caller until he
+ * has let go of the lock and submitted them. */
+uint32_t gp_warm_up_next(gp_pager *pager);
+void     gp_warm_up_submit(gp_pager *pager, uint32_t n_reads);     /* without the lock */
 
 #endif

@@ -232,11 +232,11 @@ static void check_layer(const gp_pager *p, uint32_t index) {
             CHECK(s->state != FREE && s->layer == index && s->expert == (int32_t) e,
                   "1: a slot holds who points at it");
             resident++;
-            kept += !s->is_transient;
+            kept += !s->is_transient && !s->is_guess;
         }
     }
     CHECK(l->counters.resident == resident, "4: resident is the number of the layer's slots");
-    CHECK(l->kept == kept, "4: kept is the number of those that are not transient");
+    CHECK(l->kept == kept, "4: kept is the number of those that are neither transient nor guesses");
 }
 
 static void check_hold(const gp_pager *p, uint32_t bit) {

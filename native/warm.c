@@ -1,0 +1,93 @@
+/* Warm-up: experts that are likely to be wanted come into free slots while nobody waits for reads.
+ *
+ * There is no thread for it. Whoever finishes the last read in flight sends the next expert after it, one at a time, and
+ * only if nothing else is being read: so demand and read-ahead go first, what they find in their way is one expert, and
+ * closing and forking know nothing of it. */
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "slots.h"
+
+struct gp_warm_up {
+    uint32_t  next, n_experts;
+    int64_t   last;                     /* the slot that was read into last; -1: none yet */
+    gp_read  *reads[GP_MAX_SLICES];     /* room for one expert's submission */
+    gp_expert experts[];
+};
+
+/* Slots that a batch takes for the time of a layer stay free: a guess there would be gone with the first prompt. */
+static bool has_room(const gp_class *c) {
+    return c->n_free > c->n_slots - c->n_layers * c->batch_share;
+}
+
+uint32_t gp_warm_up_next(gp_pager *p) {
+    gp_warm_up *w = p->warm_up;
+    if (!w || p->n_reading > 0 || atomic_load(&p->is_closing)) {
+        return 0;
+    }
+    if (w->last >= 0 && (p->slots[w->last].state == FREE || p->slots[w->last].has_failed)) {
+        w->next = w->n_experts;         /* it could not be read: whoever wants it hears why, and nobody else */
+    }
+    while (w->next < w->n_experts) {
+        const gp_expert *e = &w->experts[w->next++];
+        const gp_layer *l = &p->layers[e->layer];
+        if (l->slot_of[e->expert] < 0 && has_room(&p->classes[l->spec.shape_class])) {
+            w->last = gp_slot_guess(p, e->layer, e->expert);
+            return gp_slot_prepare_reads(p, (uint32_t) w->last, w->reads, 1);
+        }
+    }
+    return 0;
+}
+
+void gp_warm_up_submit(gp_pager *p, uint32_t n_reads) {
+    if (n_reads > 0) {
+        gp_fetch_submit(p->fetch, p->warm_up->reads, n_reads);
+    }
+}
+
+int gp_pager_warm_up(gp_pager *p, const gp_expert *experts, uint32_t n_experts) {
+    if (getpid() != p->pid) {
+        return -ECHILD;
+    }
+    for (uint32_t i = 0; i < n_experts; i++) {
+        if (experts[i].layer >= p->config.n_layers || experts[i].expert < 0
+            || (uint32_t) experts[i].expert >= p->layers[experts[i].layer].spec.n_experts) {
+            return -EINVAL;
+        }
+    }
+    gp_warm_up *w = malloc(sizeof *w + n_experts * sizeof *experts);
+    if (!w) {
+        return -ENOMEM;
+    }
+    *w = (gp_warm_up) { .n_experts = n_experts, .last = -1 };
+    for (uint32_t i = 0; i < n_experts; i++) {
+        w->experts[i] = experts[i];
+    }
+    pthread_mutex_lock(&p->lock);
+    const bool is_first = !p->warm_up;
+    uint32_t n_reads = 0;
+    if (is_first) {
+        p->warm_up = w;
+        n_reads = gp_warm_up_next(p);
+    }
+    pthread_mutex_unlock(&p->lock);
+    gp_warm_up_submit(p, n_reads);
+    if (!is_first) {
+        free(w);
+    }
+    return is_first ? 0 : -EALREADY;
+}
+
+int gp_pager_seed(gp_pager *p, uint32_t layer, const float *uses) {
+    if (layer >= p->config.n_layers) {
+        return -EINVAL;
+    }
+    gp_layer *l = &p->layers[layer];
+    const bool has_entered = gp_pager_enter(p);
+    for (uint32_t e = 0; e < l->spec.n_experts; e++) {
+        l->uses[e] += uses[e];
+    }
+    gp_pager_leave(p, has_entered);
+    return 0;
+}
