@@ -86,7 +86,8 @@ int gp_pager_seed(gp_pager *p, uint32_t layer, const float *uses) {
     gp_layer *l = &p->layers[layer];
     const bool has_entered = gp_pager_enter(p);
     for (uint32_t e = 0; e < l->spec.n_experts; e++) {
-        l->uses[e] += uses[e];
+        l->uses[e].recent += uses[e];
+        l->uses[e].lasting += uses[e];
     }
     gp_pager_leave(p, has_entered);
     return 0;
