@@ -44,10 +44,8 @@ class Pager:
     def pin(self, layer: int, experts: Sequence[int], /) -> _Failure | None:
         """Return what a read failed with, if one did."""
     def unpin_all(self) -> None: ...
-    def warm_up(self, experts: Sequence[tuple[int, int]], /) -> None:
-        """Read (layer, expert) in the background, in this order, into slots that are free."""
-    def seed(self, layer: int, uses: Sequence[float], /) -> None:
-        """Count these on top of what the policy will see of each expert."""
+    def warm_up(self, experts: Sequence[tuple[int, int, float]], /) -> None:
+        """Read (layer, expert, share of tokens that choose it) in the background, in this order, into free slots."""
 
 class Tap:
     """The graph hook of one context. Callbacks are addresses of C functions, 0 for none."""

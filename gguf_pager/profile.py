@@ -105,8 +105,8 @@ def shares(layout: Layout, profile: Profile) -> Profile:
     return [row / max(row.sum() / layer.n_used, 1e-9) for row, layer in zip(profile, layout.layers, strict=True)]
 
 
-def most_used(layout: Layout, profile: Profile, n_slots: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (layer, expert), the most used of all layers first; of a shape class no more than it has slots."""
+def most_used(layout: Layout, profile: Profile, n_slots: Sequence[int]) -> list[tuple[int, int, float]]:
+    """Return (layer, expert, share of tokens that chose it), the largest first; of a shape class no more than its slots."""
     value = shares(layout, profile)
     layers = np.repeat(np.arange(len(value)), [len(row) for row in value])
     experts = np.concatenate([np.arange(len(row)) for row in value])
@@ -118,4 +118,4 @@ def most_used(layout: Layout, profile: Profile, n_slots: Sequence[int]) -> list[
     for index, n in enumerate(n_slots):
         is_within[np.flatnonzero(classes == index)[:n]] = True
     order = order[is_within]
-    return list(zip(layers[order].tolist(), experts[order].tolist(), strict=True))
+    return list(zip(layers[order].tolist(), experts[order].tolist(), worth[order].tolist(), strict=True))

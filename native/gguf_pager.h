@@ -115,17 +115,16 @@ int  gp_pager_chosen(gp_pager *pager, uint32_t layer, uint64_t *chosen);
 int  gp_pager_pin(gp_pager *pager, uint32_t layer, const int32_t *experts, uint32_t n_experts, gp_failure *failure);
 void gp_pager_unpin_all(gp_pager *pager);
 
-/* An expert of a layer. */
+/* An expert of a layer, and the share of tokens that are likely to choose it. */
 typedef struct {
     uint32_t layer;
     int32_t  expert;
+    float    share;
 } gp_expert;
 
 /* Reads these experts in the background, in this order, as long as slots are free that no batch needs. Demand goes first,
  * and may give up again what has come. A read that fails fails nothing, but ends it. Once: -EALREADY. */
 int  gp_pager_warm_up(gp_pager *pager, const gp_expert *experts, uint32_t n_experts);
-/* uses: n_experts numbers for `layer`; what the policy is to count on top of what it will see. */
-int  gp_pager_seed(gp_pager *pager, uint32_t layer, const float *uses);
 
 bool gp_policy_exists(const char *name);
 

@@ -421,7 +421,8 @@ static PyObject *pager_warm_up(PyObject *object, PyObject *sequence) {
     PyObject *result = NULL;
     for (Py_ssize_t i = 0; i < n; i++) {
         PyObject *item = PySequence_GetItem(sequence, i);
-        const int is_parsed = item && PyArg_ParseTuple(item, "Ii", &experts[i].layer, &experts[i].expert);
+        const int is_parsed = item && PyArg_ParseTuple(item, "Iif", &experts[i].layer, &experts[i].expert,
+                                                       &experts[i].share);
         Py_XDECREF(item);
         if (!is_parsed) {
             goto done;
@@ -437,35 +438,6 @@ done:
     return result;
 }
 
-static PyObject *pager_seed(PyObject *object, PyObject *args) {
-    PagerObject *self = (PagerObject *) object;
-    unsigned int layer;
-    PyObject *sequence;
-    if (!opened(self) || !PyArg_ParseTuple(args, "IO", &layer, &sequence)) {
-        return NULL;
-    }
-    const Py_ssize_t n = PySequence_Size(sequence);
-    if (n < 0) {
-        return NULL;
-    }
-    if (layer >= self->n_layers || (size_t) n != self->n_experts[layer]) {
-        return raise_errno(-EINVAL);
-    }
-    float *uses = malloc((size_t) n * sizeof *uses);
-    if (!uses) {
-        return PyErr_NoMemory();
-    }
-    for (Py_ssize_t e = 0; e < n; e++) {
-        PyObject *item = PySequence_GetItem(sequence, e);
-        uses[e] = item ? (float) PyFloat_AsDouble(item) : 0;
-        Py_XDECREF(item);
-    }
-    gp_pager *pager = PyErr_Occurred() ? NULL : opened(self);
-    const int error = pager ? gp_pager_seed(pager, layer, uses) : 0;
-    free(uses);
-    return !pager ? NULL : error == 0 ? Py_BuildValue("") : raise_errno(error);
-}
-
 static PyMethodDef pager_methods[] = {
     { "close", pager_close, METH_NOARGS, NULL },
     { "wait_present", pager_wait_present, METH_NOARGS, NULL },
@@ -475,7 +447,6 @@ static PyMethodDef pager_methods[] = {
     { "pin", pager_pin, METH_VARARGS, NULL },
     { "unpin_all", pager_unpin_all, METH_NOARGS, NULL },
     { "warm_up", pager_warm_up, METH_O, NULL },
-    { "seed", pager_seed, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },
 };
 

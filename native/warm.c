@@ -34,6 +34,12 @@ uint32_t gp_warm_up_next(gp_pager *p) {
         const gp_layer *l = &p->layers[e->layer];
         if (l->slot_of[e->expert] < 0 && has_room(&p->classes[l->spec.shape_class])) {
             w->last = gp_slot_guess(p, e->layer, e->expert);
+            /* Little, so that what is used goes before it, but enough that of two guesses the better one stays longer. More,
+             * up to what the policy would have counted in the long run, was replayed and is worse. */
+            gp_uses *uses = &p->layers[e->layer].uses[e->expert];
+            if (uses->recent == 0) {
+                *uses = (gp_uses) { e->share, e->share };
+            }
             return gp_slot_prepare_reads(p, (uint32_t) w->last, w->reads, 1);
         }
     }
@@ -77,18 +83,4 @@ int gp_pager_warm_up(gp_pager *p, const gp_expert *experts, uint32_t n_experts) 
         free(w);
     }
     return is_first ? 0 : -EALREADY;
-}
-
-int gp_pager_seed(gp_pager *p, uint32_t layer, const float *uses) {
-    if (layer >= p->config.n_layers) {
-        return -EINVAL;
-    }
-    gp_layer *l = &p->layers[layer];
-    const bool has_entered = gp_pager_enter(p);
-    for (uint32_t e = 0; e < l->spec.n_experts; e++) {
-        l->uses[e].recent += uses[e];
-        l->uses[e].lasting += uses[e];
-    }
-    gp_pager_leave(p, has_entered);
-    return 0;
 }

@@ -47,7 +47,7 @@ static uint32_t list_all(gp_expert *experts) {
     uint32_t n = 0;
     for (int32_t e = EXPERTS - 1; e >= 0; e--) {
         for (uint32_t l = 0; l < m.shape.n_layers; l++) {
-            experts[n++] = (gp_expert) { l, e };
+            experts[n++] = (gp_expert) { l, e, (float) e / EXPERTS };
         }
     }
     return n;
@@ -79,6 +79,26 @@ static void most_used_come_into_free_slots(void) {
     CHECK(fake_bytes_read() == bytes_read, "and are not read again");
     CHECK(pager->layers[0].kept == 2, "what was wanted is kept from then on");
     CHECK(gp_pager_warm_up(pager, NULL, 0) == -EALREADY, "once");
+    end();
+}
+
+/* The one that is least likely to be wanted, and what is used stays before what is only likely to be. */
+static void guesses_go_first(void) {
+    model_shape shape = roomy;
+    shape.policy = "lfru";
+    begin(shape);
+    model_use(&m, pager, &hold, 0, (int32_t[]) { 0, 1 }, 2, 1);
+    warm_up_all();
+    model_settle(pager);
+    for (int32_t e = 0; e < EXPERTS; e++) {
+        model_use(&m, pager, &hold, 2, (int32_t[]) { e }, 1, 1);
+        model_use(&m, pager, &hold, 1, (int32_t[]) { e }, 1, 1);
+    }
+    CHECK(pager->classes[0].n_free == 0, "there is no room any more");
+    for (int32_t e = 0; e < EXPERTS; e++) {
+        const bool is_likely = e > 4;    /* 4 had come, too, and had to go */
+        CHECK(model_is_resident(pager, &m, 0, e) == (e < 2 || is_likely), "the least likely are given up");
+    }
     end();
 }
 
@@ -282,14 +302,14 @@ static void fork_in_the_middle(void) {
 
 static void nonsense_is_refused(void) {
     begin(roomy);
-    CHECK(gp_pager_warm_up(pager, &(gp_expert) { 3, 0 }, 1) == -EINVAL, "no such layer");
-    CHECK(gp_pager_warm_up(pager, &(gp_expert) { 0, EXPERTS }, 1) == -EINVAL, "no such expert");
-    CHECK(gp_pager_warm_up(pager, &(gp_expert) { 0, -1 }, 1) == -EINVAL, "no such expert");
+    CHECK(gp_pager_warm_up(pager, &(gp_expert) { 3, 0, 1 }, 1) == -EINVAL, "no such layer");
+    CHECK(gp_pager_warm_up(pager, &(gp_expert) { 0, EXPERTS, 1 }, 1) == -EINVAL, "no such expert");
+    CHECK(gp_pager_warm_up(pager, &(gp_expert) { 0, -1, 1 }, 1) == -EINVAL, "no such expert");
     fake_fail(FAKE_ALLOCATE, 1, -ENOMEM);
-    CHECK(gp_pager_warm_up(pager, &(gp_expert) { 0, 1 }, 1) == -ENOMEM, "a list needs memory");
+    CHECK(gp_pager_warm_up(pager, &(gp_expert) { 0, 1, 1 }, 1) == -ENOMEM, "a list needs memory");
     model_settle(pager);
     CHECK(count_resident() == 0, "and nothing was read");
-    CHECK(gp_pager_warm_up(pager, &(gp_expert) { 0, 1 }, 1) == 0, "what was refused can be asked for again");
+    CHECK(gp_pager_warm_up(pager, &(gp_expert) { 0, 1, 1 }, 1) == 0, "what was refused can be asked for again");
     model_settle(pager);
     CHECK(count_resident() == 1, "and is read");
     end();
@@ -298,6 +318,7 @@ static void nonsense_is_refused(void) {
 int main(void) {
     check_begin();
     most_used_come_into_free_slots();
+    guesses_go_first();
     each_class_fills_its_own_slots();
     nothing_is_given_up();
     demand_goes_first();
