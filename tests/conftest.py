@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,23 @@ UNWRAPPED = {name: getattr(low, name) for name in hooks._WRAPPED}
 
 Logits = npt.NDArray[np.single]
 Factory = Callable[..., Any]
+
+
+# ---- what is kept between processes ----
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where models opened for more than one test keep things: never in the user's own folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GGUF_PAGER_CACHE", str(folder / "session"))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that one test keeps is found by another."""
+    monkeypatch.setenv("GGUF_PAGER_CACHE", str(session_cache / uuid.uuid4().hex))
 
 
 # ---- models ----

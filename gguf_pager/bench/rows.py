@@ -141,6 +141,7 @@ def _settings(case: Case, own: Sequence[Run], common: Common) -> dict[str, Any]:
         "policy": facts.get("policy"),
         "io": facts.get("io"),
         "n_readers": facts.get("n_readers"),
+        "profile": facts.get("profile"),
         "arena_bytes": facts.get("arena_bytes"),
         "gomp_spincount": facts.get("gomp_spincount"),
         "n_rounds": common.n_rounds,

@@ -327,6 +327,7 @@ class Run:
             "io": ("direct" if pager.is_direct else "buffered") if pager else None,
             "policy": pager.options.policy if pager else None,
             "n_readers": pager.options.n_readers if pager else None,
+            "profile": pager.options.profile if pager else None,
             "arena_bytes": pager.arena_bytes if pager else None,
         }
 
