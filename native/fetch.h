@@ -28,6 +28,7 @@ struct gp_read {
 
     /* Fetch's own. */
     gp_read         *next;
+    bool             is_withdrawn;
     char            *cover_into;
     uint64_t         cover_offset, cover_bytes, next_piece;
     atomic_uint      pieces_left;
@@ -53,5 +54,8 @@ void gp_fetch_abandon(gp_fetch *fetch);
 bool gp_fetch_fits(const gp_fetch_config *config, const gp_read *read);
 
 void gp_fetch_submit(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads);
+/* Takes back those of the reads that nobody has begun, and calls `done` for them with -ECANCELED; the others, begun or
+ * done, are left alone. None may be submitted again before this returns. */
+void gp_fetch_withdraw(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads);
 
 #endif
