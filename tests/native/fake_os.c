@@ -21,6 +21,7 @@ typedef struct {
     _Atomic uint64_t bad_at;
     atomic_int       bad_error;
     atomic_uint      delay_us;
+    bool             refuses_direct;
 } fake_file;
 
 typedef struct {
@@ -207,6 +208,10 @@ void fake_fail_at(const char *path, uint64_t offset_bytes, int error) {
     atomic_store(&file->bad_error, error);
 }
 
+void fake_file_refuse_direct(const char *path) {
+    find_file(path)->refuses_direct = true;
+}
+
 void fake_file_slow_down(const char *path, unsigned delay_us) {
     atomic_store(&find_file(path)->delay_us, delay_us);
 }
@@ -217,6 +222,9 @@ static int file_open(const char *path, bool direct, int *fd) {
     fake_file *file = find_file(path);
     if (error != 0 || !file) {
         return error != 0 ? error : -ENOENT;
+    }
+    if (direct && file->refuses_direct) {
+        return -EINVAL;
     }
     CHECK(fake.n_descriptors < MAX_DESCRIPTORS, "the test opens few files");
     descriptor *d = &fake.descriptors[fake.n_descriptors];
@@ -596,6 +604,7 @@ void fake_reset(void) {
         free(fake.files[i].bytes);
         atomic_store(&fake.files[i].bad_error, 0);
         atomic_store(&fake.files[i].delay_us, 0);
+        fake.files[i].refuses_direct = false;
     }
     fake.n_files = fake.n_descriptors = 0;
     for (int i = 0; i < FAKE_CALLS; i++) {

@@ -112,6 +112,9 @@ static void copies_are_read_each_in_its_way(bool is_mirror_direct) {
     model_make(&m, (model_shape) { .n_mirrors = 1, .n_files = 2, .offset_align = 512, .memory_align = 512 });
     m.config.direct = !is_mirror_direct;
     m.mirrors[0].direct = is_mirror_direct;
+    for (uint32_t f = 0; f < 2; f++) {
+        fake_file_refuse_direct(is_mirror_direct ? m.paths[f] : m.mirror_paths[0][f]);
+    }
     pager = model_open(&m);
     CHECK(gp_hold_open(&hold, pager, 2) == 0 && gp_hold_open(&other, pager, 2) == 0, "two holds open");
     use_all(3);
@@ -192,6 +195,24 @@ static void both_who_wait_hear_of_the_mirror(void) {
         }
         end();
     }
+}
+
+/* It waits after another has found what is wrong, and finds nothing by itself. */
+static void who_waits_later_hears_of_the_mirror(void) {
+    begin((model_shape) { .n_mirrors = 1 });
+    const gp_demand demand = { .layer = 1, .experts = (int32_t[]) { 3 }, .counts = (uint32_t[]) { 1 }, .n_experts = 1,
+                               .n_tokens = 1, .later = 7 };
+    int32_t slot;
+    gp_failure failure;
+    fake_hold_reads();
+    CHECK(gp_pager_acquire(pager, &other, &demand, &slot, &failure) == 0, "what is not waited for cannot fail yet");
+    fake_let_reads_go();
+    fake_fail(FAKE_FILE_IDENTIFY, 2, -EIO);     /* the first is the model's own */
+    CHECK(model_acquire(pager, &hold, 1, (int32_t[]) { 3 }, 1, 1, &slot, &failure) == -EIO && failure.file == 1,
+          "a mirror that cannot be identified is refused");
+    CHECK(gp_pager_wait(pager, &other, 1, 7, &failure) == -ESTALE && failure.file == 1, "also to who waits later, by name");
+    gp_pager_release(pager, &other);
+    end();
 }
 
 /* ---- order and end ----------------------------------------------------------------------------------------------- */
@@ -305,6 +326,7 @@ int main(void) {
     error_of_a_mirror_names_its_file();
     changed_mirror_is_refused();
     both_who_wait_hear_of_the_mirror();
+    who_waits_later_hears_of_the_mirror();
     order_is_kept();
     closing_waits_for_all_copies();
     fork_closes_what_it_inherited();
