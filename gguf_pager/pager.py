@@ -31,7 +31,7 @@ class Options:
             (benchmarks/LOG.md, 2026-11-24), 3 to 4 GB/s; a device that wants more in flight may want more. Where Linux
             reads directly in the background (io_submit), one thread serves them all; elsewhere each has its own.
         piece_bytes: the largest single read; smaller pieces keep the device busy when few experts are missing.
-        read_ahead: in large batches, read the next layer while this one computes.
+        read_ahead: while a batch computes one layer, read what the next will probably want.
         lock_dense: keep the weights that every token needs in RAM: "auto" locks them, or copies them where locking
             is not allowed; "lock", "copy", "off".
         mirror: further copies of the model, byte for byte, on other disks; of a split model the first files, the others

@@ -151,6 +151,7 @@ static void *populate(void *data) {
 
 static int open_layers(gp_pager *p) {
     const gp_config *config = &p->config;
+    uint32_t n_most = 0;
     p->layers = calloc(config->n_layers, sizeof *p->layers);
     if (!p->layers) {
         return -ENOMEM;
@@ -164,12 +165,17 @@ static int open_layers(gp_pager *p) {
         l->uses = calloc(l->spec.n_experts, sizeof *l->uses);
         l->chosen = calloc(l->spec.n_experts, sizeof *l->chosen);
         l->last_token = calloc(l->spec.n_experts, sizeof *l->last_token);
+        n_most = l->spec.n_experts > n_most ? l->spec.n_experts : n_most;
         if (!l->slot_of || !l->uses || !l->chosen || !l->last_token) {
             return -ENOMEM;
         }
         for (uint32_t e = 0; e < l->spec.n_experts; e++) {
             l->slot_of[e] = -1;
         }
+    }
+    p->guesses = malloc(n_most * sizeof *p->guesses);
+    if (!p->guesses) {
+        return -ENOMEM;
     }
     for (uint32_t i = 0; i < config->n_layers; i++) {
         const gp_layer_spec *spec = &p->layers[i].spec;
@@ -252,6 +258,7 @@ void gp_pager_close(gp_pager *p) {
     if (p->arena) {
         p->os->memory_close(p->arena, p->arena_bytes);
     }
+    free(p->guesses);
     free(p->ahead_reads);
     free(p->reads);
     free(p->slots);

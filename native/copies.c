@@ -85,6 +85,22 @@ void gp_copies_submit(gp_copies *copies, gp_read *const *reads, uint32_t n_reads
     }
 }
 
+void gp_copies_withdraw(gp_copies *copies, gp_read **reads, uint32_t n_reads) {
+    uint32_t first = 0;
+    for (uint32_t i = 0; i < copies->n_copies; i++) {
+        uint32_t end = first;
+        for (uint32_t at = first; at < n_reads; at++) {
+            if (reads[at]->file / copies->n_files == i) {
+                gp_read *own = reads[at];
+                reads[at] = reads[end];
+                reads[end++] = own;
+            }
+        }
+        gp_fetch_withdraw(copies->copies[i].fetch, reads + first, end - first);
+        first = end;
+    }
+}
+
 void gp_copies_note(gp_copies *copies, const gp_read *read, int error) {
     const uint32_t index = read->file / copies->n_files;
     const uint64_t now_ns = copies->os->now_ns();
@@ -95,7 +111,7 @@ void gp_copies_note(gp_copies *copies, const gp_read *read, int error) {
         pace->marked_ns = now_ns;
     }
     pace->waiting_bytes -= read->bytes;
-    if (error == 0) {                   /* a disk that fails at once is not fast */
+    if (error == 0) {                   /* a disk that fails at once, or was spared a read, is not fast */
         pace->done_bytes += read->bytes;
         pace->n_done++;
     }

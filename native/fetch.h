@@ -28,6 +28,7 @@ struct gp_read {
 
     gp_read  *next;             /* the one submitted with it, wanted after it; from then on fetch's own, as the rest */
 
+    bool             is_withdrawn;
     char            *cover_into;
     uint64_t         cover_offset, cover_bytes, next_piece;
     atomic_uint      pieces_left;
@@ -54,5 +55,8 @@ bool gp_fetch_fits(const gp_fetch_config *config, const gp_read *read);
 
 /* The first of a list of reads, linked by `next`; NULL: there are none. */
 void gp_fetch_submit(gp_fetch *fetch, gp_read *first);
+/* Takes back those of the reads that nobody has begun, and calls `done` for them with -ECANCELED; the others, begun or
+ * done, are left alone. None may be submitted again before this returns. */
+void gp_fetch_withdraw(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads);
 
 #endif

@@ -77,7 +77,7 @@ typedef struct {
     uint32_t             n_classes;
     const char          *policy;            /* a name that gp_policy_find knows */
     bool                 direct;            /* O_DIRECT or its like; the caller has asked gp_os.file_alignment first */
-    bool                 read_ahead;        /* in large batches, read the next layer while this one computes */
+    bool                 read_ahead;        /* in batches, read what the next layer will probably want */
     uint32_t             offset_align;      /* of direct reads, in the file: what serves every copy that is read so */
     uint32_t             memory_align;      /* of direct reads, in memory */
     uint32_t             n_readers;         /* reads of piece_bytes in flight, of each copy: as many threads, or fewer bytes each where the system

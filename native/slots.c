@@ -2,12 +2,14 @@
  *
  *              choose_victim                 last slice read
  *     FREE  ---------------->  READING  ------------------>  READY
- *       ^                         | a slice failed             | choose_victim
- *       +-------------------------+----------------------------+
+ *       ^                      |     | a slice failed          | choose_victim
+ *       |   last slice read    v     |                         |
+ *       +------------------ LEAVING  |                         |
+ *       +----------------------------+-------------------------+
  *
  * Invariants
  *   1. layer.slot_of[expert] == s  exactly if  slot s is READING or READY and holds that expert of that layer.
- *   2. A slot whose mask of users is not empty, that is pinned, or that is READING is never chosen as a victim.
+ *   2. A slot whose mask of users is not empty, that is pinned, or that is READING or LEAVING is never chosen as a victim.
  *   3. hold.pending is the number of slots in hold.slots that are READING; hold.pending_slices[i] of those whose slice i
  *      is missing.
  *   4. layer.resident is the number of slots READING or READY for it; layer.kept those of them that are not transient.
@@ -115,19 +117,32 @@ void gp_slot_keep(gp_pager *p, gp_slot *s) {
     }
 }
 
-void gp_slot_empty(gp_pager *p, gp_slot *s) {
-    assert(s->state != FREE && !s->users);
+static void forget_expert(gp_pager *p, const gp_slot *s) {
     gp_layer *own = &p->layers[s->layer];
-    gp_class *c = &p->classes[own->spec.shape_class];
     own->slot_of[s->expert] = -1;
     own->counters.resident--;
     if (s->is_transient) {
-        c->n_transient--;
+        p->classes[own->spec.shape_class].n_transient--;
     } else {
         own->kept--;
     }
-    c->n_free++;
+}
+
+void gp_slot_empty(gp_pager *p, gp_slot *s) {
+    assert(s->state != FREE && !s->users);
+    if (s->state != LEAVING) {
+        forget_expert(p, s);
+    }
+    p->classes[p->layers[s->layer].spec.shape_class].n_free++;
     *s = (gp_slot) { .state = FREE };
+}
+
+void gp_slot_leave(gp_pager *p, gp_slot *s) {
+    assert(s->state == READING && !s->users && !s->is_pinned);
+    forget_expert(p, s);
+    s->state = LEAVING;
+    s->is_transient = false;
+    s->is_withdrawing = true;
 }
 
 void gp_slot_assign(gp_pager *p, uint32_t index, uint32_t layer_index, int32_t expert, bool is_transient) {
@@ -177,7 +192,12 @@ static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
             }
         }
     }
-    if (s->missing == 0) {
+    if (s->missing == 0 && s->state == LEAVING) {
+        if (!s->is_withdrawing) {
+            gp_slot_empty(p, s);
+            pthread_cond_broadcast(&p->released);
+        }
+    } else if (s->missing == 0) {
         s->state = READY;
         if (s->has_failed && !users) {
             gp_slot_empty(p, s);    /* read-ahead: whoever wants it next reads again and hears of it */

@@ -224,10 +224,12 @@ static gp_read reads[N_READS];
 static char memory[N_READS][READ_BYTES];
 static atomic_uint n_turns, n_done;
 static uint32_t done_as[N_READS];
+static atomic_uint n_cancelled;
 
 static void note_done(gp_read *read, int error, uint64_t error_offset_bytes) {
     (void) error_offset_bytes;
     gp_copies_note(copies, read, error);
+    atomic_fetch_add(&n_cancelled, error == -ECANCELED);
     done_as[read->tag] = atomic_fetch_add(&n_turns, 1);
     atomic_fetch_add(&n_done, 1);
 }
@@ -295,6 +297,41 @@ static void closing_waits_for_all_copies(void) {
     model_end(&m);
 }
 
+/* Reads are taken back from the copy that each of them went to; those that have begun come. */
+static void reads_are_taken_back_from_all_copies(void) {
+    open_copies(1);
+    for (int round = 0; round < 20; round++) {
+        submit_all();       /* so that something is known of both */
+        wait_for_all();
+    }
+    fake_hold_reads();
+    gp_read *unwanted[N_READS];
+    uint32_t n_of[2] = { 0 };
+    do {
+        submit_all();
+        n_of[0] = n_of[1] = 0;
+        for (uint32_t i = 0; i < N_READS; i++) {
+            unwanted[i] = &reads[i];
+            n_of[reads[i].file]++;
+        }
+        const uint32_t n_begun = (n_of[0] > 0) + (n_of[1] > 0);
+        fake_wait_for_reads(n_begun);
+        atomic_store(&n_cancelled, 0);
+        gp_copies_withdraw(copies, unwanted, N_READS);
+        CHECK(atomic_load(&n_cancelled) == N_READS - n_begun, "all are taken back but those in flight");
+        fake_let_some_go(n_begun);
+        wait_for_all();
+    } while (n_of[0] < 2 || n_of[1] < 2);
+    fake_let_reads_go();
+    submit_all();
+    wait_for_all();
+    for (uint32_t i = 0; i < N_READS; i++) {
+        CHECK(memcmp(memory[i], m.truth[0] + i * READ_BYTES, READ_BYTES) == 0, "and read anew when they are wanted again");
+    }
+    gp_copies_close(copies);
+    model_end(&m);
+}
+
 static void fork_closes_what_it_inherited(void) {
     begin((model_shape) { .n_mirrors = 2, .n_files = 2 });
     const pid_t pid = fork();
@@ -329,6 +366,7 @@ int main(void) {
     who_waits_later_hears_of_the_mirror();
     order_is_kept();
     closing_waits_for_all_copies();
+    reads_are_taken_back_from_all_copies();
     fork_closes_what_it_inherited();
     return 0;
 }

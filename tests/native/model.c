@@ -208,7 +208,7 @@ void model_settle(gp_pager *pager) {
         is_reading = false;
         pthread_mutex_lock(&pager->lock);
         for (uint32_t i = 0; i < pager->n_slots; i++) {
-            is_reading |= pager->slots[i].state == READING;
+            is_reading |= pager->slots[i].state == READING || pager->slots[i].state == LEAVING;
         }
         pthread_mutex_unlock(&pager->lock);
         if (is_reading) {
@@ -229,6 +229,11 @@ static void check_class(const gp_pager *p, uint32_t index) {
         }
         n_transient += s->is_transient;
         CHECK(p->layers[s->layer].spec.shape_class == index, "a slot holds an expert of its own class");
+        if (s->state == LEAVING) {
+            CHECK(!s->users && !s->is_pinned && p->layers[s->layer].slot_of[s->expert] != (int32_t) i,
+                  "1: a slot that is leaving is nobody's");
+            continue;
+        }
         CHECK(p->layers[s->layer].slot_of[s->expert] == (int32_t) i, "1: who is in a slot is found there");
         CHECK((s->state == READING) == (s->missing != 0), "a slot is READING while slices are to come");
     }
