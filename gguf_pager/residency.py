@@ -202,13 +202,13 @@ def identify(path: Path) -> FileIdentity | None:
     return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def find_change(layout: Layout, identities: Sequence[FileIdentity | None]) -> tuple[int, int, int] | None:
-    """Return (errno, file, offset) of the first file that was changed in place since it was identified.
+def find_change(paths: Sequence[Path], identities: Sequence[FileIdentity | None]) -> tuple[int, int, int] | None:
+    """Return (errno, file, offset) of the first of a model's files that was changed in place since it was identified.
 
     llama.cpp computes with mapped pages of it: those of a truncated file end the process, those of an overwritten one
     give other tokens. A file that was removed or replaced by another lives on under the mapping.
     """
-    for file, (path, then) in enumerate(zip(layout.paths, identities, strict=True)):
+    for file, (path, then) in enumerate(zip(paths, identities, strict=True)):
         now = identify(path)
         if now == then or now is None or then is None or (now.device, now.inode) != (then.device, then.inode):
             continue

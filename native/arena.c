@@ -18,6 +18,15 @@ enum { POPULATE_BYTES = 4 << 20 };
 
 #define MAX_ARENA_BYTES (UINT64_C(1) << 47)    /* addresses a process has */
 
+/* Slots are placed for direct reads where any copy is read so; buffered ones need nothing of it. */
+static bool is_any_direct(const gp_config *config) {
+    bool is_any = config->direct;
+    for (uint32_t i = 0; i < config->n_mirrors; i++) {
+        is_any |= config->mirrors[i].direct;
+    }
+    return is_any;
+}
+
 static int check_slice(const gp_config *config, const gp_layer_spec *layer, const gp_slice_spec *slice) {
     const gp_class_spec *c = &config->classes[layer->shape_class];
     if (slice->file >= config->n_paths || slice->slice_bytes == 0 || slice->ne[2] != (int64_t) layer->n_experts
@@ -32,7 +41,7 @@ static int check_slice(const gp_config *config, const gp_layer_spec *layer, cons
             return -EINVAL;
         }
     }
-    const gp_fetch_config fetch = { .direct = config->direct, .offset_align = config->offset_align,
+    const gp_fetch_config fetch = { .direct = is_any_direct(config), .offset_align = config->offset_align,
                                     .memory_align = config->memory_align };
     for (uint32_t e = 0; e < layer->n_experts; e++) {
         const gp_read read = {
@@ -51,11 +60,12 @@ static int check_slice(const gp_config *config, const gp_layer_spec *layer, cons
 }
 
 static int check_config(const gp_config *config) {
-    if (config->n_layers == 0 || config->n_classes == 0 || config->n_paths == 0) {
+    if (config->n_layers == 0 || config->n_classes == 0 || config->n_paths == 0 || config->n_mirrors >= GP_MAX_COPIES) {
         return -EINVAL;
     }
     /* Slots begin at multiples of ARENA_ALIGN and of the stride: both must be multiples of memory_align. */
-    if (config->direct && (config->offset_align == 0 || config->memory_align == 0
+    const bool is_direct = is_any_direct(config);
+    if (is_direct && (config->offset_align == 0 || config->memory_align == 0
                            || ARENA_ALIGN % config->memory_align != 0)) {
         return -EINVAL;
     }
@@ -63,7 +73,7 @@ static int check_config(const gp_config *config) {
     for (uint32_t i = 0; i < config->n_classes; i++) {
         const gp_class_spec *c = &config->classes[i];
         if (c->n_slots == 0 || c->stride_bytes == 0 || c->stride_bytes > MAX_ARENA_BYTES / c->n_slots
-            || (config->direct && c->stride_bytes % config->memory_align != 0)) {
+            || (is_direct && c->stride_bytes % config->memory_align != 0)) {
             return -EINVAL;
         }
         n_slots += c->n_slots;
@@ -217,27 +227,6 @@ static int open_layers(gp_pager *p) {
     return 0;
 }
 
-static int open_files(gp_pager *p) {
-    const gp_config *config = &p->config;
-    p->files = calloc(config->n_paths, sizeof *p->files);
-    p->file_ids = calloc(config->n_paths, sizeof *p->file_ids);
-    if (!p->files || !p->file_ids) {
-        return -ENOMEM;
-    }
-    for (uint32_t i = 0; i < config->n_paths; i++) {
-        int error = p->os->file_open(config->paths[i], config->direct, &p->files[i]);
-        if (error != 0) {
-            return error;
-        }
-        p->n_open++;
-        error = p->os->file_identify(p->files[i], &p->file_ids[i]);
-        if (error != 0) {
-            return error;
-        }
-    }
-    return 0;
-}
-
 int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config) {
     *out = NULL;
     const gp_policy *policy = gp_policy_find(config->policy);
@@ -255,17 +244,15 @@ int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config) {
     p->pid = getpid();
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->released, NULL);
-    gp_fetch_config fetch = { .direct = config->direct, .offset_align = config->offset_align,
-                              .memory_align = config->memory_align, .n_readers = config->n_readers,
-                              .piece_bytes = config->piece_bytes };
-    if ((error = open_arena(p)) != 0 || (error = open_layers(p)) != 0 || (error = open_files(p)) != 0
-        || (fetch.fd = p->files[0], error = gp_fetch_open(&p->fetch, os, &fetch)) != 0
+    if ((error = open_arena(p)) != 0 || (error = open_layers(p)) != 0
+        || (error = gp_copies_open(&p->copies, os, config)) != 0
         || (error = os->thread_start(&p->populating, populate, p)) != 0) {
         goto fail;
     }
     p->has_populating = true;
     /* The caller's arrays may go now; what is needed of them is in layers and classes. */
     p->config.paths = NULL;
+    p->config.mirrors = NULL;
     p->config.layers = NULL;
     p->config.classes = NULL;
     p->config.policy = policy->name;
@@ -288,14 +275,11 @@ void gp_pager_close(gp_pager *p) {
         return;
     }
     if (getpid() == p->pid) {
-        gp_fetch_close(p->fetch);
+        gp_copies_close(p->copies);
         atomic_store(&p->is_closing, true);
         gp_pager_wait_present(p);
     } else {
-        gp_fetch_abandon(p->fetch);
-    }
-    for (uint32_t i = 0; i < p->n_open; i++) {
-        (void) p->os->file_close(p->files[i]);
+        gp_copies_abandon(p->copies);
     }
     for (uint32_t i = 0; p->layers && i < p->config.n_layers; i++) {
         free(p->layers[i].slot_of);
@@ -312,8 +296,6 @@ void gp_pager_close(gp_pager *p) {
     free(p->slots);
     free(p->layers);
     free(p->classes);
-    free(p->file_ids);
-    free(p->files);
     if (getpid() == p->pid) {   /* in a fork: glibc's destroy would wait for the parent's waiters */
         pthread_cond_destroy(&p->released);
         pthread_mutex_destroy(&p->lock);

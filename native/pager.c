@@ -146,7 +146,7 @@ static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint3
     return (int) n_reads;
 }
 
-/* The files must still be those whose header was read. */
+/* The files, in every copy, must still be those whose header was read. */
 static int check_files(gp_pager *p, const gp_layer_spec *spec, gp_failure *failure) {
     uint64_t checked = UINT64_MAX;
     for (uint32_t i = 0; i < spec->n_slices; i++) {
@@ -155,14 +155,10 @@ static int check_files(gp_pager *p, const gp_layer_spec *spec, gp_failure *failu
             continue;
         }
         checked = file;
-        gp_file_id now;
-        int error = p->os->file_identify(p->files[file], &now);
-        if (error == 0 && (now.size_bytes != p->file_ids[file].size_bytes
-                           || now.modified_ns != p->file_ids[file].modified_ns)) {
-            error = -ESTALE;
-        }
+        uint32_t changed_file;
+        const int error = gp_copies_check(p->copies, file, &changed_file);
         if (error != 0) {
-            *failure = (gp_failure) { error, file, spec->slices[i].offset_bytes };
+            *failure = (gp_failure) { error, changed_file, spec->slices[i].offset_bytes };
             return error;
         }
     }
@@ -200,6 +196,7 @@ static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, con
     pthread_mutex_unlock(&p->lock);
     const int error = check_files(p, spec, failure);
     pthread_mutex_lock(&p->lock);
+    p->changed_file = error != 0 ? failure->file : p->changed_file;
     for (uint32_t i = first; i < hold->n_slots; i++) {
         gp_slot *s = &p->slots[hold->slots[i]];
         s->has_failed |= error != 0 && !s->is_checked;
@@ -336,9 +333,9 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
     if (n_reads > 0 || n_unwanted > 0) {
         pthread_mutex_unlock(&p->lock);
         if (n_unwanted > 0) {
-            gp_fetch_withdraw(p->fetch, unwanted, n_unwanted);
+            gp_copies_withdraw(p->copies, unwanted, n_unwanted);
         }
-        gp_fetch_submit(p->fetch, hold->reads, (uint32_t) n_reads);
+        gp_copies_submit(p->copies, hold->reads, (uint32_t) n_reads);
         pthread_mutex_lock(&p->lock);
         gp_ahead_withdrawn(p, unwanted, n_unwanted);
     }
@@ -362,7 +359,7 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
     }
     pthread_mutex_unlock(&p->lock);
     if (n_ahead > 0) {
-        gp_fetch_submit(p->fetch, p->ahead_reads, n_ahead);
+        gp_copies_submit(p->copies, p->ahead_reads, n_ahead);
         pthread_mutex_lock(&p->lock);
         p->is_reading_ahead = false;
         pthread_mutex_unlock(&p->lock);
@@ -447,6 +444,10 @@ void gp_pager_counters(gp_pager *p, gp_counters *counters) {
         counters[i] = p->layers[i].counters;
     }
     gp_pager_leave(p, has_entered);
+}
+
+void gp_pager_copies(const gp_pager *p, uint64_t *bytes_read) {
+    gp_copies_bytes_read(p->copies, bytes_read);
 }
 
 int gp_pager_resident(gp_pager *p, uint32_t layer_index, uint8_t *resident) {

@@ -13,7 +13,7 @@
  *   3. hold.pending is the number of slots in hold.slots that are READING; hold.pending_slices[i] of those whose slice i
  *      is missing.
  *   4. layer.resident is the number of slots READING or READY for it; layer.kept those of them that are not transient.
- *   5. The lock is held for arithmetic only: never across a read, never together with fetch's lock.
+ *   5. The lock is held for arithmetic only: never across a read, never together with the lock of fetch or of copies.
  */
 #include "slots.h"
 
@@ -170,6 +170,7 @@ static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
     (void) error_offset_bytes;
     gp_pager *p = read->owner;
     gp_slot *s = &p->slots[read->tag];
+    gp_copies_note(p->copies, read, error);
     pthread_mutex_lock(&p->lock);
     if (error == 0) {
         p->layers[s->layer].counters.bytes_read += read->bytes;
@@ -215,7 +216,7 @@ gp_failure gp_slot_failure(const gp_pager *p, uint32_t index) {
             return (gp_failure) { error, read->file, atomic_load(&read->error_offset) };
         }
     }
-    return (gp_failure) { -ESTALE, spec->slices[0].file, spec->slices[0].offset_bytes };
+    return (gp_failure) { -ESTALE, p->changed_file, spec->slices[0].offset_bytes };
 }
 
 uint32_t gp_slot_prepare_reads(gp_pager *p, uint32_t index, gp_read **reads, uint32_t step) {
@@ -226,7 +227,6 @@ uint32_t gp_slot_prepare_reads(gp_pager *p, uint32_t index, gp_read **reads, uin
     for (uint32_t i = 0; i < spec->n_slices; i++) {
         const gp_slice_spec *slice = &spec->slices[i];
         gp_read *read = &p->reads[index * GP_MAX_SLICES + i];
-        read->fd = p->files[slice->file];
         read->file = slice->file;
         read->offset_bytes = slice->offset_bytes + (uint64_t) s->expert * slice->slice_bytes;
         read->bytes = slice->slice_bytes;

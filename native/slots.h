@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 #include <sys/types.h>
 
+#include "copies.h"
 #include "pager.h"
 #include "policy.h"
 
@@ -58,10 +59,7 @@ struct gp_pager {
     gp_config        config;
     const gp_policy *policy;
     pid_t            pid;
-    gp_fetch        *fetch;
-    int             *files;
-    gp_file_id      *file_ids;
-    uint32_t         n_open;
+    gp_copies       *copies;            /* the files, and who reads them */
     char            *arena;
     size_t           arena_bytes;
     pthread_t        populating;        /* the thread that makes the arena present */
@@ -77,6 +75,7 @@ struct gp_pager {
     gp_hold         *holds[GP_MAX_TAPS];
     gp_read        **ahead_reads;       /* room for one submission of read-ahead */
     bool             is_reading_ahead;  /* that room is taken */
+    uint32_t         changed_file;      /* the last one that was found changed */
     gp_guess        *guesses;           /* room for one layer's experts */
 };
 

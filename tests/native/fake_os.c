@@ -11,7 +11,7 @@
 
 #include "check.h"
 
-enum { MAX_FILES = 4, MAX_DESCRIPTORS = 32, FIRST_DESCRIPTOR = 1000 };
+enum { MAX_FILES = 6, MAX_DESCRIPTORS = 256, FIRST_DESCRIPTOR = 1000 };
 
 typedef struct {
     char             path[64];
@@ -20,6 +20,8 @@ typedef struct {
     _Atomic int64_t  modified_ns;
     _Atomic uint64_t bad_at;
     atomic_int       bad_error;
+    atomic_uint      delay_us;
+    bool             refuses_direct;
 } fake_file;
 
 typedef struct {
@@ -209,12 +211,23 @@ void fake_fail_at(const char *path, uint64_t offset_bytes, int error) {
     atomic_store(&file->bad_error, error);
 }
 
+void fake_file_refuse_direct(const char *path) {
+    find_file(path)->refuses_direct = true;
+}
+
+void fake_file_slow_down(const char *path, unsigned delay_us) {
+    atomic_store(&find_file(path)->delay_us, delay_us);
+}
+
 static int file_open(const char *path, bool direct, int *fd) {
     *fd = -1;
     const int error = begin(FAKE_FILE_OPEN);
     fake_file *file = find_file(path);
     if (error != 0 || !file) {
         return error != 0 ? error : -ENOENT;
+    }
+    if (direct && file->refuses_direct) {
+        return -EINVAL;
     }
     CHECK(fake.n_descriptors < MAX_DESCRIPTORS, "the test opens few files");
     descriptor *d = &fake.descriptors[fake.n_descriptors];
@@ -281,6 +294,10 @@ static int64_t file_read(int fd, void *into, size_t bytes, uint64_t offset_bytes
         nanosleep(&(struct timespec) { .tv_nsec = 1000L * fake_random(delay_us) }, NULL);
     }
     descriptor *d = find_descriptor(fd);
+    const unsigned file_delay_us = atomic_load_explicit(&d->file->delay_us, RELAXED);
+    if (file_delay_us > 0) {
+        nanosleep(&(struct timespec) { .tv_nsec = 1000L * file_delay_us }, NULL);
+    }
     if (error != 0 || happens(&fake.interrupted_one_in)) {
         return error != 0 ? error : -EINTR;
     }
@@ -610,6 +627,8 @@ void fake_reset(void) {
     for (unsigned i = 0; i < fake.n_files; i++) {
         free(fake.files[i].bytes);
         atomic_store(&fake.files[i].bad_error, 0);
+        atomic_store(&fake.files[i].delay_us, 0);
+        fake.files[i].refuses_direct = false;
     }
     fake.n_files = fake.n_descriptors = 0;
     for (int i = 0; i < FAKE_CALLS; i++) {

@@ -14,9 +14,9 @@ static bool is_host(void *buffer) {
 
 static const gp_ggml ggml = { .op_mul_mat_id = 1, .type_i32 = 26, .buffer_is_host = is_host };
 
-static void pager_opens_or_refuses(void) {
+static void pager_opens_or_refuses(uint32_t n_mirrors) {
     model m;
-    model_make(&m, (model_shape) { .n_files = 2, .n_classes = 2, .n_readers = 4 });
+    model_make(&m, (model_shape) { .n_files = 2, .n_classes = 2, .n_readers = 4, .n_mirrors = n_mirrors });
     unsigned k = 1;
     for (;; k++) {
         CHECK(k < MAX_TRIES, "the calls come to an end");
@@ -191,7 +191,8 @@ static void taps_are_few(void) {
 
 int main(void) {
     check_begin();
-    pager_opens_or_refuses();
+    pager_opens_or_refuses(0);
+    pager_opens_or_refuses(1);
     each_kind_of_call_is_made();
     arena_that_may_not_be_locked();
     arena_that_cannot_be_made_present();
