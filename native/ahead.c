@@ -19,18 +19,23 @@ static int by_uses(const void *left, const void *right) {
     return a->uses != b->uses ? (a->uses < b->uses) - (a->uses > b->uses) : (a->expert > b->expert) - (a->expert < b->expert);
 }
 
+static double uses_of(const gp_layer *l, uint32_t expert) {
+    return gp_uses_lasting(&l->uses[expert], l->counters.tokens - l->last_token[expert]);
+}
+
 /* Which experts of a layer that are not in slots will be wanted, if the batch wants this share of them: the share, by how
  * much more or less than others each was used so far. Everybody is given one use more than he had, so that nothing is
  * concluded from a few tokens. */
 static uint32_t guess(gp_pager *p, const gp_layer *l, float share) {
     uint32_t n = 0;
-    float mean = 1;
+    double mean = 1;
     for (uint32_t e = 0; e < l->spec.n_experts; e++) {
-        mean += l->uses[e] / (float) l->spec.n_experts;
+        mean += uses_of(l, e) / l->spec.n_experts;
     }
     for (uint32_t e = 0; e < l->spec.n_experts; e++) {
-        if (l->slot_of[e] < 0 && share * (l->uses[e] + 1) / mean >= LEAST_CHANCE) {
-            p->guesses[n++] = (gp_guess) { l->uses[e], (int32_t) e };
+        const double uses = uses_of(l, e);
+        if (l->slot_of[e] < 0 && share * (uses + 1) / mean >= LEAST_CHANCE) {
+            p->guesses[n++] = (gp_guess) { (float) uses, (int32_t) e };
         }
     }
     qsort(p->guesses, n, sizeof *p->guesses, by_uses);

@@ -14,9 +14,6 @@
 
 enum { BUSY_WAIT_SECONDS = 2 };         /* a context gives its slots back within one layer's compute */
 
-/* Tokens after which a layer's counts are halved: a guess between a conversation's length and following a new subject. */
-enum { HALF_LIFE_TOKENS = 4096 };
-
 bool gp_pager_enter(gp_pager *p) {
     return getpid() == p->pid && pthread_mutex_lock(&p->lock) == 0;
 }
@@ -63,18 +60,14 @@ static void release_and_tell(gp_pager *p, gp_hold *hold, uint32_t first) {
 }
 
 static void count_use(gp_layer *l, const gp_demand *demand) {
-    const uint64_t before = l->counters.tokens;
     l->counters.visits++;
     l->counters.tokens += demand->n_tokens;
-    if (before / HALF_LIFE_TOKENS != l->counters.tokens / HALF_LIFE_TOKENS) {
-        for (uint32_t e = 0; e < l->spec.n_experts; e++) {
-            l->uses[e] /= 2;
-        }
-    }
+    const gp_uses each = gp_uses_in_batch(demand->n_tokens);
     for (uint32_t i = 0; i < demand->n_experts; i++) {
-        l->uses[demand->experts[i]] += (float) demand->counts[i];
-        l->chosen[demand->experts[i]] += demand->counts[i];
-        l->last_token[demand->experts[i]] = l->counters.tokens;
+        const int32_t e = demand->experts[i];
+        gp_uses_add(&l->uses[e], l->counters.tokens - l->last_token[e], demand->counts[i], &each);
+        l->chosen[e] += demand->counts[i];
+        l->last_token[e] = l->counters.tokens;
     }
 }
 

@@ -29,8 +29,8 @@ typedef struct {
 typedef struct {
     gp_layer_spec spec;
     int32_t      *slot_of;      /* by expert; -1: not in a slot */
-    float        *uses;         /* by expert; halved now and then, for the policy */
-    uint64_t     *chosen;       /* by expert; never halved, for those who look */
+    gp_uses      *uses;         /* by expert; they fade, for the policy */
+    uint64_t     *chosen;       /* by expert; these do not, for those who look */
     uint64_t     *last_token;   /* by expert: this layer's token count when it was last chosen */
     uint32_t      rank;         /* its place among the layers of its class, in the order they are computed */
     uint32_t      kept;

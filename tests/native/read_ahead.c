@@ -121,7 +121,7 @@ static void nothing_is_read_ahead(const char *why, uint32_t layer, uint32_t n_ex
 
 static void set_uses(uint32_t layer, int32_t expert, float uses) {
     pthread_mutex_lock(&pager->lock);
-    pager->layers[layer].uses[expert] = uses;
+    pager->layers[layer].uses[expert] = (gp_uses) { .lasting = uses };
     pthread_mutex_unlock(&pager->lock);
 }
 
