@@ -24,6 +24,10 @@ static double fade(uint64_t age, uint32_t half_life) {
     return halvings < 64 ? (1 - since / 2) / (double) (UINT64_C(1) << halvings) : 0;
 }
 
+double gp_uses_lasting(const gp_uses *uses, uint64_t age) {
+    return uses->lasting * fade(age, LASTING_HALF_LIFE);
+}
+
 gp_uses gp_uses_in_batch(uint32_t n_tokens) {
     double recent = 0, lasting = 0;
     for (uint32_t age = 0; age < n_tokens; age++) {
@@ -35,7 +39,7 @@ gp_uses gp_uses_in_batch(uint32_t n_tokens) {
 
 void gp_uses_add(gp_uses *uses, uint64_t age, uint32_t n_choices, const gp_uses *each) {
     uses->recent = (float) (uses->recent * fade(age, RECENT_HALF_LIFE)) + (float) n_choices * each->recent;
-    uses->lasting = (float) (uses->lasting * fade(age, LASTING_HALF_LIFE)) + (float) n_choices * each->lasting;
+    uses->lasting = (float) gp_uses_lasting(uses, age) + (float) n_choices * each->lasting;
 }
 
 /* Uses per age, frequency and recency in one, as a guess at how long it will take until the expert is wanted: in tokens, of
@@ -43,7 +47,7 @@ void gp_uses_add(gp_uses *uses, uint64_t age, uint32_t n_choices, const gp_uses 
  * token at 25 % resident, 14.5 at 50 %; LRU 70.4 and 15.5. */
 static double uses_per_age(const gp_use *use) {
     const double uses = use->uses.recent * fade(use->age, RECENT_HALF_LIFE)
-        + lasting_weight * use->uses.lasting * fade(use->age, LASTING_HALF_LIFE);
+        + lasting_weight * gp_uses_lasting(&use->uses, use->age);
     const double root = sqrt((double) use->age + 1);
     return -(root * sqrt(root) / uses + (double) use->away / use->n_layers);
 }

@@ -24,6 +24,8 @@ typedef struct {
 
 /* What one choice counts for at the end of a batch of so many tokens, somewhere in which it was made. */
 gp_uses gp_uses_in_batch(uint32_t n_tokens);
+/* The lasting ones, `age` tokens after they were counted. */
+double gp_uses_lasting(const gp_uses *uses, uint64_t age);
 /* What uses become with n_choices more, `age` tokens after the last ones. */
 void gp_uses_add(gp_uses *uses, uint64_t age, uint32_t n_choices, const gp_uses *each);
 

@@ -34,7 +34,8 @@ largest resident size of the process. MB are 10^6 bytes, MiB and GiB are binary.
 reads and stalls, and a line before the text says why.
 
 Keys of the JSON object: `gguf_pager_version`, `llama_cpp_python_version`, `model`, `text`, `finish_reason` (`length`,
-`stop`, `interrupt`), `is_paged`, `not_paged_reason`, `budget`, `policy`, `io`, `n_readers`, `profile`, `n_threads`, `n_ctx`,
+`stop`, `interrupt`), `is_paged`, `not_paged_reason`, `budget`, `policy`, `io`, `n_readers`, `profile`, `mirror`,
+`copies_bytes_read` (from the model's own files and from each mirror, since it was opened), `n_threads`, `n_ctx`,
 `n_batch`, `n_ubatch`, `seed`, `load_s`, `arena_bytes`, `resident_expert_bytes`, `peak_memory_bytes`, and `prompt` and
 `decode`, each with `tokens`, `seconds`, `tokens_per_s`, `hits`, `misses`, `hit_rate`, `bytes_read`,
 `bytes_read_per_token`, `stall_ns`, `stall_share`, `evictions`, `left_alone`. What is not known is null.

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "gguf_pager"
 
 # A module imports from those above it only.
-ORDER = ("errors", "_native", "engine", "layout", "budget", "probe", "cap", "cache", "profile", "pager", "residency",
+ORDER = ("errors", "_native", "engine", "layout", "mirror", "budget", "probe", "cap", "cache", "profile", "pager", "residency",
          "sizing", "hooks", "llama", "doctor", "energy", "bench", "report", "cli", "__main__")
 
 FOLDERS = ("energy", "bench", "report", "cli")  # rooms of several files, which may import each other

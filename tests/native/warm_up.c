@@ -129,7 +129,7 @@ static void *use_two(void *data) {
 
 static uint32_t count_reading(void) {
     pthread_mutex_lock(&pager->lock);
-    const uint32_t n = pager->n_reading;
+    const uint32_t n = pager->n_in_flight;
     pthread_mutex_unlock(&pager->lock);
     return n;
 }
