@@ -7,7 +7,7 @@ from setuptools import Extension, setup
 
 SYSTEM_SOURCES = {"Linux": ["os_linux.c", "os_linux_aio.c"], "Darwin": ["os_macos.c"]}
 SOURCES = ["ahead.c", "arena.c", "copies.c", "fetch.c", "module.c", "pager.c", "pins.c", "policy.c", "product.c", "slots.c",
-           "tap.c"]
+           "tap.c", "warm.c"]
 
 system_sources = SYSTEM_SOURCES.get(platform.system())
 if system_sources is None:

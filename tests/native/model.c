@@ -255,7 +255,7 @@ static void check_layer(const gp_pager *p, uint32_t index) {
         }
     }
     CHECK(l->counters.resident == resident, "4: resident is the number of the layer's slots");
-    CHECK(l->kept == kept, "4: kept is the number of those that are neither transient nor guesses");
+    CHECK(l->kept == kept, "4: kept is the number of those that are neither transient nor warmed");
 }
 
 static void check_hold(const gp_pager *p, uint32_t bit) {
@@ -292,5 +292,10 @@ void model_check_invariants(gp_pager *pager) {
     for (uint32_t bit = 0; bit < GP_MAX_TAPS; bit++) {
         check_hold(pager, bit);
     }
+    uint32_t n_in_flight = 0;
+    for (uint32_t i = 0; i < pager->n_slots; i++) {
+        n_in_flight += pager->slots[i].state == READING || pager->slots[i].state == LEAVING;
+    }
+    CHECK(pager->n_in_flight == n_in_flight, "4: n_in_flight is the number of slots that are READING or LEAVING");
     pthread_mutex_unlock(&pager->lock);
 }

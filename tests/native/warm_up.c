@@ -226,6 +226,28 @@ static void tokens_are_right_meanwhile(void) {
     }
 }
 
+/* What was last in flight may have been withdrawn: then nobody finishes a read and sends the next. */
+static void a_context_goes_on_with_it(void) {
+    begin(roomy);
+    model_use(&m, pager, &hold, 0, (int32_t[]) { 0, 1 }, 2, 1);
+    model_settle(pager);
+    pthread_mutex_lock(&pager->lock);
+    pager->n_in_flight++;
+    pthread_mutex_unlock(&pager->lock);
+    warm_up_all();
+    model_settle(pager);
+    pthread_mutex_lock(&pager->lock);
+    pager->n_in_flight--;
+    CHECK(pager->layers[0].counters.resident == 2, "nothing is sent while something is in flight");
+    pthread_mutex_unlock(&pager->lock);
+    model_use(&m, pager, &hold, 0, (int32_t[]) { 0, 1 }, 2, 1);
+    while (count_resident() < GUESSES) {
+        nanosleep(&(struct timespec) { .tv_nsec = 100000 }, NULL);
+    }
+    model_settle(pager);
+    end();
+}
+
 static void a_failed_read_fails_nothing(void) {
     begin(roomy);
     fake_fail_at(m.paths[0], model_offset(&m, 1, 1, 8) + 5, -EIO);
@@ -253,9 +275,12 @@ static void a_changed_file_is_noticed(void) {
     end();
 }
 
+/* Also while whoever finished a read of one copy is about to submit to the other. */
 static void close_in_the_middle(void) {
-    for (long wait_ns = 0; wait_ns < 3000000; wait_ns += 300000) {
-        begin(roomy);
+    for (long wait_ns = 0; wait_ns < 6000000; wait_ns += 300000) {
+        model_shape shape = roomy;
+        shape.n_mirrors = wait_ns / 300000 % 2;
+        begin(shape);
         fake_set_weather((fake_weather) { .delay_us = 200 });
         warm_up_all();
         nanosleep(&(struct timespec) { .tv_nsec = wait_ns }, NULL);
@@ -319,6 +344,7 @@ int main(void) {
     demand_goes_first();
     a_guess_in_flight_is_joined();
     tokens_are_right_meanwhile();
+    a_context_goes_on_with_it();
     a_failed_read_fails_nothing();
     a_changed_file_is_noticed();
     close_in_the_middle();
