@@ -6,7 +6,8 @@ import platform
 from setuptools import Extension, setup
 
 SYSTEM_SOURCES = {"Linux": ["os_linux.c", "os_linux_aio.c"], "Darwin": ["os_macos.c"]}
-SOURCES = ["arena.c", "fetch.c", "module.c", "pager.c", "pins.c", "policy.c", "product.c", "slots.c", "tap.c"]
+SOURCES = ["ahead.c", "arena.c", "copies.c", "fetch.c", "module.c", "pager.c", "pins.c", "policy.c", "product.c", "slots.c",
+           "tap.c", "warm.c"]
 
 system_sources = SYSTEM_SOURCES.get(platform.system())
 if system_sources is None:
@@ -15,7 +16,7 @@ if system_sources is None:
 # GGUF_PAGER_SANITIZE=address,undefined builds with those sanitizers and with assertions on, for the tests.
 sanitize = os.environ.get("GGUF_PAGER_SANITIZE", "")
 flags = ["-std=c11", "-Wall", "-Wextra", "-O2"]
-link_flags = ["-pthread"]
+link_flags = ["-pthread", "-lm"]
 if sanitize:
     flags += ["-g", "-UNDEBUG", f"-fsanitize={sanitize}"]
     link_flags += [f"-fsanitize={sanitize}"]
@@ -26,7 +27,7 @@ setup(
             "gguf_pager._native",
             sources=[f"native/{name}" for name in SOURCES + system_sources],
             depends=[f"native/{name}" for name in
-                     ("gguf_pager.h", "os.h", "fetch.h", "policy.h", "pager.h", "product.h", "slots.h",
+                     ("gguf_pager.h", "os.h", "copies.h", "fetch.h", "policy.h", "pager.h", "product.h", "slots.h",
                       "ggml_tensor.h")],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,

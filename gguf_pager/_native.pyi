@@ -10,7 +10,7 @@ _Layer: TypeAlias = tuple[int, int, int, Sequence[_Slice]]
 _Counters: TypeAlias = tuple[int, int, int, int, int, int, int, int, int]
 """hits, misses, bytes_read, stall_ns, evictions, left_alone, visits, tokens, resident"""
 _Failure: TypeAlias = tuple[int, int, int]
-"""errno, file, offset_bytes"""
+"""errno, file (of the model's paths, then of each mirror's), offset_bytes"""
 _Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
 """op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, op_custom, type_i32, type_f32, and the addresses of
 ggml_backend_buffer_is_host, ggml_get_type_traits_cpu (0: all multiplying is left to ggml), ggml_blck_size, ggml_type_size"""
@@ -22,6 +22,7 @@ class Pager:
         cls,
         *,
         paths: Sequence[str],
+        mirrors: Sequence[tuple[Sequence[str], bool]],
         layers: Sequence[_Layer],
         classes: Sequence[tuple[int, int]],
         policy: str,
@@ -32,11 +33,13 @@ class Pager:
         n_readers: int,
         piece_bytes: int,
     ) -> Self:
-        """`classes` are (stride_bytes, n_slots)."""
+        """`classes` are (stride_bytes, n_slots), `mirrors` (paths, direct), 7 at most."""
     def close(self) -> None: ...
     def wait_present(self) -> None:
         """Wait until the arena's memory is there; one thread at a time."""
     def counters(self) -> list[_Counters]: ...
+    def copies(self) -> list[int]:
+        """Return the bytes read from the model's own files and from each mirror."""
     def resident(self, layer: int, /) -> bytes:
         """Return a byte per expert: 0 not in a slot, 1 in one, 2 pinned."""
     def chosen(self, layer: int, /) -> list[int]:
@@ -44,6 +47,8 @@ class Pager:
     def pin(self, layer: int, experts: Sequence[int], /) -> _Failure | None:
         """Return what a read failed with, if one did."""
     def unpin_all(self) -> None: ...
+    def warm_up(self, experts: Sequence[tuple[int, int, float]], /) -> None:
+        """Read (layer, expert, share of tokens that choose it) in the background, in this order, into free slots."""
 
 class Tap:
     """The graph hook of one context. Callbacks are addresses of C functions, 0 for none."""

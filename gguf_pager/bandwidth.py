@@ -225,7 +225,7 @@ class _Trial:
 
     def _rate(self, way: Way, least_s: float) -> float | None:
         pager = Pager(self._layout, Options(io=way.io, n_readers=way.n_readers, piece_bytes=way.piece_bytes,
-                                            read_ahead=False))
+                                            read_ahead=False, profile=False))
         pager.open([self._n_experts + 1])  # one is to stay free for computing
         try:
             pager.wait_present()

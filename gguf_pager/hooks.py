@@ -6,6 +6,7 @@ or to turn weight repacking off. The wrappers pass every model and context that 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import errno
 import logging
@@ -23,6 +24,7 @@ from llama_cpp import llama_cpp as low
 from gguf_pager import _native, budget, device, engine, probe, residency
 from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.layout import Layout, override_n_used, read_layout
+from gguf_pager.mirror import find_mirrors
 from gguf_pager.pager import Pager
 from gguf_pager.residency import FileIdentity
 from gguf_pager.sizing import Request, may_be_enough, open_or_shrink
@@ -76,6 +78,12 @@ class _Hooks:
         self._installed: list[Request] = []
         self.models: dict[int, _Model] = {}
         self.contexts: dict[int, _Context] = {}
+
+    def keep_profiles(self) -> None:
+        """Keep what models that nobody has closed have learned: when the program ends, it is too late to write files
+        by the time they are."""
+        for model in list(self.models.values()):
+            model.pager.keep_profile()
 
     # ---- wrapping ----
 
@@ -151,10 +159,11 @@ class _Hooks:
         if reason is not None:
             log.info("%s runs as stock llama.cpp: %s", path, reason)
             return self._call("llama_model_load_from_file", path_model, params)
+        mirrors = find_mirrors(layout, request.options.mirror, is_any_model=request.is_any_model)
         with self._measuring:  # who comes second finds remembered what the first has measured undisturbed
             options = device.fill(layout, request.options)
-        pager = Pager(layout, options)
-        identities = [residency.identify(file) for file in layout.paths]
+        pager = Pager(layout, options, mirrors)
+        identities = [residency.identify(file) for file in pager.paths]
         others = residency.files_mappings(layout)
         params = type(params).from_buffer_copy(params)
         params.use_extra_bufts = False  # repacking would copy the experts into ordinary memory
@@ -227,6 +236,7 @@ class _Hooks:
         params = type(params).from_buffer_copy(params)
         is_cut = False
         self._wait_for_other_arenas(paged)
+        was_open = paged.pager.is_open
         params.op_offload = False  # a GPU build would copy host experts to the device for large batches
         while True:
             probe.give_back_free_memory()  # of the attempt before, or of a closed model
@@ -239,6 +249,8 @@ class _Hooks:
                 is_uncut = _is_uncut(params, context, paged.pager.layout)
                 n_ubatch = open_or_shrink(paged.pager, paged.request, paged.residency, wanted, is_uncut, before)
                 if n_ubatch == wanted:
+                    if not was_open:
+                        _check_opened(paged)
                     _attach(tap, paged.pager)
                     break
             except BaseException:
@@ -250,6 +262,7 @@ class _Hooks:
         keep = (params, params.cb_eval, params.abort_callback)
         with self._lock:
             self.contexts[int(context)] = paged.contexts[int(context)] = _Context(paged, tap, os.getpid(), is_cut, keep)
+        paged.pager.warm_up()
         return context
 
     def _wait_for_other_arenas(self, paged: _Model) -> None:
@@ -305,12 +318,12 @@ class _Hooks:
             raise EngineError("This model was opened before a fork and cannot be used in the child: "
                               "open it again there.")
         pager, identities = entry.model.pager, entry.model.identities
-        failure = residency.find_change(pager.layout, identities)
+        failure = residency.find_change(pager.paths, identities)
         if failure is not None:
             raise pager.failure_error(failure)
         result = int(self._call(name, ctx, batch))
         entry.tap.idle()
-        failure = entry.tap.take_failure() or residency.find_change(pager.layout, identities)
+        failure = entry.tap.take_failure() or residency.find_change(pager.paths, identities)
         if failure is not None:
             raise pager.failure_error(failure)
         return result
@@ -335,11 +348,20 @@ class _Hooks:
 
 
 hooks = _Hooks()
+atexit.register(hooks.keep_profiles)
 
 
 def _handle(pointer: Any) -> int:
     """Return the address behind a model or context, which llama_cpp hands out as int and takes as c_void_p, too."""
     return int((pointer.value if isinstance(pointer, ctypes.c_void_p) else pointer) or 0)
+
+
+def _check_opened(paged: _Model) -> None:
+    """Refuse files that were replaced after the model was loaded: the pager has opened what is under their names now."""
+    for file, (path, then) in enumerate(zip(paged.pager.paths, paged.identities, strict=True)):
+        if residency.identify(path) != then:
+            paged.pager.close()
+            raise paged.pager.failure_error((errno.ESTALE, file, 0))
 
 
 def _attach(tap: _native.Tap, pager: Pager) -> None:

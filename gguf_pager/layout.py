@@ -70,7 +70,7 @@ class Layout:
 
     `layers` leaves out blocks for multi-token prediction, which llama.cpp does not load by default. `shapes` lists the distinct shapes of layers, in order of first appearance: the shape classes. `dense` are the bytes
     that every token needs, `idle_bytes` those of embedding tables, of which a token needs a row, and of blocks that are
-    not loaded.
+    not loaded. `header_bytes` is what each file has before the data of its first tensor.
     """
 
     paths: tuple[Path, ...]
@@ -82,6 +82,7 @@ class Layout:
     dense: tuple[Range, ...]
     idle_bytes: int
     n_vocab: int
+    header_bytes: tuple[int, ...] = ()
 
     @property
     def expert_bytes(self) -> int:
@@ -153,6 +154,7 @@ def read_layout(path: str | Path) -> Layout:
         dense=dense,
         idle_bytes=idle_bytes,
         n_vocab=_count_vocabulary(first, architecture),
+        header_bytes=tuple(header.data_offset_bytes for header in headers),
     )
 
 

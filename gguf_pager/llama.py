@@ -55,7 +55,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
             dense weights, KV cache and buffers leave). "25%": a share of the experts, everything else on top. "min": as
             few experts as can compute one token. "auto": what the machine can spare; if the model fits, it runs as stock
             llama.cpp.
-        policy, io, n_readers, piece_bytes, read_ahead, lock_dense: see `gguf_pager.Options`.
+        policy, io, n_readers, piece_bytes, read_ahead, lock_dense, mirror: see `gguf_pager.Options`.
 
     Raises:
         TypeError: an argument that neither knows.
@@ -153,7 +153,8 @@ def install(budget: float | str = "auto", **options: Any) -> Installation:
 
     Args:
         budget: as for `Llama`, for each model.
-        options: the fields of `Options`.
+        options: the fields of `Options`. Of the mirrors each model takes those that are copies of it; one whose header is
+            another model's is left alone.
 
     Raises:
         PagerError: a value that does not exist.
@@ -162,7 +163,7 @@ def install(budget: float | str = "auto", **options: Any) -> Installation:
     for name in options:
         if name not in _OPTION_NAMES:
             raise TypeError(f"install() got an unknown argument {name!r}: it knows budget, {', '.join(_OPTION_NAMES)}.")
-    request = Request(parse_budget(budget), Options(**options))
+    request = Request(parse_budget(budget), Options(**options), is_any_model=True)
     installation = Installation(request)
     hooks.install(request)
     _installations.append(installation)

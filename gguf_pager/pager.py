@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from gguf_pager import _native, budget
+from gguf_pager import _native, budget, profile
 from gguf_pager.errors import BudgetError, EngineError, PagerError, PagerIOError
 from gguf_pager.layout import Layout
 
@@ -16,6 +18,8 @@ IoMode = Literal["auto", "direct", "buffered"]
 
 DEFAULT_READERS, DEFAULT_PIECE_BYTES = 4, 512 << 10
 """What decoded fastest where it was measured, on a disk of 3 to 4 GB/s (benchmarks/LOG.md, 2026-11-24)."""
+MAX_MIRRORS = 7
+"""GP_MAX_COPIES - 1 in native/gguf_pager.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +38,16 @@ class Options:
             experts or more that is opened there with these defaults takes 1 to 2.4 s more for it (device.py); what
             was found is kept in $GGUF_PAGER_CACHE, or where the system keeps caches. Until then, and where only one of
             the two is given, the other is 4 or 512 KiB. `Pager.options` tells what is used.
-        read_ahead: in large batches, read the next layer while this one computes.
+        read_ahead: while a batch computes one layer, read what the next will probably want.
         lock_dense: keep the weights that every token needs in RAM: "auto" locks them, or copies them where locking
             is not allowed; "lock", "copy", "off".
+        mirror: further copies of the model, byte for byte, on other disks; of a split model the first files, the others
+            beside them. All copies are read at the same time, each with `n_readers` reads in flight, a fast disk more than
+            a slow one; each directly where its file system can. Opening compares headers, sizes and samples of the data
+            (`gguf_pager.mirror`), not every byte. A mirror that cannot be read, or changes, makes decoding fail as the
+            model itself does.
+        profile: keep, from one process to the next, how often each expert of this model was chosen (in the cache folder,
+            numbers and nothing else), and read the most used ones while nobody waits for reads.
     """
 
     policy: str = "lfru"
@@ -45,6 +56,8 @@ class Options:
     piece_bytes: int | None = None
     read_ahead: bool = True
     lock_dense: Literal["auto", "lock", "copy", "off"] = "auto"
+    mirror: Sequence[str | Path] = ()
+    profile: bool = True
 
     def __post_init__(self) -> None:
         if not _native.policy_exists(self.policy):
@@ -57,6 +70,16 @@ class Options:
             raise PagerError(f"n_readers must lie between 1 and 256, not {self.n_readers}.")
         if self.piece_bytes is not None and (self.piece_bytes < 4096 or self.piece_bytes % 4096):
             raise PagerError(f"piece_bytes must be a multiple of 4096, not {self.piece_bytes}.")
+        object.__setattr__(self, "mirror", _mirror_paths(self.mirror))
+
+
+def _mirror_paths(given: object) -> tuple[Path, ...]:
+    several = (given,) if isinstance(given, str | os.PathLike) else given
+    if not isinstance(several, Sequence) or not all(isinstance(path, str | os.PathLike) for path in several):
+        raise PagerError(f"mirror must be a list of paths, not {given!r}.")
+    if len(several) > MAX_MIRRORS:
+        raise PagerError(f"mirror may hold {MAX_MIRRORS} paths at most, not {len(several)}.")
+    return tuple(Path(path) for path in several)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +104,8 @@ class Stats:
     """What a pager has counted since it was opened.
 
     `stall_ns` is the time that decoding waited for reads; `left_alone` the graph nodes that llama.cpp computed from its
-    own mapping because they could not be served: right, but slow. `hit_rate` is None before the first token.
+    own mapping because they could not be served: right, but slow. `copies` are the bytes read from the model's own files
+    and from each mirror. `hit_rate` is None before the first token.
     """
 
     hits: int
@@ -93,6 +117,7 @@ class Stats:
     resident_bytes: int
     arena_bytes: int
     layers: tuple[LayerStats, ...]
+    copies: tuple[int, ...] = ()
 
     @property
     def hit_rate(self) -> float | None:
@@ -106,12 +131,12 @@ class Stats:
         return max((layer.tokens for layer in self.layers), default=0)
 
 
-def _alignment(layout: Layout, io: IoMode) -> tuple[bool, int, int]:
-    """Return whether reads can be direct, and the alignments in the file and in memory that serve all of its files."""
+def _alignment(paths: Sequence[Path], io: IoMode) -> tuple[bool, int, int]:
+    """Return whether reads of a copy can be direct, and the alignments in the file and in memory that serve all its files."""
     if io == "buffered":
         return False, 1, 1
     offset_align = memory_align = 1
-    for path in layout.paths:
+    for path in paths:
         try:
             at, memory = _native.file_alignment(str(path))
         except OSError as error:
@@ -128,18 +153,30 @@ def _alignment(layout: Layout, io: IoMode) -> tuple[bool, int, int]:
 class Pager:
     """The slots of one model. Made by `Llama` and `install`; read its `stats()`.
 
-    `n_slots` and `align` are per shape class and for the file system at hand.
+    `n_slots` and `align` are per shape class and for the file systems at hand. `mirrors` are the files of further copies,
+    which the caller has compared with the model; `paths` all files of all copies.
     """
 
-    def __init__(self, layout: Layout, options: Options) -> None:
+    def __init__(self, layout: Layout, options: Options, mirrors: Sequence[Sequence[Path]] = ()) -> None:
         self.layout = layout
         self.options = options
-        self.is_direct, self._offset_align, self._memory_align = _alignment(layout, options.io)
+        self._copies = (layout.paths, *mirrors)
+        self.paths = tuple(path for copy in self._copies for path in copy)
+        ways = [_alignment(copy, options.io) for copy in self._copies]
+        self._are_direct = [is_direct for is_direct, _, _ in ways]
+        # One slot serves all copies; those that are not read directly need nothing of it.
+        self._offset_align, self._memory_align = max(way[1] for way in ways), max(way[2] for way in ways)
         self.needs = budget.class_needs(layout, self.align)
         self.n_slots: tuple[int, ...] = ()
         self._native: _native.Pager | None = None
         self._last_stats: Stats | None = None
         self._pid = os.getpid()
+        self._is_warmed = self._is_profile_kept = False
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the model's own files are read past the page cache."""
+        return self._are_direct[0]
 
     @property
     def align(self) -> int:
@@ -176,6 +213,8 @@ class Pager:
         try:
             self._native = _native.Pager(
                 paths=[str(path) for path in self.layout.paths],
+                mirrors=[([str(path) for path in copy], is_direct)
+                         for copy, is_direct in zip(self._copies[1:], self._are_direct[1:], strict=True)],
                 layers=layers,
                 classes=classes,
                 policy=self.options.policy,
@@ -200,6 +239,23 @@ class Pager:
         """Wait until all of the arena is resident; a thread sees to it since `open`. One caller at a time."""
         if self._native is not None and os.getpid() == self._pid:
             self._native.wait_present()
+
+    def warm_up(self) -> None:
+        """Begin to read, in the background, what the model's profile says is used most; once, and without a profile not."""
+        if self._is_warmed or not self.options.profile:
+            return
+        self._is_warmed = True
+        known = profile.read(self.layout)
+        if known is not None:
+            with contextlib.suppress(OSError):  # no memory for a list: the model works as well without
+                self.native().warm_up(profile.most_used(self.layout, known, self.n_slots))
+
+    def keep_profile(self) -> None:
+        """Add what was chosen since `open` to the model's profile; once, at close or when the program ends."""
+        if self._native is None or not self.options.profile or self._is_profile_kept or os.getpid() != self._pid:
+            return
+        self._is_profile_kept = True
+        profile.write(self.layout, [self.times_chosen(i) for i in range(len(self.layout.layers))])
 
     def native(self) -> _native.Pager:
         """Return the C side, for hooks.py.
@@ -229,6 +285,7 @@ class Pager:
             resident_bytes=sum(layer.resident_bytes for layer in layers),
             arena_bytes=self.arena_bytes,
             layers=layers,
+            copies=tuple(self._native.copies()),
         )
 
     def resident_experts(self, layer: int) -> list[int]:
@@ -275,7 +332,7 @@ class Pager:
             return EngineError("This model was opened before a fork and cannot be used in the child: open it again there.")
         if number == errno.ENOTRECOVERABLE:
             return EngineError("llama.cpp reused a graph that gguf_pager no longer knows: make a new context.")
-        path = str(self.layout.paths[file])
+        path = str(self.paths[file])
         if number == errno.ENODATA:
             what = "the file ends there; it was truncated while in use"
         elif number == errno.ESTALE:
@@ -294,5 +351,6 @@ class Pager:
             self._native = native
             if os.getpid() == self._pid:
                 self._last_stats = self.stats()
+                self.keep_profile()
             self._native = None
             native.close()

@@ -18,12 +18,14 @@ class Request:
     """What somebody who opens a model wants.
 
     `output_rows` is the number of logit rows the caller keeps, for the budget; `opened` and `reason` tell what became
-    of the last model opened: its pager, or why it runs as stock llama.cpp.
+    of the last model opened: its pager, or why it runs as stock llama.cpp. `is_any_model`: it is for whatever is opened,
+    so that a mirror may be another model's.
     """
 
     budget: Budget
     options: Options
     output_rows: int = 1
+    is_any_model: bool = False
     opened: list[Pager] = field(default_factory=list)
     reason: str | None = None
 

@@ -18,6 +18,15 @@ enum { POPULATE_BYTES = 4 << 20 };
 
 #define MAX_ARENA_BYTES (UINT64_C(1) << 47)    /* addresses a process has */
 
+/* Slots are placed for direct reads where any copy is read so; buffered ones need nothing of it. */
+static bool is_any_direct(const gp_config *config) {
+    bool is_any = config->direct;
+    for (uint32_t i = 0; i < config->n_mirrors; i++) {
+        is_any |= config->mirrors[i].direct;
+    }
+    return is_any;
+}
+
 static int check_slice(const gp_config *config, const gp_layer_spec *layer, const gp_slice_spec *slice) {
     const gp_class_spec *c = &config->classes[layer->shape_class];
     if (slice->file >= config->n_paths || slice->slice_bytes == 0 || slice->ne[2] != (int64_t) layer->n_experts
@@ -32,7 +41,7 @@ static int check_slice(const gp_config *config, const gp_layer_spec *layer, cons
             return -EINVAL;
         }
     }
-    const gp_fetch_config fetch = { .direct = config->direct, .offset_align = config->offset_align,
+    const gp_fetch_config fetch = { .direct = is_any_direct(config), .offset_align = config->offset_align,
                                     .memory_align = config->memory_align };
     for (uint32_t e = 0; e < layer->n_experts; e++) {
         const gp_read read = {
@@ -51,11 +60,12 @@ static int check_slice(const gp_config *config, const gp_layer_spec *layer, cons
 }
 
 static int check_config(const gp_config *config) {
-    if (config->n_layers == 0 || config->n_classes == 0 || config->n_paths == 0) {
+    if (config->n_layers == 0 || config->n_classes == 0 || config->n_paths == 0 || config->n_mirrors >= GP_MAX_COPIES) {
         return -EINVAL;
     }
     /* Slots begin at multiples of ARENA_ALIGN and of the stride: both must be multiples of memory_align. */
-    if (config->direct && (config->offset_align == 0 || config->memory_align == 0
+    const bool is_direct = is_any_direct(config);
+    if (is_direct && (config->offset_align == 0 || config->memory_align == 0
                            || ARENA_ALIGN % config->memory_align != 0)) {
         return -EINVAL;
     }
@@ -63,7 +73,7 @@ static int check_config(const gp_config *config) {
     for (uint32_t i = 0; i < config->n_classes; i++) {
         const gp_class_spec *c = &config->classes[i];
         if (c->n_slots == 0 || c->stride_bytes == 0 || c->stride_bytes > MAX_ARENA_BYTES / c->n_slots
-            || (config->direct && c->stride_bytes % config->memory_align != 0)) {
+            || (is_direct && c->stride_bytes % config->memory_align != 0)) {
             return -EINVAL;
         }
         n_slots += c->n_slots;
@@ -121,18 +131,50 @@ static int open_arena(gp_pager *p) {
     return p->slots && p->reads && p->ahead_reads ? 0 : -ENOMEM;
 }
 
+/* Huge pages are cheaper to read into and to compute with. They can be dearer to get: on a virtual machine whose host gives it
+ * memory when it is first touched, whole huge pages are what nobody has touched, while small ones are mostly left over
+ * from others. Measured on such a one (benchmarks/LOG.md, 2026-11-24): 1.0 to 1.9 s per GB, 0.3 to 0.5 with small ones, with
+ * which a first prompt took half the time and a token at most 5 % longer. So both are tried, a few steps each, and huge ones
+ * must not cost more than half as much again. */
+enum { TRIAL_STEPS = 8 };
+
+typedef struct {
+    uint64_t least_ns[2];       /* of a step with small pages, with huge ones */
+} page_trial;
+
+static bool are_huge_pages_dear(const page_trial *trial) {
+    return trial->least_ns[true] > trial->least_ns[false] + trial->least_ns[false] / 2;
+}
+
+/* Chooses the kind of page for the step that comes. */
+static void choose_pages(gp_pager *p, const page_trial *trial, size_t at, size_t step) {
+    const size_t left = p->arena_bytes - at;
+    if (step < TRIAL_STEPS) {
+        p->os->memory_prefer(p->arena + at, left < POPULATE_BYTES ? left : POPULATE_BYTES, step % 2 == 0);
+    } else if (step == TRIAL_STEPS) {
+        p->os->memory_prefer(p->arena + at, left, !are_huge_pages_dear(trial));
+    }
+}
+
 /* Pages that nobody has touched cost the token that first reads into them; making them present takes seconds for a large
  * arena, in which the model can be used already. Slots are filled from the first on, so this runs ahead of the reads.
  * Where it fails, reads make the pages present themselves, and fail with what the system then says. */
 static void *populate(void *data) {
     gp_pager *p = data;
     p->os->thread_step_back();
-    for (size_t at = 0; at < p->arena_bytes; at += POPULATE_BYTES) {
+    page_trial trial = { .least_ns = { UINT64_MAX / 2, UINT64_MAX / 2 } };
+    size_t step = 0;
+    for (size_t at = 0; at < p->arena_bytes; at += POPULATE_BYTES, step++) {
         const size_t left = p->arena_bytes - at;
+        choose_pages(p, &trial, at, step);
+        const uint64_t started_ns = p->os->now_ns();
         if (atomic_load(&p->is_closing)
             || p->os->memory_populate(p->arena + at, left < POPULATE_BYTES ? left : POPULATE_BYTES) != 0) {
             return NULL;
         }
+        const uint64_t took_ns = p->os->now_ns() - started_ns;
+        uint64_t *const least_ns = &trial.least_ns[step % 2 == 0];
+        *least_ns = step < TRIAL_STEPS && took_ns < *least_ns ? took_ns : *least_ns;
     }
     /* Never swapped where the limit allows it; where it does not, doctor says what that means on a machine with swap. */
     (void) gp_os_memory_lock(p->arena, p->arena_bytes);
@@ -141,6 +183,7 @@ static void *populate(void *data) {
 
 static int open_layers(gp_pager *p) {
     const gp_config *config = &p->config;
+    uint32_t n_most = 0;
     p->layers = calloc(config->n_layers, sizeof *p->layers);
     if (!p->layers) {
         return -ENOMEM;
@@ -154,12 +197,17 @@ static int open_layers(gp_pager *p) {
         l->uses = calloc(l->spec.n_experts, sizeof *l->uses);
         l->chosen = calloc(l->spec.n_experts, sizeof *l->chosen);
         l->last_token = calloc(l->spec.n_experts, sizeof *l->last_token);
+        n_most = l->spec.n_experts > n_most ? l->spec.n_experts : n_most;
         if (!l->slot_of || !l->uses || !l->chosen || !l->last_token) {
             return -ENOMEM;
         }
         for (uint32_t e = 0; e < l->spec.n_experts; e++) {
             l->slot_of[e] = -1;
         }
+    }
+    p->guesses = malloc(n_most * sizeof *p->guesses);
+    if (!p->guesses) {
+        return -ENOMEM;
     }
     for (uint32_t i = 0; i < config->n_layers; i++) {
         const gp_layer_spec *spec = &p->layers[i].spec;
@@ -175,27 +223,6 @@ static int open_layers(gp_pager *p) {
         gp_class *c = &p->classes[i];
         const uint32_t aside = c->transient_limit < c->n_slots / 2 ? c->transient_limit : c->n_slots / 2;
         c->batch_share = c->n_layers ? (c->n_slots - aside) / c->n_layers : 0;
-    }
-    return 0;
-}
-
-static int open_files(gp_pager *p) {
-    const gp_config *config = &p->config;
-    p->files = calloc(config->n_paths, sizeof *p->files);
-    p->file_ids = calloc(config->n_paths, sizeof *p->file_ids);
-    if (!p->files || !p->file_ids) {
-        return -ENOMEM;
-    }
-    for (uint32_t i = 0; i < config->n_paths; i++) {
-        int error = p->os->file_open(config->paths[i], config->direct, &p->files[i]);
-        if (error != 0) {
-            return error;
-        }
-        p->n_open++;
-        error = p->os->file_identify(p->files[i], &p->file_ids[i]);
-        if (error != 0) {
-            return error;
-        }
     }
     return 0;
 }
@@ -217,17 +244,15 @@ int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config) {
     p->pid = getpid();
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->released, NULL);
-    gp_fetch_config fetch = { .direct = config->direct, .offset_align = config->offset_align,
-                              .memory_align = config->memory_align, .n_readers = config->n_readers,
-                              .piece_bytes = config->piece_bytes };
-    if ((error = open_arena(p)) != 0 || (error = open_layers(p)) != 0 || (error = open_files(p)) != 0
-        || (fetch.fd = p->files[0], error = gp_fetch_open(&p->fetch, os, &fetch)) != 0
+    if ((error = open_arena(p)) != 0 || (error = open_layers(p)) != 0
+        || (error = gp_copies_open(&p->copies, os, config)) != 0
         || (error = os->thread_start(&p->populating, populate, p)) != 0) {
         goto fail;
     }
     p->has_populating = true;
     /* The caller's arrays may go now; what is needed of them is in layers and classes. */
     p->config.paths = NULL;
+    p->config.mirrors = NULL;
     p->config.layers = NULL;
     p->config.classes = NULL;
     p->config.policy = policy->name;
@@ -245,19 +270,26 @@ void gp_pager_wait_present(gp_pager *p) {
     }
 }
 
+/* Whoever finishes one copy's read may be submitting to another copy, to warm up: no fetch closes before. */
+static void wait_for_reads(gp_pager *p) {
+    pthread_mutex_lock(&p->lock);
+    while (p->n_in_flight > 0) {
+        pthread_cond_wait(&p->released, &p->lock);
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
 void gp_pager_close(gp_pager *p) {
     if (!p) {
         return;
     }
     if (getpid() == p->pid) {
-        gp_fetch_close(p->fetch);
         atomic_store(&p->is_closing, true);
+        wait_for_reads(p);
+        gp_copies_close(p->copies);
         gp_pager_wait_present(p);
     } else {
-        gp_fetch_abandon(p->fetch);
-    }
-    for (uint32_t i = 0; i < p->n_open; i++) {
-        (void) p->os->file_close(p->files[i]);
+        gp_copies_abandon(p->copies);
     }
     for (uint32_t i = 0; p->layers && i < p->config.n_layers; i++) {
         free(p->layers[i].slot_of);
@@ -268,13 +300,13 @@ void gp_pager_close(gp_pager *p) {
     if (p->arena) {
         p->os->memory_close(p->arena, p->arena_bytes);
     }
+    free(p->warm_up);
+    free(p->guesses);
     free(p->ahead_reads);
     free(p->reads);
     free(p->slots);
     free(p->layers);
     free(p->classes);
-    free(p->file_ids);
-    free(p->files);
     if (getpid() == p->pid) {   /* in a fork: glibc's destroy would wait for the parent's waiters */
         pthread_cond_destroy(&p->released);
         pthread_mutex_destroy(&p->lock);

@@ -286,35 +286,62 @@ static void *pump(void *data) {
 
 /* ---- what others call -------------------------------------------------------------------------------------------- */
 
-void gp_fetch_submit(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads) {
+void gp_fetch_submit(gp_fetch *fetch, gp_read *first) {
     uint64_t n_pieces = 0;
-    for (uint32_t i = 0; i < n_reads; i++) {
-        gp_read *read = reads[i];
+    gp_read *last = NULL;
+    for (gp_read *read = first; read; read = read->next) {
         plan(&fetch->config, read);
         const uint64_t pieces = (read->cover_bytes + fetch->piece_bytes - 1) / fetch->piece_bytes;
-        read->next = i + 1 < n_reads ? reads[i + 1] : NULL;
         read->next_piece = 0;
+        read->is_withdrawn = false;
         atomic_store(&read->error, 0);
         atomic_store(&read->error_offset, 0);
         atomic_store(&read->pieces_left, (unsigned) pieces);
         n_pieces += pieces;
+        last = read;
     }
-    if (n_reads == 0) {
+    if (!last) {
         return;
     }
     pthread_mutex_lock(&fetch->lock);
     if (fetch->last) {
-        fetch->last->next = reads[0];
+        fetch->last->next = first;
     } else {
-        fetch->first = reads[0];
+        fetch->first = first;
     }
-    fetch->last = reads[n_reads - 1];
+    fetch->last = last;
     if (fetch->queue) {
         fill(fetch);
     } else {
         wake_readers(fetch, n_pieces);
     }
     pthread_mutex_unlock(&fetch->lock);
+}
+
+void gp_fetch_withdraw(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads) {
+    gp_read *withdrawn = NULL;
+    pthread_mutex_lock(&fetch->lock);
+    for (uint32_t i = 0; i < n_reads; i++) {
+        reads[i]->is_withdrawn = true;
+    }
+    fetch->last = NULL;
+    for (gp_read **at = &fetch->first; *at;) {
+        gp_read *read = *at;
+        if (read->is_withdrawn && read->next_piece == 0) {
+            *at = read->next;
+            read->next = withdrawn;
+            withdrawn = read;
+        } else {
+            fetch->last = read;
+            at = &read->next;
+        }
+    }
+    pthread_mutex_unlock(&fetch->lock);
+    while (withdrawn) {
+        gp_read *read = withdrawn;
+        withdrawn = read->next;     /* `done` may give the read away */
+        read->done(read, -ECANCELED, read->offset_bytes);
+    }
 }
 
 /* Leaves things as they are where the system has no such queue, or refuses it. */

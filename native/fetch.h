@@ -26,8 +26,9 @@ struct gp_read {
     void     *owner;
     uint32_t  tag;
 
-    /* Fetch's own. */
-    gp_read         *next;
+    gp_read  *next;             /* the one submitted with it, wanted after it; from then on fetch's own, as the rest */
+
+    bool             is_withdrawn;
     char            *cover_into;
     uint64_t         cover_offset, cover_bytes, next_piece;
     atomic_uint      pieces_left;
@@ -52,6 +53,10 @@ void gp_fetch_abandon(gp_fetch *fetch);
 /* Whether the region has room for the aligned cover of the range. */
 bool gp_fetch_fits(const gp_fetch_config *config, const gp_read *read);
 
-void gp_fetch_submit(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads);
+/* The first of a list of reads, linked by `next`; NULL: there are none. */
+void gp_fetch_submit(gp_fetch *fetch, gp_read *first);
+/* Takes back those of the reads that nobody has begun, and calls `done` for them with -ECANCELED; the others, begun or
+ * done, are left alone. None may be submitted again before this returns. */
+void gp_fetch_withdraw(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads);
 
 #endif

@@ -28,6 +28,7 @@
 enum {
     GP_MAX_SLICES = 4,  /* gate, up, down; or gate_up, down; one to spare */
     GP_MAX_TAPS = 64,   /* contexts per model: one bit each in a slot's mask of users */
+    GP_MAX_COPIES = 8,  /* of a model, with itself: few machines have as many disks */
     GP_MAX_NAME = 64    /* GGML_MAX_NAME */
 };
 
@@ -59,19 +60,27 @@ typedef struct {
     uint32_t n_slots;
 } gp_class_spec;
 
+/* Another copy of the model, byte for byte, on another disk: the caller has made sure of it. */
+typedef struct {
+    const char *const *paths;   /* n_paths of them, in the order of the model's */
+    bool               direct;
+} gp_mirror_spec;
+
 typedef struct {
     const char *const   *paths;
     uint32_t             n_paths;
+    const gp_mirror_spec *mirrors;
+    uint32_t             n_mirrors;
     const gp_layer_spec *layers;
     uint32_t             n_layers;
     const gp_class_spec *classes;
     uint32_t             n_classes;
     const char          *policy;            /* a name that gp_policy_find knows */
     bool                 direct;            /* O_DIRECT or its like; the caller has asked gp_os.file_alignment first */
-    bool                 read_ahead;        /* in large batches, read the next layer while this one computes */
-    uint32_t             offset_align;      /* of direct reads, in the file */
+    bool                 read_ahead;        /* in batches, read what the next layer will probably want */
+    uint32_t             offset_align;      /* of direct reads, in the file: what serves every copy that is read so */
     uint32_t             memory_align;      /* of direct reads, in memory */
-    uint32_t             n_readers;         /* reads of piece_bytes in flight: as many threads, or fewer bytes each where the system
+    uint32_t             n_readers;         /* reads of piece_bytes in flight, of each copy: as many threads, or fewer bytes each where the system
                                              * reads in the background by itself */
     uint64_t             piece_bytes;       /* the largest single read */
 } gp_config;
@@ -89,7 +98,7 @@ typedef struct {
 
 typedef struct {
     int      error;             /* -errno; 0: none */
-    uint32_t file;
+    uint32_t file;              /* index into gp_config.paths, followed by those of each mirror */
     uint64_t offset_bytes;
 } gp_failure;
 
@@ -105,6 +114,9 @@ void gp_pager_wait_present(gp_pager *pager);
 /* counters: one per layer, n_layers of them. */
 void gp_pager_counters(gp_pager *pager, gp_counters *counters);
 
+/* bytes_read: one number for the model's own files and one per mirror, n_mirrors + 1 of them. */
+void gp_pager_copies(const gp_pager *pager, uint64_t *bytes_read);
+
 /* resident: n_experts bytes for `layer`; 1 in a slot, 2 in a slot and pinned, 0 not. */
 int  gp_pager_resident(gp_pager *pager, uint32_t layer, uint8_t *resident);
 
@@ -114,6 +126,17 @@ int  gp_pager_chosen(gp_pager *pager, uint32_t layer, uint64_t *chosen);
 /* Reads the experts and keeps them until unpinned. -ENOSPC when too few slots would be left to compute with. */
 int  gp_pager_pin(gp_pager *pager, uint32_t layer, const int32_t *experts, uint32_t n_experts, gp_failure *failure);
 void gp_pager_unpin_all(gp_pager *pager);
+
+/* An expert of a layer, and the share of tokens that are likely to choose it. */
+typedef struct {
+    uint32_t layer;
+    int32_t  expert;
+    float    share;
+} gp_expert;
+
+/* Reads these experts in the background, in this order, as long as slots are free that no batch needs. Demand goes first,
+ * and may give up again what has come. A read that fails fails nothing, but ends it. Once: -EALREADY. */
+int  gp_pager_warm_up(gp_pager *pager, const gp_expert *experts, uint32_t n_experts);
 
 bool gp_policy_exists(const char *name);
 

@@ -15,6 +15,7 @@ typedef struct {
     gp_pager *pager;
     uint32_t  n_layers;
     uint32_t *n_experts;    /* per layer */
+    uint32_t  n_copies;
     uint32_t  n_users;      /* taps, and calls that run without the GIL */
 } PagerObject;
 
@@ -99,48 +100,99 @@ static bool parse_class(PyObject *item, gp_class_spec *class) {
     return true;
 }
 
-/* Owned copies of a config's arrays while it is handed over. */
 typedef struct {
-    PyObject     **path_objects;
-    const char   **paths;
-    gp_layer_spec *layers;
-    gp_class_spec *classes;
-    Py_ssize_t     n_paths, n_layers, n_classes;
-} config_arrays;
+    PyObject   **objects;
+    const char **paths;
+    Py_ssize_t   n;
+} path_list;
 
-static void free_arrays(config_arrays *arrays) {
-    for (Py_ssize_t i = 0; arrays->path_objects && i < arrays->n_paths; i++) {
-        Py_XDECREF(arrays->path_objects[i]);
+static void free_paths(path_list *list) {
+    for (Py_ssize_t i = 0; list->objects && i < list->n; i++) {
+        Py_XDECREF(list->objects[i]);
     }
-    free(arrays->path_objects);
-    free(arrays->paths);
-    free(arrays->layers);
-    free(arrays->classes);
+    free(list->objects);
+    free(list->paths);
 }
 
-static bool parse_arrays(config_arrays *arrays, PyObject *paths, PyObject *layers, PyObject *classes) {
-    arrays->n_paths = PySequence_Size(paths);
-    arrays->n_layers = PySequence_Size(layers);
-    arrays->n_classes = PySequence_Size(classes);
-    if (arrays->n_paths < 0 || arrays->n_layers < 0 || arrays->n_classes < 0) {
+static bool parse_paths(path_list *list, PyObject *sequence) {
+    list->n = PySequence_Size(sequence);
+    if (list->n < 0) {
         return false;
     }
-    arrays->path_objects = calloc((size_t) arrays->n_paths + 1, sizeof *arrays->path_objects);
-    arrays->paths = calloc((size_t) arrays->n_paths + 1, sizeof *arrays->paths);
-    arrays->layers = calloc((size_t) arrays->n_layers + 1, sizeof *arrays->layers);
-    arrays->classes = calloc((size_t) arrays->n_classes + 1, sizeof *arrays->classes);
-    if (!arrays->path_objects || !arrays->paths || !arrays->layers || !arrays->classes) {
+    list->objects = calloc((size_t) list->n + 1, sizeof *list->objects);
+    list->paths = calloc((size_t) list->n + 1, sizeof *list->paths);
+    if (!list->objects || !list->paths) {
         PyErr_NoMemory();
         return false;
     }
-    for (Py_ssize_t i = 0; i < arrays->n_paths; i++) {
-        PyObject *item = PySequence_GetItem(paths, i);
-        const int converted = item ? PyUnicode_FSConverter(item, &arrays->path_objects[i]) : 0;
+    for (Py_ssize_t i = 0; i < list->n; i++) {
+        PyObject *item = PySequence_GetItem(sequence, i);
+        const int converted = item ? PyUnicode_FSConverter(item, &list->objects[i]) : 0;
         Py_XDECREF(item);
         if (!converted) {
             return false;
         }
-        arrays->paths[i] = PyBytes_AsString(arrays->path_objects[i]);
+        list->paths[i] = PyBytes_AsString(list->objects[i]);
+    }
+    return true;
+}
+
+/* Owned copies of a config's arrays while it is handed over. */
+typedef struct {
+    path_list      files, mirror_files[GP_MAX_COPIES];
+    gp_mirror_spec mirrors[GP_MAX_COPIES];
+    gp_layer_spec *layers;
+    gp_class_spec *classes;
+    Py_ssize_t     n_mirrors, n_layers, n_classes;
+} config_arrays;
+
+static void free_arrays(config_arrays *arrays) {
+    free_paths(&arrays->files);
+    for (Py_ssize_t i = 0; i < GP_MAX_COPIES; i++) {
+        free_paths(&arrays->mirror_files[i]);
+    }
+    free(arrays->layers);
+    free(arrays->classes);
+}
+
+static bool parse_mirrors(config_arrays *arrays, PyObject *sequence) {
+    arrays->n_mirrors = PySequence_Size(sequence);
+    if (arrays->n_mirrors >= GP_MAX_COPIES) {
+        PyErr_SetString(PyExc_ValueError, "too many mirrors");
+        return false;
+    }
+    for (Py_ssize_t i = 0; i < arrays->n_mirrors; i++) {
+        PyObject *item = PySequence_GetItem(sequence, i), *paths = NULL;
+        int direct = 0;
+        const bool is_parsed = item && PyArg_ParseTuple(item, "Op", &paths, &direct)
+            && parse_paths(&arrays->mirror_files[i], paths);
+        Py_XDECREF(item);
+        if (!is_parsed) {
+            return false;
+        }
+        if (arrays->mirror_files[i].n != arrays->files.n) {
+            PyErr_SetString(PyExc_ValueError, "a mirror has as many files as the model");
+            return false;
+        }
+        arrays->mirrors[i] = (gp_mirror_spec) { arrays->mirror_files[i].paths, direct };
+    }
+    return arrays->n_mirrors >= 0;
+}
+
+static bool parse_arrays(config_arrays *arrays, PyObject *paths, PyObject *mirrors, PyObject *layers, PyObject *classes) {
+    if (!parse_paths(&arrays->files, paths) || !parse_mirrors(arrays, mirrors)) {
+        return false;
+    }
+    arrays->n_layers = PySequence_Size(layers);
+    arrays->n_classes = PySequence_Size(classes);
+    if (arrays->n_layers < 0 || arrays->n_classes < 0) {
+        return false;
+    }
+    arrays->layers = calloc((size_t) arrays->n_layers + 1, sizeof *arrays->layers);
+    arrays->classes = calloc((size_t) arrays->n_classes + 1, sizeof *arrays->classes);
+    if (!arrays->layers || !arrays->classes) {
+        PyErr_NoMemory();
+        return false;
     }
     for (Py_ssize_t i = 0; i < arrays->n_layers; i++) {
         PyObject *item = PySequence_GetItem(layers, i);
@@ -164,28 +216,30 @@ static bool parse_arrays(config_arrays *arrays, PyObject *paths, PyObject *layer
 /* ---- Pager ------------------------------------------------------------------------------------------------------ */
 
 static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = { "paths", "layers", "classes", "policy", "direct", "read_ahead", "offset_align",
+    static char *names[] = { "paths", "mirrors", "layers", "classes", "policy", "direct", "read_ahead", "offset_align",
                              "memory_align", "n_readers", "piece_bytes", NULL };
-    PyObject *paths, *layers, *classes;
+    PyObject *paths, *mirrors, *layers, *classes;
     int direct, read_ahead;
     unsigned long long piece_bytes;
     gp_config config = { 0 };
     config_arrays arrays = { 0 };
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOsppIIIK", names, &paths, &layers, &classes, &config.policy,
-                                     &direct, &read_ahead, &config.offset_align, &config.memory_align,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOsppIIIK", names, &paths, &mirrors, &layers, &classes,
+                                     &config.policy, &direct, &read_ahead, &config.offset_align, &config.memory_align,
                                      &config.n_readers, &piece_bytes)) {
         return NULL;
     }
     PagerObject *self = NULL;
     uint32_t *n_experts = NULL;
-    if (!parse_arrays(&arrays, paths, layers, classes)) {
+    if (!parse_arrays(&arrays, paths, mirrors, layers, classes)) {
         goto fail;
     }
     config.direct = direct;
     config.read_ahead = read_ahead;
     config.piece_bytes = piece_bytes;
-    config.paths = arrays.paths;
-    config.n_paths = (uint32_t) arrays.n_paths;
+    config.paths = arrays.files.paths;
+    config.n_paths = (uint32_t) arrays.files.n;
+    config.mirrors = arrays.mirrors;
+    config.n_mirrors = (uint32_t) arrays.n_mirrors;
     config.layers = arrays.layers;
     config.n_layers = (uint32_t) arrays.n_layers;
     config.classes = arrays.classes;
@@ -201,6 +255,7 @@ static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     }
     self->n_experts = n_experts;
     self->n_layers = config.n_layers;
+    self->n_copies = config.n_mirrors + 1;
     n_experts = NULL;
     int error;
     Py_BEGIN_ALLOW_THREADS
@@ -281,6 +336,25 @@ static PyObject *pager_counters(PyObject *object, PyObject *unused) {
         }
     }
     free(counters);
+    return list;
+}
+
+static PyObject *pager_copies(PyObject *object, PyObject *unused) {
+    (void) unused;
+    PagerObject *self = (PagerObject *) object;
+    gp_pager *pager = opened(self);
+    if (!pager) {
+        return NULL;
+    }
+    uint64_t bytes_read[GP_MAX_COPIES];
+    gp_pager_copies(pager, bytes_read);
+    PyObject *list = PyList_New(self->n_copies);
+    for (uint32_t i = 0; list && i < self->n_copies; i++) {
+        PyObject *number = PyLong_FromUnsignedLongLong(bytes_read[i]);
+        if (!number || PyList_SetItem(list, i, number) != 0) {  /* which takes the number, also when it fails */
+            Py_CLEAR(list);
+        }
+    }
     return list;
 }
 
@@ -408,14 +482,46 @@ static PyObject *pager_unpin_all(PyObject *object, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+static PyObject *pager_warm_up(PyObject *object, PyObject *sequence) {
+    PagerObject *self = (PagerObject *) object;
+    const Py_ssize_t n = PySequence_Size(sequence);
+    if (n < 0) {
+        return NULL;
+    }
+    gp_expert *experts = malloc(((size_t) n + 1) * sizeof *experts);
+    if (!experts) {
+        return PyErr_NoMemory();
+    }
+    PyObject *result = NULL;
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyObject *item = PySequence_GetItem(sequence, i);
+        const int is_parsed = item && PyArg_ParseTuple(item, "Iif", &experts[i].layer, &experts[i].expert,
+                                                       &experts[i].share);
+        Py_XDECREF(item);
+        if (!is_parsed) {
+            goto done;
+        }
+    }
+    gp_pager *pager = opened(self);     /* the sequence may be Python code, which may have closed it */
+    if (pager) {
+        const int error = gp_pager_warm_up(pager, experts, (uint32_t) n);
+        result = error == 0 ? Py_BuildValue("") : raise_errno(error);
+    }
+done:
+    free(experts);
+    return result;
+}
+
 static PyMethodDef pager_methods[] = {
     { "close", pager_close, METH_NOARGS, NULL },
     { "wait_present", pager_wait_present, METH_NOARGS, NULL },
     { "counters", pager_counters, METH_NOARGS, NULL },
+    { "copies", pager_copies, METH_NOARGS, NULL },
     { "resident", pager_resident, METH_VARARGS, NULL },
     { "chosen", pager_chosen, METH_VARARGS, NULL },
     { "pin", pager_pin, METH_VARARGS, NULL },
     { "unpin_all", pager_unpin_all, METH_NOARGS, NULL },
+    { "warm_up", pager_warm_up, METH_O, NULL },
     { NULL, NULL, 0, NULL },
 };
 

@@ -59,6 +59,8 @@ typedef struct gp_os {
     int     (*memory_open)(void **out, size_t bytes);
     /* Makes whole pages of it present, keeping what others write meanwhile. */
     int     (*memory_populate)(void *memory, size_t bytes);
+    /* A wish for pages of this kind where none is present yet; nothing where there is no choice. */
+    void    (*memory_prefer)(void *memory, size_t bytes, bool are_huge);
     void    (*memory_close)(void *memory, size_t bytes);
     int     (*thread_start)(pthread_t *thread, void *(*body)(void *), void *data);
     /* The calling thread's work can wait: others go first where processors are short. */

@@ -104,6 +104,12 @@ static int file_alignment(const char *path, uint32_t *offset_align, uint32_t *me
 #define MADV_POPULATE_WRITE 23
 #endif
 
+/* Where the kernel was built without huge pages there is no choice, and nothing to tell. */
+static void memory_prefer(void *memory, size_t bytes, bool are_huge) {
+    const size_t page = (size_t) sysconf(_SC_PAGESIZE);
+    (void) madvise(memory, (bytes + page - 1) / page * page, are_huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+}
+
 static int memory_open(void **out, size_t bytes) {
     enum { HUGE_PAGE = 2 << 20 };
     *out = NULL;
@@ -125,7 +131,7 @@ static int memory_open(void **out, size_t bytes) {
         if (tail) {
             munmap(memory + want, tail);
         }
-        (void) madvise(memory, want, MADV_HUGEPAGE);
+        memory_prefer(memory, want, true);
     }
     *out = memory;
     return 0;
@@ -183,6 +189,7 @@ const gp_os gp_os_system = {
     .file_read = file_read,
     .memory_open = memory_open,
     .memory_populate = memory_populate,
+    .memory_prefer = memory_prefer,
     .memory_close = memory_close,
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,

@@ -97,6 +97,10 @@ static int memory_populate(void *memory, size_t bytes) {
     return 0;
 }
 
+static void memory_prefer(void *memory, size_t bytes, bool are_huge) {
+    (void) memory, (void) bytes, (void) are_huge;   /* pages have one size */
+}
+
 static void memory_close(void *memory, size_t bytes) {
     if (memory) {
         munmap(memory, whole_pages(bytes));
@@ -131,6 +135,7 @@ const gp_os gp_os_system = {
     .file_read = file_read,
     .memory_open = memory_open,
     .memory_populate = memory_populate,
+    .memory_prefer = memory_prefer,
     .memory_close = memory_close,
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,

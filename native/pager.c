@@ -14,9 +14,6 @@
 
 enum { BUSY_WAIT_SECONDS = 2 };         /* a context gives its slots back within one layer's compute */
 
-/* Tokens after which a layer's counts are halved: a guess between a conversation's length and following a new subject. */
-enum { HALF_LIFE_TOKENS = 4096 };
-
 bool gp_pager_enter(gp_pager *p) {
     return getpid() == p->pid && pthread_mutex_lock(&p->lock) == 0;
 }
@@ -63,18 +60,14 @@ static void release_and_tell(gp_pager *p, gp_hold *hold, uint32_t first) {
 }
 
 static void count_use(gp_layer *l, const gp_demand *demand) {
-    const uint64_t before = l->counters.tokens;
     l->counters.visits++;
     l->counters.tokens += demand->n_tokens;
-    if (before / HALF_LIFE_TOKENS != l->counters.tokens / HALF_LIFE_TOKENS) {
-        for (uint32_t e = 0; e < l->spec.n_experts; e++) {
-            l->uses[e] /= 2;
-        }
-    }
+    const gp_uses each = gp_uses_in_batch(demand->n_tokens);
     for (uint32_t i = 0; i < demand->n_experts; i++) {
-        l->uses[demand->experts[i]] += (float) demand->counts[i];
-        l->chosen[demand->experts[i]] += demand->counts[i];
-        l->last_token[demand->experts[i]] = l->counters.tokens;
+        const int32_t e = demand->experts[i];
+        gp_uses_add(&l->uses[e], l->counters.tokens - l->last_token[e], demand->counts[i], &each);
+        l->chosen[e] += demand->counts[i];
+        l->last_token[e] = l->counters.tokens;
     }
 }
 
@@ -115,8 +108,8 @@ static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint3
             gp_slot *s = &p->slots[index];
             *n_missed += s->state == READING;
             hold_slot(hold, s, (uint32_t) index);
-            if (!is_batch || (s->is_transient && is_worth_keeping(l, c, demand, i))) {
-                gp_slot_keep(p, s);     /* read ahead for this batch, or left over from an earlier one */
+            if (!is_batch || ((s->is_transient || s->is_warmed) && is_worth_keeping(l, c, demand, i))) {
+                gp_slot_keep(p, s);     /* read ahead for this batch, left over from an earlier one, or guessed right */
             }
         } else {
             n_wanted++;
@@ -146,32 +139,7 @@ static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint3
     return (int) n_reads;
 }
 
-/* In a large batch nearly all experts of the next layer will be wanted: they are read while this layer computes.
- * Returns the number of reads in ahead_reads, which then belongs to this caller until it has submitted them. */
-static uint32_t plan_read_ahead(gp_pager *p, const gp_demand *demand) {
-    const uint32_t next = demand->layer + 1;
-    const gp_layer *l = &p->layers[demand->layer];
-    if (!p->config.read_ahead || p->is_reading_ahead || next >= p->config.n_layers
-        || demand->n_experts * 10 < l->spec.n_experts * 9) {
-        return 0;
-    }
-    uint32_t n_reads = 0;
-    for (uint32_t e = 0; e < p->layers[next].spec.n_experts; e++) {
-        if (p->layers[next].slot_of[e] >= 0) {
-            continue;
-        }
-        const int32_t victim = gp_slot_choose_spare(p, &p->layers[next]);
-        if (victim < 0) {
-            break;
-        }
-        gp_slot_assign(p, (uint32_t) victim, next, (int32_t) e, true);
-        n_reads += gp_slot_prepare_reads(p, (uint32_t) victim, p->ahead_reads + n_reads, 1);
-    }
-    p->is_reading_ahead = n_reads > 0;
-    return n_reads;
-}
-
-/* The files must still be those whose header was read. */
+/* The files, in every copy, must still be those whose header was read. */
 static int check_files(gp_pager *p, const gp_layer_spec *spec, gp_failure *failure) {
     uint64_t checked = UINT64_MAX;
     for (uint32_t i = 0; i < spec->n_slices; i++) {
@@ -180,14 +148,10 @@ static int check_files(gp_pager *p, const gp_layer_spec *spec, gp_failure *failu
             continue;
         }
         checked = file;
-        gp_file_id now;
-        int error = p->os->file_identify(p->files[file], &now);
-        if (error == 0 && (now.size_bytes != p->file_ids[file].size_bytes
-                           || now.modified_ns != p->file_ids[file].modified_ns)) {
-            error = -ESTALE;
-        }
+        uint32_t changed_file;
+        const int error = gp_copies_check(p->copies, file, &changed_file);
         if (error != 0) {
-            *failure = (gp_failure) { error, file, spec->slices[i].offset_bytes };
+            *failure = (gp_failure) { error, changed_file, spec->slices[i].offset_bytes };
             return error;
         }
     }
@@ -197,7 +161,7 @@ static int check_files(gp_pager *p, const gp_layer_spec *spec, gp_failure *failu
 /* Whether a slot of the class may come free without this hold's doing. */
 static bool is_worth_waiting(const gp_pager *p, const gp_class *c, const gp_hold *hold) {
     for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
-        if (p->slots[i].state == READING || p->slots[i].users & ~(UINT64_C(1) << hold->bit)) {
+        if (p->slots[i].state == READING || p->slots[i].state == LEAVING || p->slots[i].users & ~(UINT64_C(1) << hold->bit)) {
             return true;
         }
     }
@@ -225,6 +189,7 @@ static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, con
     pthread_mutex_unlock(&p->lock);
     const int error = check_files(p, spec, failure);
     pthread_mutex_lock(&p->lock);
+    p->changed_file = error != 0 ? failure->file : p->changed_file;
     for (uint32_t i = first; i < hold->n_slots; i++) {
         gp_slot *s = &p->slots[hold->slots[i]];
         s->has_failed |= error != 0 && !s->is_checked;
@@ -281,7 +246,9 @@ void gp_pager_release(gp_pager *p, gp_hold *hold) {
     } else {
         release_and_tell(p, hold, 0);
     }
+    const uint32_t n_next = gp_warm_up_next(p);     /* the last reads may have been withdrawn, so that none was finished */
     pthread_mutex_unlock(&p->lock);
+    gp_warm_up_submit(p, n_next);
 }
 
 int gp_pager_wait(gp_pager *p, gp_hold *hold, uint32_t layer_index, uint32_t slices, gp_failure *failure) {
@@ -355,10 +322,17 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         l->counters.misses += n_missed;
     }
     const uint64_t started_ns = hold->pending ? p->os->now_ns() : 0;
-    if (n_reads > 0) {
+    /* What was read ahead in vain makes way first: the new reads come after all that are in the list. */
+    gp_read **const unwanted = hold->reads + n_reads;
+    const uint32_t n_unwanted = demand->is_again ? 0 : gp_ahead_drop(p, hold, demand->layer, unwanted);
+    if (n_reads > 0 || n_unwanted > 0) {
         pthread_mutex_unlock(&p->lock);
-        gp_fetch_submit(p->fetch, hold->reads, (uint32_t) n_reads);
+        if (n_unwanted > 0) {
+            gp_copies_withdraw(p->copies, unwanted, n_unwanted);
+        }
+        gp_copies_submit(p->copies, hold->reads, (uint32_t) n_reads);
         pthread_mutex_lock(&p->lock);
+        gp_ahead_withdrawn(p, unwanted, n_unwanted);
     }
     if (started_ns) {
         stall_for_slices(p, hold, l, ALL_SLICES & ~demand->later, started_ns);
@@ -376,11 +350,11 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
     if (error != 0) {
         give_up(p, hold, first_held);
     } else if (!demand->is_again && demand->n_tokens > 1) {
-        n_ahead = plan_read_ahead(p, demand);
+        n_ahead = gp_ahead_plan(p, hold, demand);
     }
     pthread_mutex_unlock(&p->lock);
     if (n_ahead > 0) {
-        gp_fetch_submit(p->fetch, p->ahead_reads, n_ahead);
+        gp_copies_submit(p->copies, p->ahead_reads, n_ahead);
         pthread_mutex_lock(&p->lock);
         p->is_reading_ahead = false;
         pthread_mutex_unlock(&p->lock);
@@ -465,6 +439,10 @@ void gp_pager_counters(gp_pager *p, gp_counters *counters) {
         counters[i] = p->layers[i].counters;
     }
     gp_pager_leave(p, has_entered);
+}
+
+void gp_pager_copies(const gp_pager *p, uint64_t *bytes_read) {
+    gp_copies_bytes_read(p->copies, bytes_read);
 }
 
 int gp_pager_resident(gp_pager *p, uint32_t layer_index, uint8_t *resident) {

@@ -2,16 +2,19 @@
  *
  *              choose_victim                 last slice read
  *     FREE  ---------------->  READING  ------------------>  READY
- *       ^                         | a slice failed             | choose_victim
- *       +-------------------------+----------------------------+
+ *       ^                      |     | a slice failed          | choose_victim
+ *       |   last slice read    v     |                         |
+ *       +------------------ LEAVING  |                         |
+ *       +----------------------------+-------------------------+
  *
  * Invariants
  *   1. layer.slot_of[expert] == s  exactly if  slot s is READING or READY and holds that expert of that layer.
- *   2. A slot whose mask of users is not empty, that is pinned, or that is READING is never chosen as a victim.
+ *   2. A slot whose mask of users is not empty, that is pinned, or that is READING or LEAVING is never chosen as a victim.
  *   3. hold.pending is the number of slots in hold.slots that are READING; hold.pending_slices[i] of those whose slice i
  *      is missing.
- *   4. layer.resident is the number of slots READING or READY for it; layer.kept those of them that are not transient.
- *   5. The lock is held for arithmetic only: never across a read, never together with fetch's lock.
+ *   4. layer.resident is the number of slots READING or READY for it; layer.kept those of them that are neither transient
+ *      nor warmed. pager.n_in_flight is the number of slots that are READING or LEAVING.
+ *   5. The lock is held for arithmetic only: never across a read, never together with the lock of fetch or of copies.
  */
 #include "slots.h"
 
@@ -57,7 +60,7 @@ static int32_t find_least(const gp_pager *p, const gp_class *c, const gp_layer *
         if (among == TRANSIENT_OF_OTHERS && own == for_layer) {
             continue;
         }
-        if (!s->is_transient && own != for_layer && own->kept <= c->floor) {
+        if (!s->is_transient && !s->is_warmed && own != for_layer && own->kept <= c->floor) {
             continue;
         }
         const double value = worth(p, s, for_layer);
@@ -112,22 +115,39 @@ void gp_slot_keep(gp_pager *p, gp_slot *s) {
         s->is_transient = false;
         p->classes[p->layers[s->layer].spec.shape_class].n_transient--;
         p->layers[s->layer].kept++;
+    } else if (s->is_warmed) {
+        s->is_warmed = false;
+        p->layers[s->layer].kept++;
+    }
+}
+
+static void forget_expert(gp_pager *p, const gp_slot *s) {
+    gp_layer *own = &p->layers[s->layer];
+    own->slot_of[s->expert] = -1;
+    own->counters.resident--;
+    if (s->is_transient) {
+        p->classes[own->spec.shape_class].n_transient--;
+    } else if (!s->is_warmed) {
+        own->kept--;
     }
 }
 
 void gp_slot_empty(gp_pager *p, gp_slot *s) {
     assert(s->state != FREE && !s->users);
-    gp_layer *own = &p->layers[s->layer];
-    gp_class *c = &p->classes[own->spec.shape_class];
-    own->slot_of[s->expert] = -1;
-    own->counters.resident--;
-    if (s->is_transient) {
-        c->n_transient--;
-    } else {
-        own->kept--;
+    if (s->state != LEAVING) {
+        forget_expert(p, s);
     }
-    c->n_free++;
+    p->classes[p->layers[s->layer].spec.shape_class].n_free++;
+    p->n_in_flight -= s->state == LEAVING;
     *s = (gp_slot) { .state = FREE };
+}
+
+void gp_slot_leave(gp_pager *p, gp_slot *s) {
+    assert(s->state == READING && !s->users && !s->is_pinned);
+    forget_expert(p, s);
+    s->state = LEAVING;
+    s->is_transient = false;
+    s->is_withdrawing = true;
 }
 
 void gp_slot_assign(gp_pager *p, uint32_t index, uint32_t layer_index, int32_t expert, bool is_transient) {
@@ -139,6 +159,7 @@ void gp_slot_assign(gp_pager *p, uint32_t index, uint32_t layer_index, int32_t e
         gp_slot_empty(p, s);
     }
     c->n_free--;
+    p->n_in_flight++;
     *s = (gp_slot) { .state = READING, .layer = layer_index, .expert = expert, .is_transient = is_transient,
                   .missing = (uint8_t) ((1u << own->spec.n_slices) - 1) };
     own->slot_of[expert] = (int32_t) index;
@@ -150,11 +171,23 @@ void gp_slot_assign(gp_pager *p, uint32_t index, uint32_t layer_index, int32_t e
     }
 }
 
+int32_t gp_slot_warm(gp_pager *p, uint32_t layer_index, int32_t expert) {
+    gp_layer *own = &p->layers[layer_index];
+    const int32_t index = find_free(p, &p->classes[own->spec.shape_class]);
+    if (index >= 0) {
+        gp_slot_assign(p, (uint32_t) index, layer_index, expert, false);
+        p->slots[index].is_warmed = true;
+        own->kept--;
+    }
+    return index;
+}
+
 /* In a reader thread: one slice has come, or has not. The read keeps its error until the slot is assigned anew. */
 static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
     (void) error_offset_bytes;
     gp_pager *p = read->owner;
     gp_slot *s = &p->slots[read->tag];
+    gp_copies_note(p->copies, read, error);
     pthread_mutex_lock(&p->lock);
     if (error == 0) {
         p->layers[s->layer].counters.bytes_read += read->bytes;
@@ -176,14 +209,25 @@ static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
             }
         }
     }
-    if (s->missing == 0) {
+    if (s->missing == 0 && s->state == LEAVING) {
+        if (!s->is_withdrawing) {
+            gp_slot_empty(p, s);
+            pthread_cond_broadcast(&p->released);
+        }
+    } else if (s->missing == 0) {
         s->state = READY;
+        p->n_in_flight--;
+        if (s->has_failed && s->is_warmed) {
+            gp_warm_up_end(p);
+        }
         if (s->has_failed && !users) {
             gp_slot_empty(p, s);    /* read-ahead: whoever wants it next reads again and hears of it */
         }
         pthread_cond_broadcast(&p->released);
     }
+    const uint32_t n_next = gp_warm_up_next(p);
     pthread_mutex_unlock(&p->lock);
+    gp_warm_up_submit(p, n_next);
 }
 
 gp_failure gp_slot_failure(const gp_pager *p, uint32_t index) {
@@ -195,7 +239,7 @@ gp_failure gp_slot_failure(const gp_pager *p, uint32_t index) {
             return (gp_failure) { error, read->file, atomic_load(&read->error_offset) };
         }
     }
-    return (gp_failure) { -ESTALE, spec->slices[0].file, spec->slices[0].offset_bytes };
+    return (gp_failure) { -ESTALE, p->changed_file, spec->slices[0].offset_bytes };
 }
 
 uint32_t gp_slot_prepare_reads(gp_pager *p, uint32_t index, gp_read **reads, uint32_t step) {
@@ -206,7 +250,6 @@ uint32_t gp_slot_prepare_reads(gp_pager *p, uint32_t index, gp_read **reads, uin
     for (uint32_t i = 0; i < spec->n_slices; i++) {
         const gp_slice_spec *slice = &spec->slices[i];
         gp_read *read = &p->reads[index * GP_MAX_SLICES + i];
-        read->fd = p->files[slice->file];
         read->file = slice->file;
         read->offset_bytes = slice->offset_bytes + (uint64_t) s->expert * slice->slice_bytes;
         read->bytes = slice->slice_bytes;

@@ -6,28 +6,32 @@
 #include <stdatomic.h>
 #include <sys/types.h>
 
+#include "copies.h"
 #include "pager.h"
 #include "policy.h"
 
-typedef enum { FREE, READING, READY } gp_slot_state;
+typedef enum { FREE, READING, READY, LEAVING } gp_slot_state;
 
 typedef struct {
     gp_slot_state state;
     bool       is_transient;    /* came for a large batch; first to go */
+    bool       is_warmed;       /* came before anybody wanted it; goes before those that were wanted */
     bool       is_pinned;
+    bool       is_withdrawing;  /* LEAVING, and its reads may not be forgotten yet */
     bool       has_failed;
     bool       is_checked;      /* the file was still the same one after these bytes were read */
     _Atomic uint8_t missing;    /* slices to be read, a bit each; cleared with the lock, read also without */
     int32_t    expert;
     uint32_t   layer;
     uint64_t   users;           /* a bit per hold */
+    uint64_t   ahead_for;       /* the bit of the hold it was read ahead for */
 } gp_slot;
 
 typedef struct {
     gp_layer_spec spec;
     int32_t      *slot_of;      /* by expert; -1: not in a slot */
-    float        *uses;         /* by expert; halved now and then, for the policy */
-    uint64_t     *chosen;       /* by expert; never halved, for those who look */
+    gp_uses      *uses;         /* by expert; they fade, for the policy */
+    uint64_t     *chosen;       /* by expert; these do not, for those who look */
     uint64_t     *last_token;   /* by expert: this layer's token count when it was last chosen */
     uint32_t      rank;         /* its place among the layers of its class, in the order they are computed */
     uint32_t      kept;
@@ -45,15 +49,19 @@ typedef struct {
     uint32_t batch_share;       /* the same of those that are not set aside for transient experts */
 } gp_class;
 
+/* An expert that may be wanted next. */
+typedef struct {
+    float   uses;
+    int32_t expert;
+} gp_guess;
+typedef struct gp_warm_up gp_warm_up;
+
 struct gp_pager {
     const gp_os     *os;
     gp_config        config;
     const gp_policy *policy;
     pid_t            pid;
-    gp_fetch        *fetch;
-    int             *files;
-    gp_file_id      *file_ids;
-    uint32_t         n_open;
+    gp_copies       *copies;            /* the files, and who reads them */
     char            *arena;
     size_t           arena_bytes;
     pthread_t        populating;        /* the thread that makes the arena present */
@@ -69,6 +77,10 @@ struct gp_pager {
     gp_hold         *holds[GP_MAX_TAPS];
     gp_read        **ahead_reads;       /* room for one submission of read-ahead */
     bool             is_reading_ahead;  /* that room is taken */
+    uint32_t         changed_file;      /* the last one that was found changed */
+    gp_guess        *guesses;           /* room for one layer's experts */
+    uint32_t         n_in_flight;       /* slots that are READING or LEAVING */
+    gp_warm_up      *warm_up;           /* NULL: none was asked for */
 };
 
 /* Take and give back the pager's lock. A fork is alone with a copy of the state, and of the lock as some thread of the
@@ -84,11 +96,28 @@ int32_t  gp_slot_choose(const gp_pager *pager, const gp_layer *for_layer, bool i
 int32_t  gp_slot_choose_spare(const gp_pager *pager, const gp_layer *for_layer);
 
 void     gp_slot_assign(gp_pager *pager, uint32_t index, uint32_t layer, int32_t expert, bool is_transient);
+/* The same for a free slot and an expert that nobody has asked for; -1: there is none. */
+int32_t  gp_slot_warm(gp_pager *pager, uint32_t layer, int32_t expert);
 void     gp_slot_empty(gp_pager *pager, gp_slot *slot);
-void     gp_slot_keep(gp_pager *pager, gp_slot *slot);     /* no longer transient */
+void     gp_slot_leave(gp_pager *pager, gp_slot *slot);    /* READING for nobody any more */
+void     gp_slot_keep(gp_pager *pager, gp_slot *slot);     /* neither transient nor warmed any more */
 /* Fills in the reads of a slot that was assigned, one in every `step` of `reads`; returns how many. */
 uint32_t gp_slot_prepare_reads(gp_pager *pager, uint32_t index, gp_read **reads, uint32_t step);
+/* Read-ahead (ahead.c). Plans what to read while this demand is computed with. Returns the number of reads in
+ * ahead_reads, which then belongs to this caller until it has submitted them. */
+uint32_t gp_ahead_plan(gp_pager *pager, const gp_hold *hold, const gp_demand *demand);
+/* Lets go what was read ahead for this hold and layer, is still being read and is not wanted. Returns the number of reads
+ * put into `reads`, for gp_fetch_withdraw, after which gp_ahead_withdrawn must be called with them. */
+uint32_t gp_ahead_drop(gp_pager *pager, const gp_hold *hold, uint32_t layer, gp_read **reads);
+void     gp_ahead_withdrawn(gp_pager *pager, gp_read *const *reads, uint32_t n_reads);
+
 /* What went wrong with a slot that has failed. */
 gp_failure gp_slot_failure(const gp_pager *pager, uint32_t index);
+
+/* Warm-up (warm.c). What is to be read next, if nothing else is being read: how many reads, which belong to this caller
+ * until he has let go of the lock and submitted them. */
+uint32_t gp_warm_up_next(gp_pager *pager);
+void     gp_warm_up_submit(gp_pager *pager, uint32_t n_reads);     /* without the lock */
+void     gp_warm_up_end(gp_pager *pager);   /* nothing more is to be read */
 
 #endif

@@ -1,13 +1,15 @@
-"""Replays recorded routing through candidate policies: MB read per token, the cold start included.
+"""Replays recorded routing through candidate policies, and through what a profile of earlier use can do: MB per token.
 
-    $ python scripts/replay_policies.py
+    $ python scripts/replay_policies.py             # who leaves, the cold start included
+    $ python scripts/replay_policies.py profile     # experts read at the start, pinned, or known to the policy
 
 A model in Python of what native/slots.c does when it decodes token by token: one pool of slots, a floor of k slots per layer
-that other layers may not take. It is not the C code: no batches, no halving of counts.
+that other layers may not take. It is not the C code, and knows no batches.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,67 +17,169 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-TRACE = Path(__file__).resolve().parent / "traces" / "qwen3-30b-a3b" / "code.npz"
-N_LAYERS, N_TOKENS, N_EXPERTS = 16, 1500, 128
-EXPERT_BYTES = 3 * 884_736  # gate, up and down of 2048 x 768 in Q4_K
+TRACES = Path(__file__).resolve().parent / "traces"
+CODE, GENERAL = TRACES / "qwen3-30b-a3b" / "code.npz", TRACES / "qwen3-30b-a3b" / "general.npz"
+GPT_OSS = TRACES / "gpt-oss-20b" / "decode.npz"
+N_TOKENS = 1500
+EXPERT_BYTES = {128: 3 * 884_736, 32: 3 * 4_406_400}  # by experts per layer: Qwen3-30B in Q4_K, gpt-oss-20b in MXFP4
+N_LAYERS = {128: 16, 32: 12}
 
+RECENT, LASTING, LASTING_WEIGHT = 32, 512, 1 / 8  # native/policy.c
+
+Floats = npt.NDArray[np.float64]
+Routing = npt.NDArray[np.int64]  # [layer, token, rank]
 Worth = Callable[..., npt.NDArray[Any]]
+
+
+def fade(age: Floats, half_life: int) -> Floats:
+    """Return what is left of 1 after `age` tokens; straight between halvings, as in native/policy.c."""
+    return (1 - age % half_life / half_life / 2) * 0.5 ** (age // half_life)
+
+
+def fading(age: Floats, away: Floats, recent: Floats, lasting: Floats, power: float = 0.75, weight: float = LASTING_WEIGHT,
+           **_: Any) -> Floats:
+    """Return what native/policy.c calls uses per age: minus the time until an expert is wanted, as far as is known."""
+    uses = recent * fade(age, RECENT) + weight * lasting * fade(age, LASTING)
+    return -((age + 1) ** power / np.maximum(uses, 1e-12) + away)
+
 
 POLICIES: dict[str, Worth] = {
     "LRU by time": lambda step, **_: step,
-    "LRU by tokens, ties by distance": lambda age, away, **_: -(age * N_LAYERS + away),
+    "LRU by tokens, ties by distance": lambda age, away, **_: -(age + away),
     "uses / (age + 1), uses since it came": lambda age, fresh, **_: fresh / (age + 1),
     "uses / (age + 1), uses since the start": lambda age, uses, **_: uses / (age + 1),
     "sqrt(uses) / (age + 1)": lambda age, uses, **_: np.sqrt(uses) / (age + 1),
     "log(1 + uses) / (age + 1)": lambda age, uses, **_: np.log1p(uses) / (age + 1),
+    "uses that fade by half in 32 tokens / (age + 1)": lambda age, recent, **_: recent * fade(age, RECENT) / (age + 1),
+    "the same and the way to its layer": lambda **use: fading(**use, power=1, weight=0),
+    "two counts that fade, by half in 32 and 512": lambda **use: fading(**use, power=1),
+    "the same by (age + 1) ** 0.75, as in native/policy.c": fading,
 }
 
 
-def replay(routing: npt.NDArray[np.int64], share: float, worth: Worth) -> float:
-    """Return MB read per token for `routing` [layer, token, rank] with this share of the experts in slots."""
-    n_slots, floor = int(N_LAYERS * N_EXPERTS * share), routing.shape[2]
-    layer_of, expert_of = np.full(n_slots, -1), np.zeros(n_slots, int)
-    last, step_of, fresh = np.zeros(n_slots), np.zeros(n_slots), np.zeros(n_slots)
-    slot_of, uses = np.full((N_LAYERS, N_EXPERTS), -1), np.zeros((N_LAYERS, N_EXPERTS))
-    resident, free, misses, step = np.zeros(N_LAYERS, int), list(range(n_slots)), 0, 0
-    for token in range(N_TOKENS):
-        for layer in range(N_LAYERS):
+class Pool:
+    """Slots, who is in them, and what is known of every expert."""
+
+    def __init__(self, n_layers: int, n_experts: int, n_slots: int) -> None:
+        self.layer_of, self.expert_of = np.full(n_slots, -1), np.zeros(n_slots, int)
+        self.last, self.step_of, self.fresh = np.zeros(n_slots), np.zeros(n_slots), np.zeros(n_slots)
+        self.is_pinned = np.zeros(n_slots, bool)
+        self.slot_of = np.full((n_layers, n_experts), -1)
+        self.uses, self.recent, self.lasting = (np.zeros((n_layers, n_experts)) for _ in range(3))
+        self.last_use = np.zeros((n_layers, n_experts))
+        self.resident = np.zeros(n_layers, int)
+        self.free = list(range(n_slots))
+
+    def put(self, slot: int, layer: int, expert: int) -> None:
+        """Fill a slot that is free."""
+        self.layer_of[slot], self.expert_of[slot], self.slot_of[layer, expert] = layer, expert, slot
+        self.resident[layer] += 1
+
+    def use(self, layer: int, experts: Routing, token: int) -> None:
+        """Count a token's choices."""
+        self.uses[layer, experts] += 1
+        since = token - self.last_use[layer, experts]
+        for counts, half_life in ((self.recent, RECENT), (self.lasting, LASTING)):
+            counts[layer, experts] = counts[layer, experts] * fade(since, half_life) + 1
+        self.last_use[layer, experts] = token
+
+
+def replay(routing: Routing, share: float, worth: Worth, pool: Pool | None = None, n_tokens: int = N_TOKENS) -> Floats:
+    """Return the MB read for each token of `routing` with this share of the experts in slots.
+
+    `pool`, for n_slots of that share, may know something and hold experts already.
+    """
+    n_layers, n_experts = len(routing), int(routing.max()) + 1
+    p = pool or Pool(n_layers, n_experts, int(n_layers * n_experts * share))
+    floor, step, misses = routing.shape[2], 0, np.zeros(n_tokens)
+    for token in range(n_tokens):
+        for layer in range(n_layers):
             step += 1
             wanted = routing[layer, token]
-            uses[layer, wanted] += 1
-            held = [slot for slot in slot_of[layer, wanted] if slot >= 0]
-            last[held], step_of[held] = token, step
-            fresh[held] += 1
-            for expert in wanted[slot_of[layer, wanted] < 0]:
-                misses += 1
-                if free:
-                    slot = free.pop()
+            p.use(layer, wanted, token)
+            held = [slot for slot in p.slot_of[layer, wanted] if slot >= 0]
+            p.last[held], p.step_of[held] = token, step
+            p.fresh[held] += 1
+            for expert in wanted[p.slot_of[layer, wanted] < 0]:
+                misses[token] += 1
+                if p.free:
+                    slot = p.free.pop()
                 else:
-                    age = np.where(layer_of <= layer, token - last, token - 1 - last)
-                    away = (layer_of - layer) % N_LAYERS
-                    value = worth(age=age, away=np.where(away == 0, N_LAYERS, away), step=step_of, fresh=fresh,
-                                  uses=uses[layer_of, expert_of]).astype(float)
-                    value[held] = np.inf
-                    guarded = resident <= floor
+                    away = (p.layer_of - layer) % n_layers
+                    at = (p.layer_of, p.expert_of)
+                    value = worth(age=np.where(p.layer_of <= layer, token - p.last, token - 1 - p.last),
+                                  away=np.where(away == 0, n_layers, away) / n_layers, step=p.step_of, fresh=p.fresh,
+                                  uses=p.uses[at], recent=p.recent[at], lasting=p.lasting[at]).astype(float)
+                    value[held] = value[p.is_pinned] = np.inf
+                    guarded = p.resident <= floor
                     guarded[layer] = False
-                    value[guarded[layer_of]] = np.inf
+                    value[guarded[p.layer_of]] = np.inf
                     slot = int(np.argmin(value))
-                    slot_of[layer_of[slot], expert_of[slot]] = -1
-                    resident[layer_of[slot]] -= 1
-                layer_of[slot], expert_of[slot], slot_of[layer, expert] = layer, expert, slot
-                last[slot], step_of[slot], fresh[slot] = token, step, 1
-                resident[layer] += 1
+                    p.slot_of[at[0][slot], at[1][slot]] = -1
+                    p.resident[p.layer_of[slot]] -= 1
+                p.put(slot, layer, expert)
+                p.last[slot], p.step_of[slot], p.fresh[slot] = token, step, 1
                 held.append(slot)
-    return misses * EXPERT_BYTES / 1e6 / N_TOKENS
+    return misses * EXPERT_BYTES[n_experts] / 1e6
 
 
-def main() -> None:
-    """Print the table."""
-    routing = np.load(TRACE)["experts"][:N_LAYERS, :N_TOKENS].astype(np.int64)
-    print("| MB per token | 25 % | 50 % |\n|---|---|---|")
+def recorded(path: Path) -> Routing:
+    """Return a recording, as many of its layers as the test models have."""
+    experts = np.load(path)["experts"].astype(np.int64)
+    return experts[: N_LAYERS[int(experts.max()) + 1]]
+
+
+def prepared(past: Routing, share: float, warm: float = 0, seed: float = 0, pinned: float = 0) -> Pool:
+    """Return a pool that has learned from a past recording.
+
+    `warm` is the share of its slots that the most used experts are in from the start, `pinned` that of those that stay;
+    `seed` the part of what the policy would have counted in the long run that it counts from the start.
+    """
+    n_layers, n_experts = len(past), int(past.max()) + 1
+    pool = Pool(n_layers, n_experts, int(n_layers * n_experts * share))
+    shares = np.array([np.bincount(layer.ravel(), minlength=n_experts) for layer in past]) / past.shape[1]
+    pool.recent, pool.lasting = (shares * seed * half_life / np.log(2) for half_life in (RECENT, LASTING))
+    pool.uses = pool.recent.copy()
+    for place, index in enumerate(np.argsort(-shares, axis=None, kind="stable")[: int(max(warm, pinned) * len(pool.free))]):
+        slot = pool.free.pop()
+        pool.put(slot, *divmod(int(index), n_experts))
+        pool.is_pinned[slot] = place < pinned * len(pool.layer_of)
+    return pool
+
+
+def show_policies() -> None:
+    """Print who leaves best."""
+    print("| MB per token | code, 25 % | 50 % | general, 25 % | 50 % | gpt-oss, 25 % | 50 % |\n" + "|---" * 7 + "|")
     for name, worth in POLICIES.items():
-        print(f"| {name} | {replay(routing, 0.25, worth):.1f} | {replay(routing, 0.5, worth):.1f} |", flush=True)
+        cells = [f"{replay(recorded(path), share, worth).mean():.1f}" for path in (CODE, GENERAL, GPT_OSS)
+                 for share in (0.25, 0.5)]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def show_profiles() -> None:
+    """Print what a profile of one text is good for with another."""
+    code, general = recorded(CODE), recorded(GENERAL)
+    gpt_oss = recorded(GPT_OSS)
+    cases = ((general, code), (code[:, 1024:], code), (gpt_oss[:, 1024:], gpt_oss))
+    ways: dict[str, dict[str, float]] = {
+        "nothing": {},
+        "policy told, 0.3 of the long run": {"seed": 0.3},
+        "half of the slots warm, policy told 0.02": {"warm": 0.5, "seed": 0.02},
+        "half of the slots warm, policy told 0.3": {"warm": 0.5, "seed": 0.3},
+        "all slots warm, policy told 0.02": {"warm": 1, "seed": 0.02},
+        "5 % of the slots pinned": {"pinned": 0.05},
+        "25 % of the slots pinned": {"pinned": 0.25},
+    }
+    print("MB per token, first 16 / 64 / 1,000 tokens\n\n| | code after general, 25 % | 50 % | code after other code, 25 % "
+          "| 50 % | gpt-oss after other texts, 25 % | 50 % |\n" + "|---" * 7 + "|")
+    for name, way in ways.items():
+        cells = []
+        for past, now in cases:
+            for share in (0.25, 0.5):
+                read = replay(now, share, fading, prepared(past, share, **way), 1000)
+                cells.append(" / ".join(f"{read[:n].mean():.1f}" for n in (16, 64, 1000)))
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    show_profiles() if sys.argv[1:] == ["profile"] else show_policies()

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,11 +40,20 @@ Logits = npt.NDArray[np.single]
 Factory = Callable[..., Any]
 
 
+# ---- what is kept between processes ----
+
 @pytest.fixture(scope="session", autouse=True)
-def no_cache_of_the_user() -> Iterator[None]:
-    """Whatever tests let the library remember is gone afterwards."""
-    yield
-    shutil.rmtree(os.environ["GGUF_PAGER_CACHE"], ignore_errors=True)
+def session_cache() -> Iterator[Path]:
+    """Where models opened for more than one test, and processes, keep things: never in the user's own folder."""
+    folder = Path(os.environ["GGUF_PAGER_CACHE"])
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that one test keeps is found by another."""
+    monkeypatch.setenv("GGUF_PAGER_CACHE", str(session_cache / uuid.uuid4().hex))
 
 
 # ---- models ----

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,23 @@ def test_json_is_all_of_stdout_and_text_is_on_stderr(models: Path) -> None:
     facts = json.loads(done.stdout)
     assert done.stdout.count(b"\n") == 1
     assert done.stderr.decode() == facts["text"] != ""
+
+
+def test_mirror_is_read_and_told(models: Path, tmp_path: Path) -> None:
+    mirror = shutil.copy(models / "tiny.gguf", tmp_path / "mirror.gguf")
+    arguments = (models / "tiny.gguf", "-p", PROMPT, "-n", "5", "--temp", "0", "--budget", "50%")
+    alone, both = run_json(*arguments), run_json(*arguments, "--mirror", mirror)
+    assert both["text"] == alone["text"]
+    assert (alone["mirror"], both["mirror"]) == ([], [str(mirror)])
+    assert len(alone["copies_bytes_read"]) == 1
+    assert len(both["copies_bytes_read"]) == 2 and all(both["copies_bytes_read"])
+    assert "--mirror PATH" in call("run", "--help").stdout.decode()
+    with open(mirror, "ab") as file:
+        file.write(b"more")
+    refused = call("run", *arguments, "--mirror", mirror)
+    assert refused.returncode == 1
+    assert re.fullmatch(r"Error: .*mirror\.gguf is no mirror of .*: it has [\d,]+ bytes instead of [\d,]+\. .*\n",
+                        refused.stderr.decode())
 
 
 def test_every_key_of_the_json_is_documented(models: Path) -> None:

@@ -128,14 +128,14 @@ def test_change_of_a_file_is_found_and_named(zoo_model: Model, tmp_path: Path) -
 
     layout = read_layout(make_zoo.make_split(zoo_model("qwen3moe"), tmp_path, 3))
     identities = [residency.identify(path) for path in layout.paths]
-    assert residency.find_change(layout, identities) is None
+    assert residency.find_change(layout.paths, identities) is None
     os.truncate(layout.paths[2], 5000)
-    assert residency.find_change(layout, identities) == (errno.ENODATA, 2, 5000)
+    assert residency.find_change(layout.paths, identities) == (errno.ENODATA, 2, 5000)
     os.utime(layout.paths[1], ns=(1, 1))
-    assert residency.find_change(layout, identities) == (errno.ESTALE, 1, 0)
+    assert residency.find_change(layout.paths, identities) == (errno.ESTALE, 1, 0)
     for path in layout.paths:
         path.unlink()
-    assert residency.find_change(layout, identities) is None, "what is mapped lives on"
+    assert residency.find_change(layout.paths, identities) is None, "what is mapped lives on"
 
 
 def test_mapping_of_an_earlier_model_is_not_touched(zoo_model: Model, stock: Factory, paged: Factory) -> None:

@@ -142,6 +142,7 @@ def _settings(case: Case, own: Sequence[Run], common: Common) -> dict[str, Any]:
         "io": facts.get("io"),
         "n_readers": facts.get("n_readers"),
         "piece_bytes": facts.get("piece_bytes"),
+        "profile": facts.get("profile"),
         "arena_bytes": facts.get("arena_bytes"),
         "gomp_spincount": facts.get("gomp_spincount"),
         "n_rounds": common.n_rounds,

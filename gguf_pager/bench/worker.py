@@ -328,6 +328,7 @@ class Run:
             "policy": pager.options.policy if pager else None,
             "n_readers": pager.options.n_readers if pager else None,
             "piece_bytes": pager.options.piece_bytes if pager else None,
+            "profile": pager.options.profile if pager else None,
             "arena_bytes": pager.arena_bytes if pager else None,
         }
 

@@ -204,7 +204,8 @@ def _settings(request: _Request, layout: Layout, is_spin_chosen: bool,
     settings = Settings(
         model=request.model, n_rounds=request.repetitions, timeout_s=request.timeout, is_warm=request.is_warm,
         tokens=source, options={
-            "policy": options.policy, "io": options.io, "n_readers": options.n_readers, "piece_bytes": options.piece_bytes},
+            "policy": options.policy, "io": options.io, "n_readers": options.n_readers, "piece_bytes": options.piece_bytes,
+            "profile": False},  # or a run would begin with what the one before has learned
         power_command=request.power_command, energy_source=None if isinstance(found, Absent) else found.name,
         no_energy_reason=found.reason if isinstance(found, Absent) else None, is_spin_chosen=is_spin_chosen)
     return settings, energy.idle_w

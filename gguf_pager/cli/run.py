@@ -58,6 +58,8 @@ class _Settings:
     policy: str
     io: str
     readers: int | None
+    mirror: tuple[Path, ...]
+    profile: bool
     verbose: bool
     progress: bool | None
     as_json: bool
@@ -101,6 +103,11 @@ def _check_n_predict(_: click.Context, __: click.Parameter, value: int) -> int:
               help="Read past the page cache or through it.")
 @click.option("--readers", metavar="N", type=int,
               help="Reads of 512 KiB in flight at a time. [default: as measured for the device]")
+@click.option("--mirror", metavar="PATH", type=click.Path(path_type=Path), multiple=True,
+              help="Another copy of the model, on another disk, that is read at the same time; may be given again. It is "
+                   "compared by samples when it is opened.")
+@click.option("--profile/--no-profile", default=_DEFAULT.profile, show_default=True,
+              help="Keep how often each expert was chosen, and begin with the most used ones next time.")
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's own output, on stderr.")
 @click.option("--progress/--no-progress", default=None,
               help="Say on stderr what takes longer than a second. [default: when stderr is a terminal]")
@@ -171,8 +178,9 @@ def _open(settings: _Settings, prompt: str) -> Llama:
     try:
         return Llama(
             str(settings.model), budget=settings.budget, policy=settings.policy, io=settings.io,
-            n_readers=settings.readers, n_ctx=_context_size(settings, prompt), n_batch=settings.batch_size,
-            n_ubatch=settings.ubatch_size, n_threads=n_threads, n_threads_batch=n_threads, verbose=settings.verbose,
+            n_readers=settings.readers, mirror=settings.mirror, profile=settings.profile,
+            n_ctx=_context_size(settings, prompt), n_batch=settings.batch_size, n_ubatch=settings.ubatch_size,
+            n_threads=n_threads, n_threads_batch=n_threads, verbose=settings.verbose,
         )
     except ValueError as error:  # what llama_cpp raises for a file or context that llama.cpp refuses
         hint = "" if settings.verbose else ". Run with --verbose to see llama.cpp's reason"
@@ -292,6 +300,9 @@ def _facts(llm: Llama, settings: _Settings, generation: _Generation, load_s: flo
         "io": ("direct" if pager.is_direct else "buffered") if pager else None,
         "n_readers": pager.options.n_readers if pager else None,
         "piece_bytes": pager.options.piece_bytes if pager else None,
+        "profile": pager.options.profile if pager else None,
+        "mirror": [str(path) for path in settings.mirror],
+        "copies_bytes_read": list(pager.stats().copies) if pager else None,
         "n_threads": settings.threads or physical_cores(),
         "n_ctx": llm.n_ctx(),
         "n_batch": llama_cpp.llama_n_batch(llm.ctx),

@@ -74,7 +74,6 @@ static void end(void) {
 
 /* The file in n equal parts, each at its own place. */
 static void submit_parts(uint32_t from, uint32_t to, uint32_t n) {
-    gp_read *wanted[MAX_READS];
     const uint64_t bytes = FILE_BYTES / n;
     for (uint32_t i = from; i < to; i++) {
         reads[i].read = (gp_read) {
@@ -82,9 +81,9 @@ static void submit_parts(uint32_t from, uint32_t to, uint32_t n) {
             .region = (char *) region + i * bytes, .region_bytes = bytes, .done = note_done, .owner = &reads[i],
         };
         atomic_store(&reads[i].n_done, 0);
-        wanted[i - from] = &reads[i].read;
+        reads[i].read.next = i + 1 < to ? &reads[i + 1].read : NULL;
     }
-    gp_fetch_submit(fetch, wanted, to - from);
+    gp_fetch_submit(fetch, from < to ? &reads[from].read : NULL);
 }
 
 static void wait_for(uint32_t from, uint32_t to) {

@@ -45,6 +45,7 @@ static void counts_are_checked(void) {
     REFUSES("no layers", c.n_layers = 0);
     REFUSES("no classes", c.n_classes = 0);
     REFUSES("no files", c.n_paths = 0);
+    REFUSES("more mirrors than there can be", c.n_mirrors = GP_MAX_COPIES);
     REFUSES("no readers", c.n_readers = 0);
     REFUSES("no such policy", c.policy = "fifo");
     REFUSES("no slots", k[0].n_slots = 0);

@@ -69,7 +69,7 @@ static void again_is_not_counted(void) {
     }
     const gp_counters c = counters_of(0);
     CHECK(c.hits == 0 && c.misses == 2 && c.visits == 1 && c.tokens == 1, "a demand made again is counted once");
-    CHECK(pager->layers[0].uses[1] == 1 && pager->layers[0].chosen[1] == 1, "also as a use");
+    CHECK(pager->layers[0].uses[1].recent == 1 && pager->layers[0].chosen[1] == 1, "also as a use");
     end();
 }
 
@@ -88,25 +88,48 @@ static void holding_twice_is_holding_once(void) {
     end();
 }
 
-/* An old subject fades: counts are halved every 4,096 tokens. */
+/* An old subject fades: a use counts half after 32 tokens in one count, after 512 in the other. */
 static void uses_fade(void) {
     begin((model_shape) { 0 });
     const int32_t favourite = 1, other = 2;
-    for (int i = 0; i < 100; i++) {
-        model_use(&m, pager, &hold, 0, &favourite, 1, 1);
-    }
-    CHECK(pager->layers[0].uses[favourite] == 100, "each token is a use");
-    for (int i = 0; i < 4096 - 101; i++) {
+    const gp_uses *uses = &pager->layers[0].uses[favourite];
+    model_use(&m, pager, &hold, 0, &favourite, 1, 1);
+    CHECK(uses->recent == 1 && uses->lasting == 1, "a token is a use");
+    for (int i = 0; i < 511; i++) {
         model_use(&m, pager, &hold, 0, &other, 1, 1);
     }
-    CHECK(pager->layers[0].uses[favourite] == 100, "until the 4,096th token");
-    model_use(&m, pager, &hold, 0, &other, 1, 1);
-    CHECK(pager->layers[0].uses[favourite] == 50, "and half of it afterwards");
+    model_use(&m, pager, &hold, 0, &favourite, 1, 1);
+    CHECK(uses->recent == 1 + 1.0f / 65536 && uses->lasting == 1.5f, "512 tokens later it is little, or half of one");
+    gp_use use = { .uses = { 1, 1 }, .n_layers = 1 };
+    const gp_policy *lfru = gp_policy_find("lfru");
+    for (double last = lfru->worth(&use); use.age < 32000; last = lfru->worth(&use)) {
+        use.age += 1 + use.age / 50;
+        CHECK(lfru->worth(&use) < last, "the longer ago, the less an expert is worth");
+    }
+    use.uses = (gp_uses) { 0, 0 };
+    CHECK(lfru->worth(&use) < -1e9, "one that was never used is worth nothing");
     uint64_t chosen[16];
     CHECK(gp_pager_chosen(pager, 0, chosen) == 0, "the layer exists");
-    CHECK(chosen[favourite] == 100 && chosen[other] == 4096 - 100 && chosen[0] == 0, "how often one was chosen does not");
+    CHECK(chosen[favourite] == 2 && chosen[other] == 511 && chosen[0] == 0, "how often one was chosen does not");
     CHECK(gp_pager_chosen(pager, 1, chosen) == 0 && chosen[favourite] == 0, "layers count for themselves");
     end();
+}
+
+/* A choice somewhere in a batch counts about as it would, on the average, had the batch's tokens come one by one; about,
+ * because many short steps along the straight lines between halvings lead less far down than a long one. */
+static void uses_in_a_batch_fade_too(void) {
+    gp_uses each = gp_uses_in_batch(1);
+    CHECK(each.recent == 1 && each.lasting == 1, "a batch of one is a token");
+    const gp_uses one = each;
+    gp_uses uses = { 0, 0 }, all = { 0, 0 };
+    for (int i = 0; i < 200; i++) {
+        gp_uses_add(&uses, 1, 1, &one);
+    }
+    each = gp_uses_in_batch(200);
+    gp_uses_add(&all, 200, 200, &each);
+    CHECK(uses.recent / all.recent > 0.7 && uses.recent / all.recent < 1.4, "200 tokens at once or one by one");
+    CHECK(uses.lasting / all.lasting > 0.7 && uses.lasting / all.lasting < 1.4, "in both counts");
+    CHECK(all.recent < 60, "and the first of them count no more");
 }
 
 static void unknown_layers_are_refused(void) {
@@ -126,6 +149,7 @@ int main(void) {
     again_is_not_counted();
     holding_twice_is_holding_once();
     uses_fade();
+    uses_in_a_batch_fade_too();
     unknown_layers_are_refused();
     return 0;
 }

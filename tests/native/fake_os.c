@@ -11,7 +11,7 @@
 
 #include "check.h"
 
-enum { MAX_FILES = 4, MAX_DESCRIPTORS = 32, FIRST_DESCRIPTOR = 1000 };
+enum { MAX_FILES = 6, MAX_DESCRIPTORS = 256, FIRST_DESCRIPTOR = 1000 };
 
 typedef struct {
     char             path[64];
@@ -20,6 +20,8 @@ typedef struct {
     _Atomic int64_t  modified_ns;
     _Atomic uint64_t bad_at;
     atomic_int       bad_error;
+    atomic_uint      delay_us;
+    bool             refuses_direct;
 } fake_file;
 
 typedef struct {
@@ -50,6 +52,9 @@ static struct {
     atomic_bool     is_gated;
     unsigned        n_waiting;      /* gate_lock */
     unsigned        n_passes;       /* gate_lock */
+    bool           are_pages_huge;      /* these three: the populating thread's, then its joiner's */
+    unsigned       page_us[2];
+    uint64_t       present_bytes[2];
 } fake = { .offset_align = 1, .memory_align = 1,
            .gate_lock = PTHREAD_MUTEX_INITIALIZER, .gate_moved = PTHREAD_COND_INITIALIZER };
 
@@ -206,12 +211,23 @@ void fake_fail_at(const char *path, uint64_t offset_bytes, int error) {
     atomic_store(&file->bad_error, error);
 }
 
+void fake_file_refuse_direct(const char *path) {
+    find_file(path)->refuses_direct = true;
+}
+
+void fake_file_slow_down(const char *path, unsigned delay_us) {
+    atomic_store(&find_file(path)->delay_us, delay_us);
+}
+
 static int file_open(const char *path, bool direct, int *fd) {
     *fd = -1;
     const int error = begin(FAKE_FILE_OPEN);
     fake_file *file = find_file(path);
     if (error != 0 || !file) {
         return error != 0 ? error : -ENOENT;
+    }
+    if (direct && file->refuses_direct) {
+        return -EINVAL;
     }
     CHECK(fake.n_descriptors < MAX_DESCRIPTORS, "the test opens few files");
     descriptor *d = &fake.descriptors[fake.n_descriptors];
@@ -278,6 +294,10 @@ static int64_t file_read(int fd, void *into, size_t bytes, uint64_t offset_bytes
         nanosleep(&(struct timespec) { .tv_nsec = 1000L * fake_random(delay_us) }, NULL);
     }
     descriptor *d = find_descriptor(fd);
+    const unsigned file_delay_us = atomic_load_explicit(&d->file->delay_us, RELAXED);
+    if (file_delay_us > 0) {
+        nanosleep(&(struct timespec) { .tv_nsec = 1000L * file_delay_us }, NULL);
+    }
     if (error != 0 || happens(&fake.interrupted_one_in)) {
         return error != 0 ? error : -EINTR;
     }
@@ -465,7 +485,27 @@ static int memory_open(void **out, size_t bytes) {
 
 static int memory_populate(void *memory, size_t bytes) {
     CHECK(memory && bytes > 0, "there is memory to make present");
-    return begin(FAKE_MEMORY_POPULATE);
+    const int error = begin(FAKE_MEMORY_POPULATE);
+    if (error == 0) {
+        const uint64_t us = bytes * fake.page_us[fake.are_pages_huge] >> 20;
+        fake.present_bytes[fake.are_pages_huge] += bytes;
+        nanosleep(&(struct timespec) { .tv_nsec = (long) us * 1000 }, NULL);
+    }
+    return error;
+}
+
+static void memory_prefer(void *memory, size_t bytes, bool are_huge) {
+    CHECK(memory && bytes > 0, "there is memory that is not present yet");
+    fake.are_pages_huge = are_huge;
+}
+
+void fake_pages_take(unsigned small_us, unsigned huge_us) {
+    fake.page_us[false] = small_us;
+    fake.page_us[true] = huge_us;
+}
+
+uint64_t fake_bytes_present(bool are_huge) {
+    return fake.present_bytes[are_huge];
 }
 
 static void memory_close(void *memory, size_t bytes) {
@@ -517,6 +557,7 @@ const gp_os fake_os = {
     .file_read = file_read,
     .memory_open = memory_open,
     .memory_populate = memory_populate,
+    .memory_prefer = memory_prefer,
     .memory_close = memory_close,
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,
@@ -586,6 +627,8 @@ void fake_reset(void) {
     for (unsigned i = 0; i < fake.n_files; i++) {
         free(fake.files[i].bytes);
         atomic_store(&fake.files[i].bad_error, 0);
+        atomic_store(&fake.files[i].delay_us, 0);
+        fake.files[i].refuses_direct = false;
     }
     fake.n_files = fake.n_descriptors = 0;
     for (int i = 0; i < FAKE_CALLS; i++) {
@@ -595,5 +638,7 @@ void fake_reset(void) {
     atomic_store(&fake.fail_any_in, 0);
     atomic_store(&fake.bytes_read, 0);
     fake_set_weather((fake_weather) { 0 });
+    fake_pages_take(0, 0);
+    fake.present_bytes[false] = fake.present_bytes[true] = 0;
     fake_direct_align(1, 1);
 }

@@ -25,6 +25,8 @@ void     fake_reset(void);
 uint8_t *fake_file_add(const char *path, uint64_t size_bytes);
 void     fake_file_truncate(const char *path, uint64_t size_bytes);
 void     fake_file_touch(const char *path);      /* its time of modification moves on */
+void     fake_file_refuse_direct(const char *path);     /* -EINVAL, as from a file system without direct reads */
+void     fake_file_slow_down(const char *path, unsigned delay_us);     /* each read of it takes so much longer */
 
 /* The nth call from now on (1: the next) returns `error`, once. */
 void     fake_fail(fake_call call, unsigned nth, int error);
@@ -52,6 +54,10 @@ typedef struct {
     bool     is_ragged;         /* direct reads may stop between multiples of the alignment */
 } fake_weather;
 void     fake_set_weather(fake_weather weather);
+
+/* How long it takes to make 1 MiB present with either kind of page, and how many bytes were. */
+void     fake_pages_take(unsigned small_us, unsigned huge_us);
+uint64_t fake_bytes_present(bool are_huge);
 
 /* Reads wait before they begin until they are let go; returns when n_waiting of them wait. */
 void     fake_hold_reads(void);

@@ -16,6 +16,11 @@ static const model_shape defaults = {
 
 static const char *const paths[MODEL_FILES] = { "model-00001-of-00002.gguf", "model-00002-of-00002.gguf" };
 
+static const char *const mirror_paths[MODEL_MIRRORS][MODEL_FILES] = {
+    { "disk2/model-00001-of-00002.gguf", "disk2/model-00002-of-00002.gguf" },
+    { "disk3/model-00001-of-00002.gguf", "disk3/model-00002-of-00002.gguf" },
+};
+
 static uint64_t round_up(uint64_t value, uint64_t step) {
     return (value + step - 1) / step * step;
 }
@@ -99,8 +104,17 @@ void model_make(model *m, model_shape wanted) {
         CHECK(m->truth[f], "the test has memory");
         memcpy(m->truth[f], m->files[f], ends[f]);
     }
+    for (uint32_t i = 0; i < shape.n_mirrors; i++) {
+        for (uint32_t f = 0; f < shape.n_files; f++) {
+            m->mirror_paths[i][f] = mirror_paths[i][f];
+            m->mirror_files[i][f] = fake_file_add(mirror_paths[i][f], ends[f]);
+            memcpy(m->mirror_files[i][f], m->truth[f], ends[f]);
+        }
+        m->mirrors[i] = (gp_mirror_spec) { m->mirror_paths[i], is_direct };
+    }
     m->config = (gp_config) {
-        .paths = m->paths, .n_paths = shape.n_files, .layers = m->layers, .n_layers = shape.n_layers,
+        .paths = m->paths, .n_paths = shape.n_files, .mirrors = m->mirrors, .n_mirrors = shape.n_mirrors,
+        .layers = m->layers, .n_layers = shape.n_layers,
         .classes = m->classes, .n_classes = shape.n_classes, .policy = shape.policy, .direct = is_direct,
         .read_ahead = shape.read_ahead, .offset_align = is_direct ? shape.offset_align : 1,
         .memory_align = is_direct ? shape.memory_align : 1, .n_readers = shape.n_readers,
@@ -194,7 +208,7 @@ void model_settle(gp_pager *pager) {
         is_reading = false;
         pthread_mutex_lock(&pager->lock);
         for (uint32_t i = 0; i < pager->n_slots; i++) {
-            is_reading |= pager->slots[i].state == READING;
+            is_reading |= pager->slots[i].state == READING || pager->slots[i].state == LEAVING;
         }
         pthread_mutex_unlock(&pager->lock);
         if (is_reading) {
@@ -215,6 +229,11 @@ static void check_class(const gp_pager *p, uint32_t index) {
         }
         n_transient += s->is_transient;
         CHECK(p->layers[s->layer].spec.shape_class == index, "a slot holds an expert of its own class");
+        if (s->state == LEAVING) {
+            CHECK(!s->users && !s->is_pinned && p->layers[s->layer].slot_of[s->expert] != (int32_t) i,
+                  "1: a slot that is leaving is nobody's");
+            continue;
+        }
         CHECK(p->layers[s->layer].slot_of[s->expert] == (int32_t) i, "1: who is in a slot is found there");
         CHECK((s->state == READING) == (s->missing != 0), "a slot is READING while slices are to come");
     }
@@ -232,11 +251,11 @@ static void check_layer(const gp_pager *p, uint32_t index) {
             CHECK(s->state != FREE && s->layer == index && s->expert == (int32_t) e,
                   "1: a slot holds who points at it");
             resident++;
-            kept += !s->is_transient;
+            kept += !s->is_transient && !s->is_warmed;
         }
     }
     CHECK(l->counters.resident == resident, "4: resident is the number of the layer's slots");
-    CHECK(l->kept == kept, "4: kept is the number of those that are not transient");
+    CHECK(l->kept == kept, "4: kept is the number of those that are neither transient nor warmed");
 }
 
 static void check_hold(const gp_pager *p, uint32_t bit) {
@@ -273,5 +292,10 @@ void model_check_invariants(gp_pager *pager) {
     for (uint32_t bit = 0; bit < GP_MAX_TAPS; bit++) {
         check_hold(pager, bit);
     }
+    uint32_t n_in_flight = 0;
+    for (uint32_t i = 0; i < pager->n_slots; i++) {
+        n_in_flight += pager->slots[i].state == READING || pager->slots[i].state == LEAVING;
+    }
+    CHECK(pager->n_in_flight == n_in_flight, "4: n_in_flight is the number of slots that are READING or LEAVING");
     pthread_mutex_unlock(&pager->lock);
 }

@@ -9,7 +9,7 @@
 #include "pager.h"
 #include "slots.h"
 
-enum { MODEL_LAYERS = 8, MODEL_FILES = 2, MODEL_CLASSES = 2 };
+enum { MODEL_LAYERS = 8, MODEL_FILES = 2, MODEL_CLASSES = 2, MODEL_MIRRORS = 2 };
 
 /* What is not said is taken from model_shape_default. */
 typedef struct {
@@ -17,6 +17,7 @@ typedef struct {
     uint32_t    n_slices;
     uint64_t    slice_bytes[GP_MAX_SLICES];
     uint32_t    n_files;            /* a layer's slices go round the files */
+    uint32_t    n_mirrors;
     uint32_t    n_classes;          /* layers go round the classes; n_slots each */
     uint32_t    n_readers;
     uint64_t    piece_bytes;
@@ -33,6 +34,9 @@ typedef struct {
     const char   *paths[MODEL_FILES];
     uint8_t      *files[MODEL_FILES];       /* what the fake OS reads from */
     uint8_t      *truth[MODEL_FILES];       /* what was in them at first */
+    gp_mirror_spec mirrors[MODEL_MIRRORS];
+    const char   *mirror_paths[MODEL_MIRRORS][MODEL_FILES];
+    uint8_t      *mirror_files[MODEL_MIRRORS][MODEL_FILES];
 } model;
 
 /* Makes the files and the config. */

@@ -14,9 +14,9 @@ static bool is_host(void *buffer) {
 
 static const gp_ggml ggml = { .op_mul_mat_id = 1, .type_i32 = 26, .buffer_is_host = is_host };
 
-static void pager_opens_or_refuses(void) {
+static void pager_opens_or_refuses(uint32_t n_mirrors) {
     model m;
-    model_make(&m, (model_shape) { .n_files = 2, .n_classes = 2, .n_readers = 4 });
+    model_make(&m, (model_shape) { .n_files = 2, .n_classes = 2, .n_readers = 4, .n_mirrors = n_mirrors });
     unsigned k = 1;
     for (;; k++) {
         CHECK(k < MAX_TRIES, "the calls come to an end");
@@ -79,6 +79,29 @@ static void arena_that_cannot_be_made_present(void) {
     gp_hold_close(&hold, pager);
     gp_pager_close(pager);
     model_end(&m);
+}
+
+enum { ARENA_BYTES = 64 << 20 };
+
+/* Returns how many bytes of an arena of 64 MiB came in huge pages. */
+static uint64_t huge_bytes(unsigned small_us, unsigned huge_us) {
+    model m;
+    model_make(&m, (model_shape) { 0 });
+    m.classes[0].n_slots = (uint32_t) (ARENA_BYTES / m.classes[0].stride_bytes);
+    fake_pages_take(small_us, huge_us);
+    gp_pager *pager = model_open(&m);
+    gp_pager_wait_present(pager);
+    const uint64_t huge = fake_bytes_present(true);
+    CHECK(huge + fake_bytes_present(false) == pager->arena_bytes, "all of it becomes present, once");
+    gp_pager_close(pager);
+    model_end(&m);
+    return huge;
+}
+
+static void pages_that_are_cheaper_are_taken(void) {
+    CHECK(huge_bytes(1000, 4000) == 16 << 20, "huge pages that are dear are only tried: every other of eight steps");
+    CHECK(huge_bytes(4000, 1000) > 44 << 20, "where they are cheap they are taken, but for the small ones' trial");
+    CHECK(huge_bytes(4000, 4000) > 44 << 20, "and where both cost the same");
 }
 
 static void tap_attaches_or_refuses(void) {
@@ -168,10 +191,12 @@ static void taps_are_few(void) {
 
 int main(void) {
     check_begin();
-    pager_opens_or_refuses();
+    pager_opens_or_refuses(0);
+    pager_opens_or_refuses(1);
     each_kind_of_call_is_made();
     arena_that_may_not_be_locked();
     arena_that_cannot_be_made_present();
+    pages_that_are_cheaper_are_taken();
     tap_attaches_or_refuses();
     pin_works_or_refuses();
     taps_are_few();

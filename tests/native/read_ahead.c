@@ -1,5 +1,5 @@
-/* In a large batch the next layer is read while this one computes: into slots whose loss costs nothing, and never a
- * second time. */
+/* While a batch computes, what the next layer will probably want is read: into slots whose loss costs nothing, and never
+ * a second time; and let go again where it is not wanted after all. */
 #define _POSIX_C_SOURCE 200809L
 #include <time.h>
 
@@ -119,6 +119,157 @@ static void nothing_is_read_ahead(const char *why, uint32_t layer, uint32_t n_ex
     end();
 }
 
+static void set_uses(uint32_t layer, int32_t expert, float uses) {
+    pthread_mutex_lock(&pager->lock);
+    pager->layers[layer].uses[expert] = (gp_uses) { .lasting = uses };
+    pthread_mutex_unlock(&pager->lock);
+}
+
+static void most_used_come_first(void) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS });
+    set_uses(1, 3, 3);
+    set_uses(1, 7, 5);
+    model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
+    for (uint32_t i = 0; i < EXPERTS; i++) {
+        const gp_slot *s = &pager->slots[pager->ahead_reads[i * m.shape.n_slices]->tag];
+        const int32_t expected[EXPERTS] = { 7, 3, 0, 1, 2, 4, 5, 6, 8, 9 };
+        CHECK(s->layer == 1 && s->expert == expected[i], "the most used are read first, then in the file's order");
+    }
+    model_settle(pager);
+    end();
+}
+
+static void improbable_ones_are_not_read(void) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS });
+    set_uses(1, 3, 3);
+    set_uses(1, 7, 5);
+    model_use(&m, pager, &hold, 0, all, EXPERTS / 2, 5);    /* 0.5 * 1 / 1.8 for those never used */
+    model_settle(pager);
+    CHECK(resident(1) == 2 && model_is_resident(pager, &m, 1, 3) && model_is_resident(pager, &m, 1, 7),
+          "of a layer that half is wanted of, only what was used more than others is read");
+    end();
+}
+
+static uint32_t count_leaving(bool is_withdrawing) {
+    uint32_t n = 0;
+    pthread_mutex_lock(&pager->lock);
+    for (uint32_t i = 0; i < pager->n_slots; i++) {
+        n += pager->slots[i].state == LEAVING && pager->slots[i].is_withdrawing == is_withdrawing;
+    }
+    pthread_mutex_unlock(&pager->lock);
+    return n;
+}
+
+/* A context and what it wants of layer 1, in a thread of its own. */
+typedef struct {
+    gp_hold  *hold;
+    int32_t   experts[2];
+    uint32_t  n_experts;
+    pthread_t thread;
+} visitor;
+
+static void *visit(void *data) {
+    visitor *v = data;
+    model_use(&m, pager, v->hold, 1, v->experts, v->n_experts, 5);
+    return NULL;
+}
+
+static void start(visitor *v) {
+    CHECK(pthread_create(&v->thread, NULL, visit, v) == 0, "the test has threads");
+}
+
+/* Layer 1 is being read ahead: a slice by each of two readers, all others in the list. */
+static void begin_in_flight_ahead(void) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS, .n_readers = 2, .piece_bytes = 64 << 10 });
+    fake_hold_reads();
+    fake_let_some_go(EXPERTS * 3);      /* the slices of layer 0 */
+    model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
+    fake_wait_for_reads(2);
+    CHECK(resident(1) == EXPERTS, "all of the next layer is being read");
+}
+
+static uint64_t expert_bytes(uint32_t layer) {
+    uint64_t bytes = 0;
+    for (uint32_t s = 0; s < m.shape.n_slices; s++) {
+        bytes += m.layers[layer].slices[s].slice_bytes;
+    }
+    return bytes;
+}
+
+static void unwanted_reads_are_withdrawn(void) {
+    begin_in_flight_ahead();
+    visitor mine = { .hold = &hold, .experts = { 8, 9 }, .n_experts = 2 };
+    start(&mine);
+    while (count_leaving(false) == 0) {
+    }
+    CHECK(resident(1) == 2, "what is not wanted is nobody's at once");
+    CHECK(count_leaving(false) == 1, "only what has been begun must be waited for");
+    fake_let_reads_go();
+    pthread_join(mine.thread, NULL);
+    model_settle(pager);
+    CHECK(counters_of(1).bytes_read >= 2 * expert_bytes(1) && counters_of(1).bytes_read < 3 * expert_bytes(1),
+          "the others' reads never began");
+    CHECK(count_leaving(true) + count_leaving(false) == 0 && resident(1) == 2, "and their slots are free");
+    CHECK(pager->classes[0].n_free == 3 * EXPERTS - EXPERTS - 2, "for whoever comes");
+    model_use(&m, pager, &hold, 1, all, EXPERTS, 5);
+    end();
+}
+
+/* Its reads go on into a slot that nobody looks at; whoever wants the expert meanwhile has it read anew. */
+static void leaving_expert_is_wanted(void) {
+    begin_in_flight_ahead();
+    gp_hold other;
+    CHECK(gp_hold_open(&other, pager, EXPERTS) == 0, "another hold opens");
+    visitor mine = { .hold = &hold, .experts = { 8, 9 }, .n_experts = 2 };
+    visitor another = { .hold = &other, .experts = { 0 }, .n_experts = 1 };
+    start(&mine);
+    while (count_leaving(false) == 0) {
+    }
+    start(&another);
+    while (resident(1) < 3) {
+    }
+    CHECK(count_leaving(false) == 1, "the slot that leaves is not taken back");
+    fake_let_reads_go();
+    pthread_join(mine.thread, NULL);
+    pthread_join(another.thread, NULL);
+    model_settle(pager);
+    CHECK(resident(1) == 3 && count_leaving(false) == 0, "both have what they wanted, and nothing is left");
+    gp_hold_close(&other, pager);
+    end();
+}
+
+static void others_leave_it_alone(void) {
+    begin_in_flight_ahead();
+    gp_hold other;
+    CHECK(gp_hold_open(&other, pager, EXPERTS) == 0, "another hold opens");
+    visitor another = { .hold = &other, .experts = { 9 }, .n_experts = 1 };
+    start(&another);
+    for (uint32_t n_pending = 0; n_pending == 0;) {
+        pthread_mutex_lock(&pager->lock);
+        n_pending = other.pending;
+        pthread_mutex_unlock(&pager->lock);
+    }
+    fake_let_reads_go();
+    pthread_join(another.thread, NULL);
+    model_settle(pager);
+    CHECK(resident(1) == EXPERTS, "what was read ahead for one context is not withdrawn by another");
+    gp_hold_close(&other, pager);
+    end();
+}
+
+static void close_while_leaving(void) {
+    begin_in_flight_ahead();
+    visitor mine = { .hold = &hold, .experts = { 8, 9 }, .n_experts = 2 };
+    start(&mine);
+    while (count_leaving(false) == 0) {
+    }
+    fake_let_reads_go();
+    pthread_join(mine.thread, NULL);
+    gp_hold_close(&hold, pager);
+    gp_pager_close(pager);
+    model_end(&m);
+}
+
 static void off_is_off(void) {
     begin((model_shape) { .n_slots = 3 * EXPERTS });
     gp_hold_close(&hold, pager);
@@ -205,11 +356,11 @@ static void slots_being_read_are_not_given_up(void) {
     CHECK(model_acquire(pager, &hold, 0, all, EXPERTS, 5, slots, &failure) == 0, "the experts come");
     fake_wait_for_reads(2);
     pthread_mutex_lock(&pager->lock);
-    uint32_t n_reading = 0;
+    uint32_t n_in_flight = 0;
     for (uint32_t i = 0; i < pager->n_slots; i++) {
-        n_reading += pager->slots[i].state == READING;
+        n_in_flight += pager->slots[i].state == READING;
     }
-    CHECK(n_reading == 4 && gp_slot_choose(pager, &pager->layers[1], false) < 0,
+    CHECK(n_in_flight == 4 && gp_slot_choose(pager, &pager->layers[1], false) < 0,
           "2: all slots are in use or being read: none can be given up");
     pthread_mutex_unlock(&pager->lock);
     pthread_t thread;
@@ -239,8 +390,14 @@ int main(void) {
     reads_in_flight_are_joined();
     what_is_still_coming_is_a_miss();
     nothing_is_read_ahead("a single token reads nothing ahead", 0, EXPERTS, 1);
-    nothing_is_read_ahead("a batch that needs less than nine tenths reads nothing ahead", 0, 8, 5);
+    nothing_is_read_ahead("a batch that wants two tenths of a layer reads nothing ahead", 0, 2, 5);
     nothing_is_read_ahead("behind the last layer there is nothing to read", 2, EXPERTS, 5);
+    most_used_come_first();
+    improbable_ones_are_not_read();
+    unwanted_reads_are_withdrawn();
+    leaving_expert_is_wanted();
+    others_leave_it_alone();
+    close_while_leaving();
     off_is_off();
     kept_experts_are_not_given_up();
     its_own_layer_is_not_given_up();

@@ -1,0 +1,247 @@
+"""What one process learns of a model's experts, the next begins with: the same tokens, fewer reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ARGUMENTS, some_tokens
+from test_install import decode, low_level
+
+import gguf_pager
+from gguf_pager import cache, profile
+from gguf_pager.layout import Layout, read_layout
+
+Factory = Callable[..., Any]
+Model = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of profiles, empty."""
+    monkeypatch.setenv("GGUF_PAGER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "profiles"
+
+
+def chosen_by(llm: Any) -> list[list[int]]:
+    return [llm.pager.times_chosen(i) for i in range(len(llm.pager.layout.layers))]
+
+
+def kept(layout: Layout) -> list[list[float]]:
+    known = profile.read(layout)
+    assert known is not None
+    return [row.tolist() for row in known]
+
+
+def teach(layout: Layout, favourites: list[int]) -> None:
+    """Keep a profile in which each layer has these favourites, the first most."""
+    rows = [[0] * layer.n_experts for layer in layout.layers]
+    for row in rows:
+        for place, expert in enumerate(favourites):
+            row[expert] = 100 - place
+    profile.write(layout, rows)
+
+
+def resident(llm: Any) -> list[list[int]]:
+    return [llm.pager.resident_experts(i) for i in range(len(llm.pager.layout.layers))]
+
+
+def wait_until_warm(llm: Any, n_per_layer: int) -> None:
+    deadline = time.monotonic() + 20
+    while any(len(experts) < n_per_layer for experts in resident(llm)):
+        assert time.monotonic() < deadline, resident(llm)
+        time.sleep(0.005)
+    time.sleep(0.05)
+
+
+# ---- what is kept ----
+
+def test_close_keeps_how_often_each_expert_was_chosen(paged: Factory, trace_model: Path, folder: Path) -> None:
+    llm = paged(trace_model, "60%")
+    llm.eval(some_tokens(9))
+    chosen, layout = chosen_by(llm), llm.pager.layout
+    assert not folder.exists()
+    llm.close()
+    assert kept(layout) == chosen and sum(chosen[0]) == 9 * layout.layers[0].n_used
+    text = next(folder.iterdir()).read_text()
+    assert set(json.loads(text)) == {"format", "chosen"}, "numbers and nothing else"
+
+
+def test_older_choices_count_for_less(paged: Factory, trace_model: Path, folder: Path,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "HALF_LIFE_TOKENS", 4)
+    chosen = []
+    for seed, n_tokens in ((1, 6), (2, 4)):
+        llm = paged(trace_model, "60%")
+        llm.eval(some_tokens(n_tokens, seed))
+        chosen.append(np.array(chosen_by(llm)))
+        llm.close()
+    assert np.allclose(kept(llm.pager.layout), chosen[1] + chosen[0] / 2)
+
+
+def test_nothing_is_kept_of_a_model_that_computed_nothing(paged: Factory, trace_model: Path, folder: Path) -> None:
+    paged(trace_model, "60%").close()
+    assert not folder.exists()
+
+
+def test_model_is_known_by_its_contents(trace_model: Path, zoo_model: Model, folder: Path, tmp_path: Path) -> None:
+    layout = read_layout(trace_model)
+    teach(layout, [3])
+    copy = tmp_path / "elsewhere.gguf"
+    shutil.copy(trace_model, copy)
+    assert profile.read(read_layout(copy)) is not None, "wherever it lies"
+    assert profile.read(read_layout(zoo_model("qwen3moe"))) is None
+    renamed = dataclasses.replace(layout, values=layout.values | {"general.name": "another"})
+    assert profile.read(renamed) is None
+    with copy.open("ab") as file:
+        file.write(b"more")
+    assert profile.read(read_layout(copy)) is None
+
+
+DAMAGED: list[Any] = [
+    None, 7, [], {}, {"format": 0}, {"format": 1}, {"format": 1, "chosen": 3}, {"format": 1, "chosen": [[1.0]]},
+    {"format": 1, "chosen": [["a"] * 16] * 4}, {"format": 1, "chosen": [[1] * 15] * 4}, {"format": 1, "chosen": [[1] * 16] * 3},
+    {"format": 1, "chosen": [[-1] * 16] * 4}, {"format": 1, "chosen": [[float("nan")] * 16] * 4},
+    {"format": 1, "chosen": [[1] * 16] * 3 + [[10**400] * 16]}, {"format": 1, "chosen": [[1] * 16] * 3 + [[[1], 2] * 8]},
+    {"format": 2, "chosen": [[1] * 16] * 4},
+]
+
+
+@pytest.mark.parametrize("value", DAMAGED, ids=lambda value: str(value)[:40])
+def test_damaged_profile_is_none(trace_model: Path, folder: Path, value: Any) -> None:
+    layout = read_layout(trace_model)
+    assert [layer.n_experts for layer in layout.layers] == [16] * 4
+    cache.write_json(profile.name_of(layout), {"format": 1, "chosen": [[1] * 16] * 4})
+    assert profile.read(layout) is not None
+    cache.write_json(profile.name_of(layout), value)
+    assert profile.read(layout) is None
+
+
+def test_damaged_profile_fails_no_model_and_is_replaced(paged: Factory, trace_model: Path, folder: Path) -> None:
+    layout = read_layout(trace_model)
+    cache.write_json(profile.name_of(layout), {"format": 1, "chosen": "x"})
+    llm = paged(trace_model, "60%")
+    llm.eval(some_tokens(3))
+    chosen = chosen_by(llm)
+    llm.close()
+    assert kept(layout) == chosen
+
+
+def test_folder_keeps_the_newest(trace_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "N_KEPT", 3)
+    folder.mkdir(parents=True)
+    for age in range(5):
+        path = folder / f"{age}.json"
+        path.write_text("{}")
+        os.utime(path, (1e9 - age, 1e9 - age))
+    layout = read_layout(trace_model)
+    teach(layout, [1])
+    assert {path.name for path in folder.iterdir()} == {"0.json", "1.json", Path(profile.name_of(layout)).name}
+
+
+def test_model_that_nobody_closes_is_kept_when_the_program_ends(trace_model: Path, folder: Path) -> None:
+    program = (f"from gguf_pager import Llama\nllm = Llama({str(trace_model)!r}, budget='60%', n_ctx=64, n_threads=1, "
+               "verbose=False)\nllm.eval([7, 8, 9])\n")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    layout = read_layout(trace_model)
+    assert sum(kept(layout)[0]) == 3 * layout.layers[0].n_used    # the last layer computes the last token alone
+
+
+def test_fork_keeps_nothing(paged: Factory, trace_model: Path, folder: Path) -> None:
+    llm = paged(trace_model, "60%")
+    llm.eval(some_tokens(3))
+    pid = os.fork()
+    if pid == 0:
+        llm.pager.keep_profile()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert not folder.exists()
+
+
+# ---- what is done with it ----
+
+def test_most_used_come_first_of_all_layers(trace_model: Path) -> None:
+    layout = read_layout(trace_model)
+    known = [np.zeros(16) for _ in layout.layers]
+    known[0][[3, 5]] = 8, 2     # of 10 choices, 4 per token
+    known[2][[5, 9]] = 500, 500
+    order = profile.most_used(layout, known, (1000,))
+    assert [(layer, expert) for layer, expert, _ in order] == [(0, 3), (2, 5), (2, 9), (0, 5)], "by share, not by number"
+    assert [round(share, 6) for *_, share in order] == [3.2, 2.0, 2.0, 0.8]
+    assert len(profile.most_used(layout, known, (2,))) == 2, "no more than there are slots"
+
+
+def test_shape_classes_have_slots_of_their_own(trace_model: Path) -> None:
+    layout = read_layout(trace_model)
+    first = layout.layers[0]
+    other = dataclasses.replace(first, block=9, slices=tuple(
+        dataclasses.replace(piece, slice_bytes=piece.slice_bytes * 2) for piece in first.slices))
+    layout = dataclasses.replace(layout, layers=(first, other), shapes=(first.shape, other.shape))
+    known = [np.arange(16.0), np.ones(16)]
+    order = profile.most_used(layout, known, (3, 2))
+    assert [(layer, expert) for layer, expert, _ in order] == [(0, 15), (0, 14), (0, 13), (1, 0), (1, 1)]
+
+
+def test_next_model_begins_with_the_favourites(paged: Factory, trace_model: Path, folder: Path) -> None:
+    teach(read_layout(trace_model), [9, 3, 14, 2])
+    llm = paged(trace_model, "60%")
+    wait_until_warm(llm, 4)
+    assert resident(llm) == [[2, 3, 9, 14]] * 4
+    stats = llm.pager.stats()
+    assert stats.hits == stats.misses == stats.stall_ns == 0 and stats.bytes_read == stats.resident_bytes > 0
+    other = paged(trace_model, "60%", profile=False)
+    time.sleep(0.1)
+    assert resident(other) == [[]] * 4
+
+
+def test_tokens_are_stocks_whatever_was_guessed(pair: Factory, trace_model: Path, logits: Factory, folder: Path) -> None:
+    tokens = some_tokens(40)
+    for favourites in ([9, 3, 14, 2], list(range(16))):
+        teach(read_layout(trace_model), favourites)
+        for batches in ((), (24,)):
+            ours, stock = pair(trace_model, "60%", logits_all=True)   # computes at once, while guesses come
+            assert np.array_equal(logits(ours, tokens, batches), logits(stock, tokens, batches))
+            assert ours.pager.stats().left_alone == 0
+
+
+def test_off_is_off(paged: Factory, trace_model: Path, folder: Path) -> None:
+    llm = paged(trace_model, "60%", profile=False)
+    llm.eval(some_tokens(5))
+    llm.close()
+    assert not folder.exists()
+    with gguf_pager.install(budget="60%", profile=False), low_level(trace_model) as (model, context):
+        decode(model, context, some_tokens(4))
+    assert not folder.exists()
+    with gguf_pager.install(budget="60%"), low_level(trace_model) as (model, context):
+        decode(model, context, some_tokens(4))
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_failed_guess_fails_no_model(paged: Factory, trace_model: Path, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(trace_model, path)
+    layout = read_layout(path)
+    teach(layout, [15])
+    llm = gguf_pager.Llama(str(path), budget="60%", lock_dense="off", **ARGUMENTS)
+    try:
+        wait_until_warm(llm, 1)
+        status = path.stat()
+        os.utime(path, ns=(1, 1))
+        with pytest.raises(gguf_pager.PagerIOError):
+            llm.eval([7])
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        llm.reset()
+        llm.eval([7])
+    finally:
+        llm.close()
