@@ -28,6 +28,7 @@ from gguf_pager.mirror import find_mirrors
 from gguf_pager.pager import Pager
 from gguf_pager.residency import FileIdentity
 from gguf_pager.sizing import Request, may_be_enough, open_or_shrink
+from gguf_pager.threads import Threads
 
 log = logging.getLogger("gguf_pager")
 
@@ -40,6 +41,7 @@ _WRAPPED = (
     "llama_encode",
     "llama_set_abort_callback",
     "llama_set_causal_attn",
+    "llama_set_n_threads",
 )
 
 
@@ -61,8 +63,15 @@ class _Context:
     tap: _native.Tap
     pid: int
     is_cut: bool
+    threads: Threads
     keep: tuple[Any, ...]
     """The user's own callbacks, which must live as long as the context."""
+
+    def close(self) -> None:
+        """End what belongs to a context that is gone."""
+        self.tap.close()
+        if self.pid == os.getpid():
+            self.threads.close()
 
 
 class _Hooks:
@@ -220,7 +229,7 @@ class _Hooks:
             return
         for entry in forgotten:
             if entry is not None:
-                entry.tap.close()
+                entry.close()
         paged.pager.close()
         with self._lock:
             paged.request.opened.remove(paged.pager)
@@ -260,8 +269,11 @@ class _Hooks:
             log.info("n_ubatch is %d instead of %d: the budget has no slots for more", n_ubatch, wanted)
             params.n_ubatch, is_cut = n_ubatch, True
         keep = (params, params.cb_eval, params.abort_callback)
+        kept = Threads(int(context))
+        kept.provide()
         with self._lock:
-            self.contexts[int(context)] = paged.contexts[int(context)] = _Context(paged, tap, os.getpid(), is_cut, keep)
+            self.contexts[int(context)] = paged.contexts[int(context)] = _Context(
+                paged, tap, os.getpid(), is_cut, kept, keep)
         paged.pager.warm_up()
         return context
 
@@ -300,7 +312,7 @@ class _Hooks:
             entry = self._forget_context(_handle(ctx))
         self._call("llama_free", ctx)
         if entry is not None:
-            entry.tap.close()
+            entry.close()
 
     def llama_decode(self, ctx: Any, batch: Any, /) -> int:
         """Decode; raise what went wrong while experts were brought in."""
@@ -345,6 +357,13 @@ class _Hooks:
         data = ctypes.cast(abort_callback_data, ctypes.c_void_p).value if abort_callback_data else 0
         entry.tap.chain_abort(_address(abort_callback), data or 0)
         entry.keep = (*entry.keep[:2], abort_callback)
+
+    def llama_set_n_threads(self, ctx: Any, n_threads: int, n_threads_batch: int, /) -> None:
+        """Set them, and have them."""
+        self._call("llama_set_n_threads", ctx, n_threads, n_threads_batch)
+        entry = self.contexts.get(_handle(ctx))
+        if entry is not None and entry.pid == os.getpid():
+            entry.threads.provide()
 
 
 hooks = _Hooks()
