@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-
-from llama_cpp import llama_cpp as low
+from dataclasses import dataclass
 
 from gguf_pager import engine
 
@@ -14,7 +13,7 @@ log = logging.getLogger("gguf_pager")
 
 POLL = 1
 """ggml's polling level, in 131,072 looks each: how long a thread looks for the next piece of graph before it sleeps. ggml's
-default is 50, which is a wait for the disk spent spinning."""
+default is 50, which is a wait for the disk spent spinning. 0, 1, 4 and 50 decode alike on 2 cores (benchmarks/LOG.md)."""
 
 _MAX_THREADS = 512
 """GGML_MAX_N_THREADS in ggml.h."""
@@ -35,30 +34,46 @@ class _Params(ctypes.Structure):
     ]
 
 
-@functools.cache
-def are_kept() -> bool:
-    """Return whether this ggml keeps its threads by itself, which is what OpenMP does for it."""
-    return b"OPENMP = 1" in low.llama_print_system_info()
+@dataclass(frozen=True, slots=True)
+class _Libraries:
+    """Of llama.cpp, ggml's base and its CPU backend, with the functions used here declared."""
+
+    llama: ctypes.CDLL
+    base: ctypes.CDLL
+    cpu: ctypes.CDLL
 
 
 @functools.cache
-def _functions() -> tuple[ctypes.CDLL, ctypes.CDLL, ctypes.CDLL] | None:
-    """Return the libraries of llama, ggml's base and its CPU backend, declared; None where they are not as expected."""
+def _libraries() -> _Libraries | None:
+    """Return the libraries; None where they are not as expected."""
     loaded = engine.load()
-    base, cpu = loaded.base, loaded.cpu
-    if cpu is None:
+    if loaded.cpu is None:
         return None
     try:
-        llama = ctypes.CDLL(str(loaded.llama_library))
+        found = _Libraries(ctypes.CDLL(str(loaded.llama_library)), loaded.base, loaded.cpu)
+        llama, base, cpu = found.llama, found.base, found.cpu
+        llama.llama_print_system_info.restype, llama.llama_print_system_info.argtypes = ctypes.c_char_p, []
+        for function in (llama.llama_n_threads, llama.llama_n_threads_batch):
+            function.restype, function.argtypes = ctypes.c_int32, [ctypes.c_void_p]
+        llama.llama_attach_threadpool.restype = None
+        llama.llama_attach_threadpool.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         base.ggml_threadpool_params_init.restype = None
         base.ggml_threadpool_params_init.argtypes = [ctypes.POINTER(_Params), ctypes.c_int]
         cpu.ggml_threadpool_new.restype, cpu.ggml_threadpool_new.argtypes = ctypes.c_void_p, [ctypes.POINTER(_Params)]
         cpu.ggml_threadpool_free.restype, cpu.ggml_threadpool_free.argtypes = None, [ctypes.c_void_p]
-        llama.llama_attach_threadpool.restype = None
-        llama.llama_attach_threadpool.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     except (OSError, AttributeError):
         return None
-    return llama, base, cpu
+    return found
+
+
+@functools.cache
+def are_kept() -> bool:
+    """Return whether this ggml keeps its threads by itself, which is what OpenMP does for it, or is not known here."""
+    found = _libraries()
+    if found is None:
+        log.info("ggml's threads are left as they are: its functions for keeping them are not known here")
+        return True
+    return b"OPENMP = 1" in found.llama.llama_print_system_info()
 
 
 class Threads:
@@ -79,37 +94,34 @@ class Threads:
 
         Leaves ggml to itself, with a line in the log, where it is not as expected.
         """
-        if are_kept():
+        found = None if are_kept() else _libraries()
+        if found is None:
             return
-        n_wanted = max(int(low.llama_n_threads(self._context)), int(low.llama_n_threads_batch(self._context)))
+        n_wanted = max(found.llama.llama_n_threads(self._context), found.llama.llama_n_threads_batch(self._context))
         if n_wanted <= max(self._n_threads, 1):
             return
-        pool = _make_pool(n_wanted)
+        pool = _make_pool(found, n_wanted)
         if pool is None:
-            log.info("ggml's threads are not kept between pieces of graph: its functions for it are not known here")
+            log.info("ggml's threads are left as they are: its settings of a thread pool are not known here")
             return
-        llama, _, _ = _functions() or (None, None, None)
-        assert llama is not None
-        llama.llama_attach_threadpool(self._context, pool, None)
+        found.llama.llama_attach_threadpool(self._context, pool, None)
         self._pools.append(pool)
         self._n_threads = n_wanted
 
     def close(self) -> None:
         """End the threads."""
-        functions = _functions()
-        while functions and self._pools:
-            functions[2].ggml_threadpool_free(self._pools.pop())
+        found = _libraries()
+        while found and self._pools:
+            found.cpu.ggml_threadpool_free(self._pools.pop())
 
 
-def _make_pool(n_threads: int) -> int | None:
-    functions = _functions()
-    if functions is None or n_threads > _MAX_THREADS:
+def _make_pool(libraries: _Libraries, n_threads: int) -> int | None:
+    if n_threads > _MAX_THREADS:
         return None
-    _, base, cpu = functions
     params = _Params()
-    base.ggml_threadpool_params_init(params, n_threads)
+    libraries.base.ggml_threadpool_params_init(params, n_threads)
     if params.n_threads != n_threads or params.poll != _DEFAULT_POLL:
         return None
     params.poll = POLL
-    pool = cpu.ggml_threadpool_new(params)
+    pool = libraries.cpu.ggml_threadpool_new(params)
     return int(pool) if pool else None
