@@ -12,8 +12,8 @@ static double recency(const gp_use *use) {
     return -((double) use->age * use->n_layers + use->away);
 }
 
-/* Tokens after which a use counts half. Tuned together with the rest of the formula on two recordings, checked on four
- * others (benchmarks/LOG.md). */
+/* Tokens after which a use counts half. Tuned together with the rest of the formula on the first layers of two recordings;
+ * others gain as much (benchmarks/LOG.md). */
 enum { RECENT_HALF_LIFE = 32, LASTING_HALF_LIFE = 512 };
 static const double lasting_weight = 1.0 / 8;
 
