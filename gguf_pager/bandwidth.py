@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import mmap
 import os
@@ -13,11 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Literal, Self
 
-import numpy as np
-
 from gguf_pager.errors import PagerError
 from gguf_pager.layout import Layer, Layout, Range
 from gguf_pager.pager import DEFAULT_PIECE_BYTES, DEFAULT_READERS, Options, Pager
+from gguf_pager.probe import page_cache_bytes
 
 Io = Literal["direct", "buffered"]
 
@@ -275,15 +273,9 @@ def _is_cached(file: int, piece: Range) -> bool:
     """Return whether more than the ends of a range are in the page cache; False where the kernel does not tell this user."""
     status = os.fstat(file)
     if status.st_uid != os.geteuid() and os.geteuid() != 0:
-        return False  # since 5.2 everything is called cached then
+        return False  # everything is called cached then
     first = -(-piece.offset_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
     n_bytes = (piece.offset_bytes + piece.n_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if n_bytes <= 0:
         return False
-    pages = np.zeros(n_bytes // mmap.PAGESIZE, np.uint8)
-    with mmap.mmap(file, n_bytes, access=mmap.ACCESS_READ, offset=first) as window:
-        view = np.frombuffer(window, np.uint8)
-        failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(n_bytes),
-                                           ctypes.c_void_p(pages.ctypes.data))
-        del view  # or the mapping could not be closed
-    return not failed and bool((pages & 1).any())
+    return bool(page_cache_bytes(file, first, n_bytes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import platform
 import resource
@@ -12,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 _CGROUP_V1_UNLIMITED = 1 << 60
@@ -138,6 +140,20 @@ def lock_limit_bytes() -> int | None:
     if soft == resource.RLIM_INFINITY or os.geteuid() == 0:
         return None
     return soft
+
+
+def page_cache_bytes(file: int, offset_bytes: int, n_bytes: int) -> int | None:
+    """Return how much of a part of an open file is in the page cache, by mincore, in whole pages; None where that fails.
+
+    `offset_bytes` is a multiple of mmap.ALLOCATIONGRANULARITY. Since 5.2 Linux tells the truth only to those who own the
+    file or may write it, and "all of it" to others.
+    """
+    with mmap.mmap(file, n_bytes, access=mmap.ACCESS_READ, offset=offset_bytes) as window:
+        pages = np.zeros(-(-n_bytes // mmap.PAGESIZE), np.uint8)
+        view = np.frombuffer(window, np.uint8)
+        failed = _LIBC.mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(n_bytes), ctypes.c_void_p(pages.ctypes.data))
+        del view  # or the mapping could not be closed
+    return None if failed else int((pages & 1).sum()) * mmap.PAGESIZE
 
 
 def read_ahead_kb(path: str | Path) -> int | None:

@@ -22,7 +22,7 @@ N_KEPT = 64
 
 HALF_LIFE_TOKENS = 8192
 """Tokens after which what was counted before counts half. By tokens, not by sessions: a short one must not wipe out a long
-one, and a long past must not outweigh what the model is used for now."""
+one, and a long past must not outweigh the present use."""
 
 _FOLDER = "profiles"
 _LONG_LIST = 1000
@@ -49,9 +49,13 @@ def name_of(layout: Layout) -> str:
 def read(layout: Layout) -> Profile | None:
     """Return what is known of a model's experts; None if nothing is, or if it is damaged."""
     try:
-        kept = cache.read_json(name_of(layout))
+        return _read(name_of(layout), layout)
     except OSError:
         return None
+
+
+def _read(name: str, layout: Layout) -> Profile | None:
+    kept = cache.read_json(name)
     if not isinstance(kept, dict) or kept.get("format") != FORMAT:
         return None
     return _check(kept.get("chosen"), layout)
@@ -82,7 +86,7 @@ def write(layout: Layout, chosen: Sequence[Sequence[int]]) -> None:
         name = name_of(layout)
     except OSError:
         return
-    former = read(layout)
+    former = _read(name, layout)
     now: Profile = [np.array(row, dtype=np.float64) for row in chosen]
     if former is not None:
         weight = 0.5 ** (n_tokens / HALF_LIFE_TOKENS)

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gguf_pager import _native, bandwidth, cache, device
+from gguf_pager import _native, bandwidth, device
 from gguf_pager.bandwidth import Findings, Way
 from gguf_pager.bench import disk
 from gguf_pager.cli import main
@@ -425,14 +425,3 @@ def test_memory_for_measuring_is_small_whatever_an_expert_is(layout: Layout, mon
         with bandwidth._Trial(layout, time.monotonic() + 1) as trial:
             assert {len(layer.slices) for layer in trial._layout.layers} == {n_slices}
             assert trial._n_experts == n_experts
-
-
-def test_cache_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert cache.cache_folder() == tmp_path / "cache"
-    monkeypatch.delenv("GGUF_PAGER_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    if sys.platform == "linux":
-        assert cache.cache_folder() == tmp_path / "xdg" / "gguf_pager"
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert cache.cache_folder() == tmp_path / ".cache" / "gguf_pager"

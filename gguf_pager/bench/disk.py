@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import mmap
 import os
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
-import numpy as np
+from gguf_pager.probe import page_cache_bytes
 
 _WINDOW_BYTES = 1 << 30
 """Of a file, mapped at once to be asked about; a multiple of any page."""
@@ -51,28 +50,19 @@ def fill_page_cache(paths: Sequence[Path]) -> None:
 
 
 def cached_bytes(paths: Sequence[Path]) -> int | None:
-    """Return how much of the files is in the page cache, by mincore; None where that cannot be known.
-
-    Since 5.2 Linux tells the truth only to those who own the file or may write it, and "all of it" to others.
-    """
+    """Return how much of the files is in the page cache; None where that cannot be known, or this user is not told."""
     if any(not os.access(path, os.W_OK) and path.stat().st_uid != os.geteuid() for path in paths):
         return None
-    libc = ctypes.CDLL(None, use_errno=True)
     total = 0
     for path in paths:
         size = path.stat().st_size
         with open(path, "rb") as file:
             for start in range(0, size, _WINDOW_BYTES):
                 length = min(_WINDOW_BYTES, size - start)
-                with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) as window:
-                    pages = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
-                    view = np.frombuffer(window, np.uint8)
-                    failed = libc.mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(length),
-                                          ctypes.c_void_p(pages.ctypes.data))
-                    del view  # or the mapping could not be closed
-                    if failed:
-                        return None
-                    total += int((pages & 1).sum()) * mmap.PAGESIZE
+                cached = page_cache_bytes(file.fileno(), start, length)
+                if cached is None:
+                    return None
+                total += cached
     return total
 
 
