@@ -11,7 +11,8 @@ _Counters: TypeAlias = tuple[int, int, int, int, int, int, int, int, int]
 """hits, misses, bytes_read, stall_ns, evictions, left_alone, visits, tokens, resident"""
 _Failure: TypeAlias = tuple[int, int, int]
 """errno, file (of the model's paths, then of each mirror's), offset_bytes"""
-_Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
+_Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int, tuple[int, ...], int, int, int, int, int, int,
+                         tuple[int, ...]]
 """op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, op_custom, type_i32, type_f32, and the addresses of
 ggml_backend_buffer_is_host, ggml_get_type_traits_cpu (0: all multiplying is left to ggml), ggml_blck_size, ggml_type_size"""
 
@@ -63,6 +64,8 @@ class Tap:
     def idle(self) -> None: ...
     def count_kinds(self) -> tuple[int, int]:
         """Return how many kinds of matrices are multiplied here, and how many are left to ggml for other bits."""
+    def count_ffns(self) -> tuple[int, int]:
+        """Return how many shapes of feed-forwards are computed an expert at a time, and how many gave other bits so."""
     def take_failure(self) -> _Failure | None: ...
     def close(self) -> None: ...
 

@@ -171,6 +171,13 @@ def _declare(base: ctypes.CDLL) -> None:
         "ggml_view_2d": (pointer, [pointer, pointer, i64, i64, size, size]),
         "ggml_reshape_2d": (pointer, [pointer, pointer, i64, i64]),
         "ggml_custom_4d": (pointer, [pointer, integer, i64, i64, i64, i64, pointer, integer, pointer, integer, pointer]),
+        "ggml_swiglu_split": (pointer, [pointer, pointer, pointer]),
+        "ggml_relu": (pointer, [pointer, pointer]),
+        "ggml_sqr": (pointer, [pointer, pointer]),
+        "ggml_scale": (pointer, [pointer, pointer, ctypes.c_float]),
+        "ggml_clamp": (pointer, [pointer, pointer, ctypes.c_float, ctypes.c_float]),
+        "ggml_mul": (pointer, [pointer, pointer, pointer]),
+        "ggml_add_id": (pointer, [pointer, pointer, pointer, pointer]),
         "ggml_set_name": (pointer, [pointer, text]),
         "ggml_get_name": (text, [pointer]),
         "ggml_get_data": (pointer, [pointer]),
@@ -291,7 +298,7 @@ def _traits_function(cpu: ctypes.CDLL) -> Any:
 
 
 @functools.cache
-def ggml_numbers() -> tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]:
+def ggml_numbers() -> _native._Ggml:
     """Return what the tap must know of this ggml, in the order of `_native.Tap`'s argument `ggml`.
 
     Numbers of operations are taken from tensors that ggml itself makes, never from a list.
@@ -317,10 +324,32 @@ def ggml_numbers() -> tuple[int, int, int, int, int, int, int, int, int, int, in
             op(base.ggml_view_2d(context, scores, 2, 3, 32, 0)),
             op(base.ggml_reshape_2d(context, scores, 3, 8)),
             op(base.ggml_custom_4d(context, F32, 4, 1, 1, 1, None, 0, None, _ALL_THREADS, None)),
+            op(base.ggml_add_id(context, base.ggml_new_tensor_3d(context, F32, 8, 2, 3), scores, ids)),
+        )
+        row_operations = (
+            op(base.ggml_swiglu_split(context, scores, scores)),
+            op(base.ggml_relu(context, scores)),
+            op(base.ggml_sqr(context, scores)),
+            op(base.ggml_scale(context, scores, 2.0)),
+            op(base.ggml_clamp(context, scores, 0.0, 1.0)),
+            op(base.ggml_mul(context, scores, scores)),
         )
         traits = _cpu_traits(engine, context)
-    return (*numbers, I32, F32, _address(base.ggml_backend_buffer_is_host), traits, _address(base.ggml_blck_size),
-            _address(base.ggml_type_size))
+    return (*numbers, row_operations, I32, F32, _address(base.ggml_backend_buffer_is_host), traits, _address(base.ggml_blck_size),
+            _address(base.ggml_type_size), _graph_functions(engine))
+
+
+def _graph_functions(engine: Engine) -> tuple[int, ...]:
+    """Return the addresses of what makes and computes small graphs, as in struct gp_graphs; zeros if any is missing."""
+    names = {
+        "ggml_init": engine.base, "ggml_free": engine.base, "ggml_graph_overhead_custom": engine.base,
+        "ggml_new_graph_custom": engine.base, "ggml_graph_clear": engine.base, "ggml_build_forward_expand": engine.base,
+        "ggml_backend_cpu_init": engine.cpu, "ggml_backend_cpu_set_n_threads": engine.cpu,
+        "ggml_backend_free": engine.base, "ggml_is_numa": engine.cpu, "ggml_backend_graph_compute": engine.base,
+    }
+    if not all(hasattr(library, name) for name, library in names.items()):
+        return (0,) * len(names)
+    return tuple(_address(getattr(library, name)) for name, library in names.items())
 
 
 def can_multiply(engine: Engine, type_number: int) -> bool:

@@ -146,14 +146,41 @@ struct ggml_tensor;
 typedef void (*gp_from_float)(const float *from, void *to, int64_t n);
 typedef void (*gp_vec_dot)(int n, float *result, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc);
 
+/* As struct ggml_init_params. */
+typedef struct {
+    size_t bytes;
+    void  *memory;
+    bool   no_alloc;
+} gp_graphs_memory;
+
+/* ggml's functions that make small graphs and compute them; all are there, or `compute` is NULL. */
+typedef struct {
+    void  *(*init)(gp_graphs_memory memory);                        /* ggml_init */
+    void   (*free)(void *context);                                  /* ggml_free */
+    size_t (*overhead)(size_t n_nodes, bool grads);                 /* ggml_graph_overhead_custom */
+    void  *(*new_graph)(void *context, size_t n_nodes, bool grads); /* ggml_new_graph_custom */
+    void   (*clear)(void *graph);                                   /* ggml_graph_clear */
+    void   (*expand)(void *graph, struct ggml_tensor *node);        /* ggml_build_forward_expand */
+    void  *(*backend_init)(void);                                   /* ggml_backend_cpu_init */
+    void   (*backend_set_n_threads)(void *backend, int n_threads);  /* ggml_backend_cpu_set_n_threads */
+    void   (*backend_free)(void *backend);                          /* ggml_backend_free */
+    bool   (*is_numa)(void);                                        /* ggml_is_numa */
+    int    (*compute)(void *backend, void *graph);                  /* ggml_backend_graph_compute */
+} gp_graphs;
+
+enum { GP_ROW_OPS = 6 };
+
 /* What the tap needs of the ggml that computes; addresses of its functions and numbers of its enums. */
 typedef struct {
     int32_t op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, op_custom;
+    int32_t op_add_id;
+    int32_t row_ops[GP_ROW_OPS];            /* a row of their result depends on the same rows of their sources alone */
     int32_t type_i32, type_f32;
     bool  (*buffer_is_host)(void *buffer);
     const void *(*cpu_traits)(int type);    /* NULL: all multiplying is left to ggml */
     int64_t (*block_size)(int type);
     size_t  (*type_size)(int type);         /* bytes of a block */
+    gp_graphs graphs;
 } gp_ggml;
 
 enum { GP_ALL_THREADS = -1 };   /* GGML_N_TASKS_MAX */
@@ -188,6 +215,10 @@ void gp_tap_idle(gp_tap *tap);
 
 /* Of the kinds of matrices tried so far: those that are ours to multiply, and those left to ggml for other bits. */
 void gp_tap_count_kinds(const gp_tap *tap, uint32_t *n_same, uint32_t *n_other);
+
+/* Of the feed-forwards, by what lies between their matrices: those computed an expert at a time, and those that gave other
+ * bits so. */
+void gp_tap_count_ffns(const gp_tap *tap, uint32_t *n_same, uint32_t *n_other);
 
 /* Returns what went wrong since the last call and clears it. */
 gp_failure gp_tap_take_failure(gp_tap *tap);

@@ -544,9 +544,14 @@ static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     gp_ggml ggml;
     unsigned int max_ids;
     unsigned long long is_host, traits, block_size, type_size, next_eval, next_eval_data, next_abort, next_abort_data;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiiiiKKKK)IKKKK", names, &ggml.op_none, &ggml.op_mul_mat_id,
-                                     &ggml.op_argsort, &ggml.op_top_k, &ggml.op_view, &ggml.op_reshape, &ggml.op_custom,
-                                     &ggml.type_i32, &ggml.type_f32, &is_host, &traits, &block_size, &type_size,
+    unsigned long long g[11];
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiii(iiiiii)iiKKKK(KKKKKKKKKKK))IKKKK", names,
+                                     &ggml.op_none, &ggml.op_mul_mat_id, &ggml.op_argsort, &ggml.op_top_k, &ggml.op_view,
+                                     &ggml.op_reshape, &ggml.op_custom, &ggml.op_add_id, &ggml.row_ops[0],
+                                     &ggml.row_ops[1], &ggml.row_ops[2], &ggml.row_ops[3], &ggml.row_ops[4],
+                                     &ggml.row_ops[5], &ggml.type_i32, &ggml.type_f32, &is_host, &traits, &block_size,
+                                     &type_size, &g[0], &g[1], &g[2], &g[3], &g[4], &g[5], &g[6], &g[7], &g[8], &g[9],
+                                     &g[10],
                                      &max_ids, &next_eval, &next_eval_data, &next_abort, &next_abort_data)) {
         return NULL;
     }
@@ -554,6 +559,19 @@ static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     ggml.cpu_traits = (const void *(*)(int)) (uintptr_t) traits;
     ggml.block_size = (int64_t (*)(int)) (uintptr_t) block_size;
     ggml.type_size = (size_t (*)(int)) (uintptr_t) type_size;
+    ggml.graphs = (gp_graphs) {
+        .init = (void *(*)(gp_graphs_memory)) (uintptr_t) g[0],
+        .free = (void (*)(void *)) (uintptr_t) g[1],
+        .overhead = (size_t (*)(size_t, bool)) (uintptr_t) g[2],
+        .new_graph = (void *(*)(void *, size_t, bool)) (uintptr_t) g[3],
+        .clear = (void (*)(void *)) (uintptr_t) g[4],
+        .expand = (void (*)(void *, ggml_tensor *)) (uintptr_t) g[5],
+        .backend_init = (void *(*)(void)) (uintptr_t) g[6],
+        .backend_set_n_threads = (void (*)(void *, int)) (uintptr_t) g[7],
+        .backend_free = (void (*)(void *)) (uintptr_t) g[8],
+        .is_numa = (bool (*)(void)) (uintptr_t) g[9],
+        .compute = (int (*)(void *, void *)) (uintptr_t) g[10],
+    };
     allocfunc allocate = (allocfunc) PyType_GetSlot(type, Py_tp_alloc);
     TapObject *self = (TapObject *) allocate(type, 0);
     if (!self) {
@@ -681,8 +699,20 @@ static PyObject *tap_count_kinds(PyObject *object, PyObject *unused) {
     return Py_BuildValue("II", n_same, n_other);
 }
 
+static PyObject *tap_count_ffns(PyObject *object, PyObject *unused) {
+    (void) unused;
+    const gp_tap *tap = opened_tap(object);
+    uint32_t n_same, n_other;
+    if (!tap) {
+        return NULL;
+    }
+    gp_tap_count_ffns(tap, &n_same, &n_other);
+    return Py_BuildValue("II", n_same, n_other);
+}
+
 static PyMethodDef tap_methods[] = {
     { "count_kinds", tap_count_kinds, METH_NOARGS, NULL },
+    { "count_ffns", tap_count_ffns, METH_NOARGS, NULL },
     { "close", tap_close, METH_NOARGS, NULL },
     { "attach", tap_attach, METH_VARARGS, NULL },
     { "addresses", tap_addresses, METH_NOARGS, NULL },

@@ -288,6 +288,24 @@ void gp_pager_wait_slice(gp_pager *p, gp_hold *hold, uint32_t layer, uint32_t sl
     pthread_mutex_unlock(&p->lock);
 }
 
+unsigned gp_hold_n_arrived(const gp_hold *hold) {
+    return atomic_load_explicit(&hold->n_arrived, memory_order_acquire);
+}
+
+void gp_pager_wait_arrival(gp_pager *p, gp_hold *hold, uint32_t layer, unsigned n_arrived, bool is_counted) {
+    const uint64_t started_ns = p->os->now_ns();
+    pthread_mutex_lock(&p->lock);
+    hold->n_watching++;
+    while (gp_hold_n_arrived(hold) == n_arrived) {
+        pthread_cond_wait(&hold->slice_arrived, &p->lock);
+    }
+    hold->n_watching--;
+    if (is_counted) {
+        p->layers[layer].counters.stall_ns += p->os->now_ns() - started_ns;
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
 bool gp_pager_is_waiting(gp_pager *p, const gp_hold *hold, uint32_t slices) {
     pthread_mutex_lock(&p->lock);
     const bool is_waiting = is_pending(hold, slices);

@@ -15,6 +15,7 @@ typedef struct {
     pthread_cond_t  arrived;        /* all pending slots' slice of some index */
     pthread_cond_t  slice_arrived;  /* any slice, while n_watching threads wait for one */
     uint32_t        n_watching;     /* lock */
+    atomic_uint     n_arrived;      /* slices so far; written with the lock */
     gp_read       **reads;      /* room for one submission */
     uint32_t        n_needed;   /* the most slots of one class it may hold at a time */
 } gp_hold;
@@ -45,6 +46,10 @@ bool gp_pager_has_slice(const gp_pager *pager, uint32_t layer, uint32_t slot, ui
 /* Waits until it is, or could not be read: gp_pager_wait tells. Any thread; of several that wait at once for the same hold
  * one counts the time as a stall. */
 void gp_pager_wait_slice(gp_pager *pager, gp_hold *hold, uint32_t layer, uint32_t slot, uint32_t slice, bool is_counted);
+/* How many slices have arrived for this hold, ever. Any thread. */
+unsigned gp_hold_n_arrived(const gp_hold *hold);
+/* Waits until there are others than these. Some must be on their way. Any thread, counted as above. */
+void gp_pager_wait_arrival(gp_pager *pager, gp_hold *hold, uint32_t layer, unsigned n_arrived, bool is_counted);
 /* Whether some of these slices are still being read. */
 bool gp_pager_is_waiting(gp_pager *pager, const gp_hold *hold, uint32_t slices);
 void gp_pager_release(gp_pager *pager, gp_hold *hold);

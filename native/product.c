@@ -20,7 +20,7 @@ typedef struct {
     int64_t       nrows;
 } type_traits;
 
-static void pause_briefly(void) {
+void gp_pause_briefly(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -66,7 +66,7 @@ bool gp_product_fits(const gp_kind *kind, const gp_ggml *ggml, const ggml_tensor
     return is_plain;
 }
 
-static uint32_t slot_of(const ggml_tensor *node, uint32_t rank) {
+uint32_t gp_product_slot(const ggml_tensor *node, uint32_t rank) {
     return (uint32_t) ((const int32_t *) node->src[2]->data)[rank];
 }
 
@@ -75,14 +75,15 @@ static uint32_t divide_up(int64_t value, int64_t by) {
 }
 
 void gp_product_begin(gp_product *p, const ggml_tensor *node) {
+    p->is_computed = false;
     p->n_ranks = (uint32_t) node->ne[1];
     p->n_inputs = (uint32_t) node->src[1]->ne[1];
     p->n_units = p->kind->from_float ? p->n_inputs * divide_up(p->kind->n_columns, p->kind->unit) : 0;
-    p->n_chunks = p->n_ranks * divide_up(p->kind->n_rows, CHUNK_ROWS);
+    p->n_chunks = p->n_ranks * gp_product_chunks(p->kind);
     uint8_t later[PRODUCT_RANKS];
     uint32_t n = 0, n_later = 0;
     for (uint32_t rank = 0; rank < p->n_ranks; rank++) {
-        if (gp_pager_has_slice(p->pager, p->layer, slot_of(node, rank), p->slice)) {
+        if (gp_pager_has_slice(p->pager, p->layer, gp_product_slot(node, rank), p->slice)) {
             p->order[n++] = (uint8_t) rank;
         } else {
             later[n_later++] = (uint8_t) rank;
@@ -96,7 +97,7 @@ void gp_product_begin(gp_product *p, const ggml_tensor *node) {
     atomic_store(&p->next_chunk, 0);
 }
 
-static void convert_inputs(gp_product *p, const ggml_tensor *input) {
+void gp_product_convert(gp_product *p, const ggml_tensor *input) {
     const gp_kind *kind = p->kind;
     if (!kind->from_float) {
         return;
@@ -113,44 +114,57 @@ static void convert_inputs(gp_product *p, const ggml_tensor *input) {
     }
     for (uint32_t i = 0; atomic_load_explicit(&p->units_done, memory_order_acquire) < p->n_units; i++) {
         if (i < SPINS) {
-            pause_briefly();
+            gp_pause_briefly();
         } else {
             sched_yield();  /* the thread that converts the rest has lost its processor */
         }
     }
 }
 
-static void compute_chunk(const gp_product *p, const ggml_tensor *node, uint32_t rank, int64_t from) {
-    const gp_kind *kind = p->kind;
-    const ggml_tensor *experts = node->src[0], *input = node->src[1];
+const char *gp_product_input(const gp_product *p, const ggml_tensor *node, uint32_t rank) {
+    const ggml_tensor *input = node->src[1];
     const uint32_t row = p->n_inputs == 1 ? 0 : rank;
-    const char *vector = kind->from_float ? p->inputs + row * kind->input_bytes
-                                          : (const char *) input->data + row * input->nb[1];
-    const char *matrix = (const char *) experts->data + (uint64_t) slot_of(node, rank) * experts->nb[2];
-    float *out = (float *) ((char *) node->data + rank * node->nb[1]);
-    const int64_t to = from + CHUNK_ROWS < kind->n_rows ? from + CHUNK_ROWS : kind->n_rows;
-    for (int64_t i = from; i < to; i++) {
-        kind->vec_dot((int) kind->n_columns, &out[i], 0, matrix + (uint64_t) i * experts->nb[1], 0, vector, 0, 1);
+    return p->kind->from_float ? p->inputs + row * p->kind->input_bytes : (const char *) input->data + row * input->nb[1];
+}
+
+uint32_t gp_product_chunks(const gp_kind *kind) {
+    return divide_up(kind->n_rows, CHUNK_ROWS);
+}
+
+void gp_product_chunk(const gp_kind *kind, const ggml_tensor *node, uint32_t rank, const char *vector, float *result,
+                      uint32_t chunk) {
+    const ggml_tensor *experts = node->src[0];
+    const char *matrix = (const char *) experts->data + (uint64_t) gp_product_slot(node, rank) * experts->nb[2];
+    const int64_t first = (int64_t) chunk * CHUNK_ROWS;
+    const int64_t end = first + CHUNK_ROWS < kind->n_rows ? first + CHUNK_ROWS : kind->n_rows;
+    for (int64_t i = first; i < end; i++) {
+        kind->vec_dot((int) kind->n_columns, &result[i], 0, matrix + (uint64_t) i * experts->nb[1], 0, vector, 0, 1);
+    }
+}
+
+void gp_product_check(const gp_product *p, uint32_t slices) {
+    gp_failure failure;
+    if (p->failure->error == 0 && gp_pager_wait(p->pager, p->hold, p->layer, slices, &failure) != 0) {
+        *p->failure = failure;
     }
 }
 
 void gp_product_compute(ggml_tensor *node, int ith, int nth, void *data) {
     (void) nth;
     gp_product *p = data;
-    convert_inputs(p, node->src[1]);
+    gp_product_convert(p, node->src[1]);
     const uint32_t per_rank = p->n_chunks / p->n_ranks;
     uint32_t chunk;
     while ((chunk = atomic_fetch_add_explicit(&p->next_chunk, 1, memory_order_relaxed)) < p->n_chunks) {
-        const uint32_t rank = p->order[chunk / per_rank], slot = slot_of(node, rank);
+        const uint32_t rank = p->order[chunk / per_rank], slot = gp_product_slot(node, rank);
         if (!gp_pager_has_slice(p->pager, p->layer, slot, p->slice)) {
             gp_pager_wait_slice(p->pager, p->hold, p->layer, slot, p->slice, ith == 0);
         }
-        compute_chunk(p, node, rank, (int64_t) (chunk % per_rank) * CHUNK_ROWS);
+        gp_product_chunk(p->kind, node, rank, gp_product_input(p, node, rank),
+                         (float *) ((char *) node->data + rank * node->nb[1]), chunk % per_rank);
     }
-    if (ith == 0 && p->failure->error == 0) {
-        gp_failure failure;
-        if (gp_pager_wait(p->pager, p->hold, p->layer, 1u << p->slice, &failure) != 0) {
-            *p->failure = failure;
-        }
+    if (ith == 0) {
+        p->is_computed = true;
+        gp_product_check(p, 1u << p->slice);
     }
 }

@@ -32,6 +32,7 @@ typedef struct {
     char        *inputs;                /* converted; room for one per rank */
     uint32_t     n_inputs, n_ranks, n_units, n_chunks;
     uint8_t      order[PRODUCT_RANKS];
+    bool         is_computed;           /* since it was begun; the decoding thread's */
     atomic_uint  next_unit, units_done, next_chunk;
 } gp_product;
 
@@ -43,6 +44,20 @@ bool gp_product_fits(const gp_kind *kind, const gp_ggml *ggml, const ggml_tensor
 
 /* Before each time that the node is computed. */
 void gp_product_begin(gp_product *product, const ggml_tensor *node);
+
+/* Its parts, for those who put them together in another order. Converts the inputs; all threads, until all are. */
+void gp_product_convert(gp_product *product, const ggml_tensor *input);
+/* The vector that a rank's matrix is multiplied with, converted. */
+const char *gp_product_input(const gp_product *product, const ggml_tensor *node, uint32_t rank);
+/* The slot of a rank's expert. */
+uint32_t gp_product_slot(const ggml_tensor *node, uint32_t rank);
+/* A rank's result comes in so many chunks. */
+uint32_t gp_product_chunks(const gp_kind *kind);
+void gp_product_chunk(const gp_kind *kind, const ggml_tensor *node, uint32_t rank, const char *vector, float *result,
+                      uint32_t chunk);
+/* In the decoding thread, once slices have arrived: whether they could all be read. */
+void gp_product_check(const gp_product *product, uint32_t slices);
+void gp_pause_briefly(void);
 
 /* ggml_custom_op_t: thread `ith` of `nth`, each with the same node, which is a MUL_MAT_ID in all but its op. */
 void gp_product_compute(ggml_tensor *node, int ith, int nth, void *product);

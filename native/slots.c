@@ -201,6 +201,7 @@ static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
         if (users >> bit & 1) {
             gp_hold *hold = p->holds[bit];
             hold->pending -= s->missing == 0;
+            atomic_fetch_add(&hold->n_arrived, 1);
             if (--hold->pending_slices[slice] == 0) {
                 pthread_cond_signal(&hold->arrived);
             }

@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ffn.h"
 #include "ggml_tensor.h"
 #include "pager.h"
 #include "product.h"
@@ -91,6 +92,9 @@ struct gp_tap {
     float            *trial_output;
     slice_view       *trial;            /* its MUL_MAT_ID node ends this piece and is then compared with ours: */
     ggml_tensor      *trial_node;
+    gp_ffn           *ffn;              /* NULL: matrix by matrix */
+    uint64_t          ffn_piece;        /* that it knows of */
+    const ggml_tensor *ffn_trial;       /* this node ends a piece in which ffn has tried something */
     gp_failure        failure;
     gp_eval_callback  next_eval;
     void             *next_eval_data;
@@ -402,14 +406,28 @@ static void unbecome_product(const gp_tap *tap, ggml_tensor *node) {
     }
 }
 
+/* Returns whether the piece is to end with this node, so that what was tried can be judged. */
+static bool offer_to_ffn(gp_tap *tap, slice_view *v, ggml_tensor *node, const ggml_tensor *ids) {
+    if (!tap->ffn) {
+        return false;
+    }
+    if (tap->ffn_piece != tap->piece) {
+        gp_ffn_reset(tap->ffn);
+        tap->ffn_piece = tap->piece;
+    }
+    const gp_ffn_fate fate = gp_ffn_offer(tap->ffn, &v->product, node, ids);
+    tap->ffn_trial = fate == FFN_TRIED ? node : tap->ffn_trial;
+    return fate == FFN_TRIED;
+}
+
 /* The node at hand, which this piece has not had for these matrices. Returns whether the piece is to end with it. */
-static bool compute_or_try(gp_tap *tap, slice_view *v, ggml_tensor *node) {
+static bool compute_or_try(gp_tap *tap, slice_view *v, ggml_tensor *node, const ggml_tensor *ids) {
     if (tap->failure.error == 0 && v->kind && v->kind->is_same != OTHER
         && node->ne[1] <= (int64_t) gp_pager_layer(tap->pager, v->layer)->n_used    /* as foreseen in open_products */
         && gp_product_fits(&v->kind->kind, &tap->ggml, node)) {
         if (v->kind->is_same == SAME) {
             become_product(tap, v, node);
-            return false;
+            return offer_to_ffn(tap, v, node, ids);
         }
         if (!tap->trial) {
             tap->trial = v;
@@ -462,7 +480,7 @@ static bool serve(gp_tap *tap, ggml_tensor *node) {
     v->input = node->src[1];
     bool wants = false;
     if (is_first) {
-        wants = compute_or_try(tap, v, node);
+        wants = compute_or_try(tap, v, node, r->original);
     } else {
         wait_for_slice(tap, v);
     }
@@ -486,6 +504,7 @@ static void piece_computed(gp_tap *tap) {
     tap->is_layer_open = false;
     tap->pause_at = NULL;
     tap->trial = NULL;
+    tap->ffn_trial = NULL;
     gp_pager_release(tap->pager, &tap->hold);
     tap->piece++;
 }
@@ -508,6 +527,9 @@ bool gp_tap_eval(void *tensor, bool ask, void *data) {
     if (!ask) {
         if (tap->trial && tap->trial_node == node && tap->failure.error == 0) {
             judge_trial(tap);
+        }
+        if (tap->ffn_trial == node && tap->failure.error == 0) {
+            gp_ffn_judge(tap->ffn);
         }
         if (tap->pause_at == node) {
             tap->pause_at = NULL;
@@ -572,6 +594,10 @@ void gp_tap_count_kinds(const gp_tap *tap, uint32_t *n_same, uint32_t *n_other) 
     }
 }
 
+void gp_tap_count_ffns(const gp_tap *tap, uint32_t *n_same, uint32_t *n_other) {
+    gp_ffn_count_shapes(tap->ffn, n_same, n_other);
+}
+
 /* ---- opening and closing ---------------------------------------------------------------------------------------- */
 
 /* NULL: ggml has no functions for it that are known here. */
@@ -592,7 +618,9 @@ static tried_kind *find_kind(gp_tap *tap, const gp_slice_spec *spec) {
 
 /* Kinds of all slices, and memory for the largest product of each. */
 static int open_products(gp_tap *tap) {
-    size_t input_bytes = 1, output_bytes = 1;
+    size_t input_bytes = 1, output_bytes = 1, converted_bytes = 1;
+    uint32_t n_ranks = 0;
+    int64_t width = 1;
     for (uint32_t i = 0; i < tap->n_views; i++) {
         slice_view *v = &tap->views[i];
         const gp_layer_spec *layer = gp_pager_layer(tap->pager, v->layer);
@@ -604,6 +632,10 @@ static int open_products(gp_tap *tap) {
         const size_t output = layer->n_used * (size_t) v->kind->kind.n_rows * sizeof(float);
         input_bytes = input > input_bytes ? input : input_bytes;
         output_bytes = output > output_bytes ? output : output_bytes;
+        converted_bytes = v->kind->kind.input_bytes > converted_bytes ? v->kind->kind.input_bytes : converted_bytes;
+        n_ranks = layer->n_used > n_ranks ? layer->n_used : n_ranks;
+        width = v->kind->kind.n_rows > width ? v->kind->kind.n_rows : width;
+        width = v->kind->kind.n_columns > width ? v->kind->kind.n_columns : width;
     }
     tap->inputs = malloc(input_bytes);
     tap->trial_output = malloc(output_bytes);
@@ -616,7 +648,7 @@ static int open_products(gp_tap *tap) {
                                     .kind = v->kind ? &v->kind->kind : NULL, .layer = v->layer, .slice = v->index,
                                     .inputs = tap->inputs };
     }
-    return 0;
+    return gp_ffn_open(&tap->ffn, &tap->ggml, n_ranks, width, converted_bytes);
 }
 
 static int open_tables(gp_tap *tap) {
@@ -663,6 +695,8 @@ static void free_tables(gp_tap *tap) {
     free(tap->counts);
     free(tap->inputs);
     free(tap->trial_output);
+    gp_ffn_close(tap->ffn);
+    tap->ffn = NULL;
     tap->n_layers = tap->n_views = 0;
 }
 

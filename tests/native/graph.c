@@ -1,6 +1,8 @@
 #include "graph.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "check.h"
@@ -15,7 +17,8 @@ static bool is_host(void *buffer) {
 gp_ggml graph_ggml = {
     .op_none = OP_NONE, .op_mul_mat_id = OP_MUL_MAT_ID, .op_argsort = OP_ARGSORT, .op_top_k = OP_TOP_K,
     .op_view = OP_VIEW, .op_reshape = OP_RESHAPE, .op_custom = OP_CUSTOM, .type_i32 = TYPE_I32, .type_f32 = TYPE_F32,
-    .buffer_is_host = is_host,
+    .buffer_is_host = is_host, .op_add_id = OP_ADD_ID,
+    .row_ops = { OP_GLU, OP_GLU, OP_GLU, OP_GLU, OP_GLU, OP_GLU },
 };
 
 /* ---- kernels: bytes times bytes --------------------------------------------------------------------------------- */
@@ -23,6 +26,11 @@ gp_ggml graph_ggml = {
 enum { BLOCK = 4 };     /* of an input, whose type is called TYPE_BYTES */
 
 static bool is_different;   /* what MUL_MAT_ID computes */
+static _Atomic uint64_t n_multiplied;
+
+uint64_t graph_rows_multiplied(void) {
+    return atomic_load(&n_multiplied);
+}
 
 static void to_bytes(const float *from, void *to, int64_t n) {
     CHECK(n % BLOCK == 0, "whole blocks are converted");
@@ -33,6 +41,7 @@ static void to_bytes(const float *from, void *to, int64_t n) {
 
 static void multiply_bytes(int n, float *result, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc) {
     CHECK(bs == 0 && bx == 0 && by == 0 && nrc == 1, "one row at a time");
+    atomic_fetch_add(&n_multiplied, 1);
     uint32_t sum = 0;
     for (int i = 0; i < n; i++) {
         sum += (uint32_t) ((const uint8_t *) x)[i] * ((const uint8_t *) y)[i];
@@ -66,6 +75,96 @@ void graph_set_kernels(graph_kernels kernels) {
     graph_ggml.block_size = block_size;
     graph_ggml.type_size = type_size;
     is_different = kernels == OTHER_KERNELS;
+}
+
+/* ---- small graphs ------------------------------------------------------------------------------------------------ */
+
+/* Of two rows of any bytes one of bytes. */
+static void compute_glu_row(float *out, int64_t n, const ggml_tensor *gate, const ggml_tensor *up, size_t row) {
+    const float *a = (const float *) ((const char *) gate->data + row * gate->nb[1]);
+    const float *b = (const float *) ((const char *) up->data + row * up->nb[1]);
+    for (int64_t i = 0; i < n; i++) {
+        out[i] = (float) (((uint32_t) a[i % gate->ne[0]] + 3 * (uint32_t) b[i % up->ne[0]]) % 256);
+    }
+}
+
+enum { SMALL_NODES = 32, SMALL_GRAPHS = 32 };
+
+typedef struct {
+    ggml_tensor *nodes[SMALL_NODES];
+    uint32_t     n_nodes;
+} small_graph;
+
+typedef struct {
+    small_graph graphs[SMALL_GRAPHS];
+    uint32_t    n_graphs;
+} small_context;
+
+static bool are_small_right;
+static atomic_int small_until_failure;
+
+static void *small_init(gp_graphs_memory memory) {
+    CHECK(memory.bytes > 0 && !memory.memory && memory.no_alloc, "room for graphs is asked for, none for data");
+    return calloc(1, sizeof(small_context));
+}
+
+static size_t small_overhead(size_t n_nodes, bool grads) {
+    CHECK(n_nodes <= SMALL_NODES && !grads, "the graphs are small");
+    return sizeof(small_graph);
+}
+
+static void *small_new(void *context, size_t n_nodes, bool grads) {
+    small_context *c = context;
+    CHECK(n_nodes <= SMALL_NODES && !grads && c->n_graphs < SMALL_GRAPHS, "the graphs are small");
+    return &c->graphs[c->n_graphs++];
+}
+
+static void small_clear(void *graph) {
+    ((small_graph *) graph)->n_nodes = 0;
+}
+
+static void small_expand(void *graph, ggml_tensor *node) {
+    small_graph *s = graph;
+    CHECK(s->n_nodes < SMALL_NODES, "the graphs are small");
+    s->nodes[s->n_nodes++] = node;
+}
+
+static void *small_backend(void) {
+    return calloc(1, sizeof(int));
+}
+
+static void small_set_threads(void *backend, int n_threads) {
+    *(int *) backend = n_threads;
+}
+
+static bool small_is_numa(void) {
+    return false;
+}
+
+static int small_compute(void *backend, void *graph) {
+    const small_graph *s = graph;
+    CHECK(*(int *) backend == 1, "a thread computes it alone");
+    for (uint32_t i = 0; i < s->n_nodes; i++) {
+        const ggml_tensor *node = s->nodes[i];
+        CHECK(node->op == OP_GLU && node->ne[1] == 1 && node->src[0]->ne[1] == 1 && node->src[1]->ne[1] == 1,
+              "its nodes are one row high");
+        compute_glu_row(node->data, node->ne[0], node->src[0], node->src[1], 0);
+        *(float *) node->data += are_small_right ? 0.0f : 1.0f;
+    }
+    return atomic_fetch_sub(&small_until_failure, 1) == 1;
+}
+
+void graph_fail_small_graph(unsigned nth) {
+    atomic_store(&small_until_failure, (int) nth);
+}
+
+void graph_set_small_graphs(bool are_possible, bool is_right) {
+    are_small_right = is_right;
+    graph_ggml.graphs = are_possible ? (gp_graphs) {
+        .init = small_init, .free = free, .overhead = small_overhead, .new_graph = small_new, .clear = small_clear,
+        .expand = small_expand, .backend_init = small_backend, .backend_set_n_threads = small_set_threads,
+        .backend_free = free, .is_numa = small_is_numa, .compute = small_compute,
+    } : (gp_graphs) { 0 };
 }
 
 /* ---- tensors ---------------------------------------------------------------------------------------------------- */
@@ -186,6 +285,10 @@ void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source) {
                 set_shape(&l->activation, sizeof(float), GRAPH_COLUMNS, w->m->shape.n_used, n_tokens);
                 l->activation.data = l->activations;
                 l->activation.src[0] = graph_matmul(g, i, order[0]);
+                if (g->has_glu) {
+                    l->activation.op = OP_GLU;
+                    l->activation.src[1] = graph_matmul(g, i, order[1]);
+                }
                 node->src[1] = &l->activation;
                 add(g, &l->activation);
             }
@@ -201,7 +304,7 @@ void graph_route(graph *g) {
         for (uint32_t j = 0; j < sizeof l->inputs / sizeof *l->inputs; j++) {
             l->inputs[j] = (float) fake_random(256);
         }
-        for (uint32_t j = 0; j < sizeof l->activations / sizeof *l->activations; j++) {
+        for (uint32_t j = 0; !g->has_glu && j < sizeof l->activations / sizeof *l->activations; j++) {
             l->activations[j] = (float) fake_random(256);
         }
         for (uint32_t t = 0; t < g->n_tokens; t++) {
@@ -259,12 +362,47 @@ static void *compute_part(void *data) {
     return NULL;
 }
 
+/* Until then its memory may be somebody else's. */
+static bool is_later(const graph *g, const ggml_tensor *node, const ggml_tensor *than) {
+    uint32_t at = 0, own = 0;
+    for (uint32_t i = 0; i < g->n_nodes; i++) {
+        at = g->nodes[i] == node ? i : at;
+        own = g->nodes[i] == than ? i : own;
+    }
+    return at > own;
+}
+
+enum { SPOILT = 0xee };
+
+static size_t result_bytes(const ggml_tensor *node) {
+    return (size_t) (node->ne[1] * node->ne[2]) * node->nb[1];
+}
+
+static void spoil_later(graph *g, uint32_t layer, const ggml_tensor *than) {
+    for (uint32_t s = 0; s < g->w->m->shape.n_slices; s++) {
+        ggml_tensor *node = graph_matmul(g, layer, s);
+        if (is_later(g, node, than)) {
+            memset(node->data, SPOILT, result_bytes(node));
+        }
+    }
+}
+
+static void check_later(const graph *g, uint32_t layer, const ggml_tensor *than) {
+    for (uint32_t s = 0; s < g->w->m->shape.n_slices; s++) {
+        const ggml_tensor *node = graph_matmul((graph *) g, layer, s);
+        for (size_t i = 0; is_later(g, node, than) && i < result_bytes(node); i++) {
+            CHECK(((const uint8_t *) node->data)[i] == SPOILT, "nothing is written before its time");
+        }
+    }
+}
+
 /* A product in several threads, this one the first of them. */
 static void compute_custom(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
     const graph_layer *l = graph_layer_of(g, layer);
     ggml_tensor *node = graph_matmul(g, layer, slice);
     CHECK(node->src[0] != &g->w->tensors[layer][slice] && node->src[2] != l->ids, "2: a product is pointed at slots");
     memset(node->data, 0xff, (size_t) (node->ne[1] * node->ne[2]) * node->nb[1]);
+    spoil_later(g, layer, node);
     thread_part parts[GRAPH_THREADS];
     pthread_t threads[GRAPH_THREADS];
     for (int i = 0; i < GRAPH_THREADS; i++) {
@@ -279,6 +417,7 @@ static void compute_custom(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap
     for (int i = 1; i < GRAPH_THREADS; i++) {
         pthread_join(threads[i], NULL);
     }
+    check_later(g, layer, node);
     const bool is_void = gp_tap_abort(tap);
     for (uint32_t r = 0; r < g->w->m->shape.n_used; r++) {
         float truth[GRAPH_ROWS];
@@ -323,6 +462,11 @@ static void compute(graph *g, ggml_tensor *node, gp_tap *tap) {
             compute_ranking(g, l);
         } else if (node == &l->ids_node) {
             compute_ids(g, l);
+        } else if (node == &l->activation && node->op == OP_GLU) {
+            for (uint32_t row = 0; row < node->ne[1] * node->ne[2]; row++) {
+                compute_glu_row((float *) ((char *) node->data + row * node->nb[1]), node->ne[0], node->src[0], node->src[1],
+                                row);
+            }
         }
         for (uint32_t s = 0; s < g->w->m->shape.n_slices; s++) {
             if (node == graph_matmul(g, i, s) && node->op == OP_CUSTOM) {

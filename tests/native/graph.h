@@ -13,7 +13,8 @@
 enum { GRAPH_TOKENS = 8, GRAPH_EXPERTS = 16, GRAPH_NODES = 96, GRAPH_COLUMNS = 32, GRAPH_ROWS = 128, GRAPH_THREADS = 3 };
 
 /* Numbers unlike ggml's, so that nothing rests on them. */
-enum { OP_NONE = 40, OP_MUL_MAT_ID, OP_ARGSORT, OP_TOP_K, OP_VIEW, OP_RESHAPE, OP_CUSTOM, OP_CAST, OP_OTHER };
+enum { OP_NONE = 40, OP_MUL_MAT_ID, OP_ARGSORT, OP_TOP_K, OP_VIEW, OP_RESHAPE, OP_CUSTOM, OP_CAST, OP_OTHER, OP_GLU,
+       OP_ADD_ID };
 enum { TYPE_F32 = 3, TYPE_BYTES = 7, TYPE_WEIGHTS = 12, TYPE_I32 = 26 };
 
 extern gp_ggml graph_ggml;
@@ -21,6 +22,12 @@ extern gp_ggml graph_ggml;
  * its MUL_MAT_ID computes with. */
 typedef enum { NO_KERNELS, KERNELS, OTHER_KERNELS } graph_kernels;
 void graph_set_kernels(graph_kernels kernels);
+/* Whether it can make and compute small graphs; `is_right`: with the same result as in a large one. */
+void graph_set_small_graphs(bool are_possible, bool is_right);
+/* The nth small graph from now on (1: the next) cannot be computed, once. */
+void graph_fail_small_graph(unsigned nth);
+/* How many rows were multiplied since the start. */
+uint64_t graph_rows_multiplied(void);
 extern int graph_host_buffer, graph_device_buffer;      /* their addresses stand for buffers */
 
 /* The tensors of a loaded model; contexts share them. */
@@ -55,6 +62,7 @@ typedef struct {
     weights     *w;
     uint32_t     n_tokens;
     id_source    source;
+    bool         has_glu;           /* set before building: the last matrix' input is made of the others' results */
     uint32_t     shift;             /* set before building: layer l lies in layers[l + shift], its slices likewise */
     graph_layer  layers[MODEL_LAYERS];
     ggml_tensor *nodes[GRAPH_NODES];

@@ -4,15 +4,10 @@
 
 #include "check.h"
 #include "fake_os.h"
+#include "graph.h"
 #include "model.h"
 
 enum { MAX_TRIES = 200 };
-
-static bool is_host(void *buffer) {
-    return buffer != NULL;
-}
-
-static const gp_ggml ggml = { .op_mul_mat_id = 1, .type_i32 = 26, .buffer_is_host = is_host };
 
 static void pager_opens_or_refuses(uint32_t n_mirrors) {
     model m;
@@ -106,6 +101,8 @@ static void pages_that_are_cheaper_are_taken(void) {
 
 static void tap_attaches_or_refuses(void) {
     model m;
+    graph_set_kernels(KERNELS);
+    graph_set_small_graphs(true, true);
     model_make(&m, (model_shape) { 0 });
     gp_pager *pager = model_open(&m);
     const unsigned before = fake_allocations();
@@ -113,7 +110,7 @@ static void tap_attaches_or_refuses(void) {
         CHECK(k < MAX_TRIES, "the calls come to an end");
         gp_tap *tap = (gp_tap *) &m;
         fake_fail_any(k, -EAGAIN);
-        int error = gp_tap_open(&tap, &ggml, 16, NULL, NULL, NULL, NULL);
+        int error = gp_tap_open(&tap, &graph_ggml, 16, NULL, NULL, NULL, NULL);
         CHECK(error == 0 || !tap, "a constructor that fails stores NULL");
         if (error == 0) {
             error = gp_tap_attach(tap, pager);
