@@ -334,6 +334,16 @@ def test_model_that_does_not_fit_is_not_made_resident(trace_model: Path, monkeyp
     assert run.status == "failed" and "do not fit" in (run.reason or "")
 
 
+def test_memory_of_the_cap_is_touched_before_the_run(trace_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touched: list[int] = []
+    monkeypatch.setattr(running.memory, "touch", lambda n_bytes, check: touched.append(n_bytes))
+    runner = a_runner(trace_model)
+    for mode, cap_bytes in (("paged", 700 << 20), ("stock", 700 << 20), ("resident", None)):
+        case = Case(mode, Shape(8, 4, 0, 1, 64, 64), cap_bytes, "50%" if mode == "paged" else None)
+        assert runner.run(case, 0).status == "ok"
+    assert touched == [700 << 20, 700 << 20, runner.layout.tensor_bytes]
+
+
 def test_process_that_outgrows_its_cap_is_told_as_such(trace_model: Path) -> None:
     with memory_cap(30_000_000) as cap:
         if cap.folder is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from gguf_pager.bench import disk
+from gguf_pager.bench.memory import huge_buffer, touch
 from gguf_pager.layout import read_layout
 from gguf_pager.pager import Options, Pager
 
@@ -110,7 +112,7 @@ def test_bandwidth_is_measured_into_huge_pages_as_the_arena_has_them() -> None:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[never]" in setting.read_text():
         pytest.skip("this kernel has no huge pages for private memory")
-    buffer = disk.huge_buffer(8 * MIB)
+    buffer = huge_buffer(8 * MIB)
     assert len(buffer) == 8 * MIB
     address = np.frombuffer(buffer, np.uint8).ctypes.data
     huge_kb, is_inside = 0, False
@@ -175,3 +177,23 @@ def test_reading_through_ends_in_time_or_with_the_file(trace_model: Path, model_
     bandwidth = disk.read_through([trace_model], 30)
     assert bandwidth is not None and bandwidth > 1e6
     assert disk.read_through([trace_model], 0) == 0
+
+
+# ---- memory ----
+
+def test_touched_memory_was_there_at_once_and_is_free_again() -> None:
+    script = ("import psutil, resource; from gguf_pager.bench.memory import touch; looks = [];"
+              "touch(300 << 20, lambda: looks.append(1));"
+              "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+              "print(len(looks), peak >> 10, psutil.Process().memory_info().rss >> 20)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    n_looks, peak_mib, left_mib = map(int, done.stdout.split())
+    assert n_looks == 3 and peak_mib >= 300 and left_mib < 100
+
+
+def test_touching_ends_when_somebody_wants_it() -> None:
+    def end() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        touch(1 << 50, end)

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
+from gguf_pager.bench.memory import huge_buffer
 from gguf_pager.probe import page_cache_bytes
 
 _WINDOW_BYTES = 1 << 30
 """Of a file, mapped at once to be asked about; a multiple of any page."""
-
-_HUGE_PAGE_BYTES = 2 << 20
-"""Of x86-64, and of arm64 with pages of 4 KiB."""
 
 _F_NOCACHE = 48
 """fcntl.h of macOS: reads past the page cache."""
@@ -141,24 +139,6 @@ def _open_direct(path: Path) -> int:
     if sys.platform == "darwin":
         fcntl.fcntl(file, _F_NOCACHE, 1)
     return file
-
-
-def huge_buffer(n_bytes: int) -> memoryview:
-    """Return touched memory in huge pages where the system has them, as the arena is.
-
-    A disk takes few pieces of memory per request (254 here): in pages of 4 KiB a read of 1 MiB is more than one request,
-    and such reads gave 1.6 to 2.2 GB/s where these give 3.8. The mapping must be private: shared memory has none.
-    """
-    if sys.platform == "darwin":
-        memory = mmap.mmap(-1, n_bytes)
-        memory.write(bytes(n_bytes))
-        return memoryview(memory)
-    spare_bytes = 2 * _HUGE_PAGE_BYTES  # so that every page of the buffer lies within a huge one
-    memory = mmap.mmap(-1, n_bytes + spare_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    memory.write(bytes(n_bytes + spare_bytes))  # or the first reads would wait for its pages
-    return memoryview(memory)[_HUGE_PAGE_BYTES : _HUGE_PAGE_BYTES + n_bytes]
 
 
 class _Reader(threading.Thread):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from gguf_pager import probe
-from gguf_pager.bench import disk
+from gguf_pager.bench import disk, memory
 from gguf_pager.bench.cases import Case, Shape
 from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.worker import PhaseResult, Task
@@ -159,6 +159,7 @@ class Runner:
             run.is_cache_controlled = disk.drop_from_page_cache(self.layout.paths)
             run.cached_bytes = disk.cached_bytes(self.layout.paths)
             self.device.sample()
+            self._touch_memory(case)
             with disk.read_ahead(self._setting, case.read_ahead_kb) as kb, memory_cap(case.cap_bytes) as cap:
                 run.read_ahead_kb = kb
                 run.cap, run.cap_bytes, run.cap_reason = cap.method, cap.limit_bytes, cap.reason
@@ -170,6 +171,11 @@ class Runner:
         except OSError as error:
             run.status, run.reason = "failed", str(error)
         return run
+
+    def _touch_memory(self, case: Case) -> None:
+        """Last before a run: what lies idle for some seconds may be gone again."""
+        wanted = case.cap_bytes if case.cap_bytes is not None else self.layout.tensor_bytes
+        memory.touch(min(wanted, probe.memory().available_bytes * 3 // 4), self.interrupts.check)
 
     def _spawn(self, run: Run, cap: Cap, *, is_prompt_only: bool) -> None:
         settings, case = self.settings, run.case
