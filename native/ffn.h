@@ -4,17 +4,16 @@
 #ifndef GGUF_PAGER_FFN_H
 #define GGUF_PAGER_FFN_H
 
+#include "ffn_shape.h"
 #include "product.h"
-
-enum { FFN_FIRST = 2, FFN_STEPS = 10 }; /* an expert's first matrices (gate, up); nodes between them and the last (down) */
 
 typedef struct gp_ffn gp_ffn;
 
 /* What becomes of a product that was offered. */
 typedef enum {
     FFN_APART,      /* nothing, for now */
-    FFN_TRIED,      /* the last of a feed-forward that is also computed here, to compare the bits: gp_ffn_judge afterwards */
-    FFN_TAKEN,      /* the last of one that is computed here: all its nodes were made operations of ours */
+    FFN_TRIED,      /* it is the last of a feed-forward that is also computed here, to compare: gp_ffn_judge afterwards */
+    FFN_TAKEN,      /* it is the last of one that is computed here: all its nodes were made operations of ours */
 } gp_ffn_fate;
 
 /* For up to n_ranks experts of up to `width` elements per row, and inputs that convert to so many bytes; *out is NULL
