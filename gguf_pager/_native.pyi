@@ -55,7 +55,8 @@ class Tap:
     """The graph hook of one context. Callbacks are addresses of C functions, 0 for none."""
 
     def __new__(
-        cls, *, ggml: _Ggml, max_ids: int, next_eval: int, next_eval_data: int, next_abort: int, next_abort_data: int
+        cls, *, ggml: _Ggml, max_ids: int, batch_bytes: int, next_eval: int, next_eval_data: int, next_abort: int,
+        next_abort_data: int
     ) -> Self: ...
     def attach(self, pager: Pager, /) -> None: ...
     def addresses(self) -> tuple[int, int, int]:

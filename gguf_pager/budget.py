@@ -16,6 +16,10 @@ WORK_BYTES = 24 << 20
 Python objects of a completion. With 24 MiB a process of 2.1 GB ended 42 MB below its budget
 after a prompt of 512 tokens (benchmarks/LOG.md, 2026-11-22); with 48 MiB one of 0.3 GB 64 MB below (tests/test_memory.py's script)."""
 
+BATCH_BYTES = 16 << 20
+"""The most that a context keeps for batches that are computed an expert at a time: 81 tokens of Qwen3-30B-A3B, 25 of
+DeepSeek-V3. Larger ones have more to compute than to wait for."""
+
 AUTO_RESERVE_SHARE, AUTO_RESERVE_BYTES = 0.08, 768 << 20
 """What `auto` leaves to the rest of the machine: the larger of the two."""
 
@@ -213,3 +217,15 @@ def format_bytes(n_bytes: float) -> str:
             return f"{n_bytes:,.0f} {unit}" if unit == "B" else f"{n_bytes:,.2f} {unit}"
         n_bytes /= 1024
     raise AssertionError
+
+
+def batch_bytes(layout: Layout, n_ubatch: int) -> int:
+    """Return the memory for batches of up to n_ubatch tokens that are computed an expert at a time (native/ffn_batch.c).
+
+    Floats: per rank the input, each matrix' result, and three results between them, which most architectures do not exceed.
+    """
+    floats = max(
+        layer.n_used * (layer.slices[0].ne[0] + sum(piece.ne[1] for piece in layer.slices) + 3 * layer.slices[-1].ne[0])
+        for layer in layout.layers
+    )
+    return min(BATCH_BYTES, n_ubatch * floats * 4)

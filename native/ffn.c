@@ -173,7 +173,7 @@ static obstacle obstacle_of(const gp_ffn *f, uint32_t rank) {
 
 static obstacle next_obstacle(const gp_ffn *f) {
     obstacle most = NOTHING;
-    for (uint32_t rank = 0; rank < f->nodes.shape.n_ranks; rank++) {
+    for (uint32_t rank = 0; rank < f->nodes.n_ranks; rank++) {
         const obstacle o = obstacle_of(f, rank);
         most = o > most ? o : most;
     }
@@ -189,7 +189,7 @@ static void compute_all(ggml_tensor *node, int ith, int nth, void *data) {
     for (uint32_t n_idle = 0;;) {
         const unsigned n_arrived = gp_hold_n_arrived(p->hold);      /* before looking what is there */
         bool is_any = false;
-        for (uint32_t i = 0; i < f->nodes.shape.n_ranks; i++) {
+        for (uint32_t i = 0; i < f->nodes.n_ranks; i++) {
             while (compute_some(f, p->order[i])) {
                 is_any = true;
             }
@@ -218,7 +218,7 @@ static void copy_results(ggml_tensor *node, int ith, int nth, void *data) {
     (void) nth;
     const part *own = data;
     gp_ffn *f = own->ffn;
-    const uint32_t n_ranks = f->nodes.shape.n_ranks;
+    const uint32_t n_ranks = f->nodes.n_ranks;
     uint32_t rank;
     while ((rank = take(&f->next_copy[own->index], n_ranks)) < n_ranks) {
         const float *row = own->index == LAST ? gp_ffn_last_row(f->between, rank)
@@ -240,7 +240,8 @@ void gp_ffn_reset(gp_ffn *f) {
 
 static void start(gp_ffn *f, const ggml_tensor *node, const ggml_tensor *ids) {
     memset(&f->nodes, 0, sizeof f->nodes);
-    f->nodes.shape.n_ranks = (uint32_t) node->ne[1];
+    f->nodes.n_ranks = (uint32_t) node->ne[1];
+    f->nodes.n_tokens = 1;
     f->nodes.ids = ids;
 }
 
@@ -255,7 +256,7 @@ static void add_first(gp_ffn *f, gp_product *product, ggml_tensor *node) {
 static bool is_another_first(const gp_ffn *f, const gp_product *product, const ggml_tensor *node) {
     const gp_kind *kind = f->first[0]->kind;
     const gp_ffn_shape *shape = &f->nodes.shape;
-    return shape->n_first < FFN_FIRST && node->src[1] == f->nodes.first[0]->src[1] && node->ne[1] == shape->n_ranks
+    return shape->n_first < FFN_FIRST && node->src[1] == f->nodes.first[0]->src[1] && node->ne[1] == f->nodes.n_ranks
         && product->kind->from_float == kind->from_float && product->kind->input_bytes == kind->input_bytes;
 }
 
@@ -263,7 +264,7 @@ static bool is_last(gp_ffn *f, gp_product *product, ggml_tensor *node, const ggm
     f->last = product;
     f->nodes.last = node;
     f->nodes.shape.last_width = product->kind->n_rows;
-    bool are_together = ids == f->nodes.ids && node->ne[1] == f->nodes.shape.n_ranks;
+    bool are_together = ids == f->nodes.ids && node->ne[1] == f->nodes.n_ranks;
     for (uint32_t i = 0; i < f->nodes.shape.n_first; i++) {
         are_together &= !f->first[i]->is_computed;
     }
@@ -275,7 +276,7 @@ static void begin(gp_ffn *f) {
     for (uint32_t i = 0; i < f->nodes.shape.n_first; i++) {
         f->n_first_chunks += gp_product_chunks(f->first[i]->kind);
     }
-    for (uint32_t rank = 0; rank < f->nodes.shape.n_ranks; rank++) {
+    for (uint32_t rank = 0; rank < f->nodes.n_ranks; rank++) {
         progress *at = &f->progress[rank];
         for (uint32_t i = 0; i < FFN_FIRST; i++) {
             atomic_store(&at->next_first[i], 0);
@@ -328,7 +329,7 @@ gp_ffn_fate gp_ffn_offer(gp_ffn *f, gp_product *product, ggml_tensor *node, cons
 
 void gp_ffn_judge(gp_ffn *f) {
     bool is_same = !atomic_load(&f->has_failed);
-    for (uint32_t rank = 0; rank < f->nodes.shape.n_ranks; rank++) {
+    for (uint32_t rank = 0; rank < f->nodes.n_ranks; rank++) {
         const char *theirs = (const char *) f->nodes.last->data + rank * f->nodes.last->nb[1];
         is_same &= memcmp(theirs, gp_ffn_last_row(f->between, rank), (size_t) f->nodes.last->ne[0] * sizeof(float)) == 0;
     }

@@ -21,7 +21,8 @@ struct gp_ffn_between {
     void          *context;     /* ggml's, with the graphs in it */
     rank_graph    *ranks;
     float         *rows;        /* N_ROWS times most_ranks times most_width */
-    gp_ffn_shape   built;       /* what the graphs are made for */
+    gp_ffn_shape   built;       /* what the graphs are made for, */
+    uint32_t       n_built;     /* of so many ranks */
 };
 
 /* ---- rows ------------------------------------------------------------------------------------------------------- */
@@ -100,13 +101,13 @@ static void describe_rank(gp_ffn_between *b, const gp_ffn_nodes *nodes, uint32_t
 /* ggml computes a graph's nodes by their addresses, which stay: a graph is made anew for another shape only. Its leaves,
  * of which some may be those of another layer, it does not look at. */
 void gp_ffn_between_prepare(gp_ffn_between *b, const gp_ffn_nodes *nodes) {
-    for (uint32_t rank = 0; rank < nodes->shape.n_ranks; rank++) {
+    for (uint32_t rank = 0; rank < nodes->n_ranks; rank++) {
         describe_rank(b, nodes, rank);
     }
-    if (gp_ffn_is_same_shape(&b->built, &nodes->shape)) {
+    if (gp_ffn_is_same_shape(&b->built, &nodes->shape) && b->n_built >= nodes->n_ranks) {
         return;
     }
-    for (uint32_t rank = 0; rank < nodes->shape.n_ranks; rank++) {
+    for (uint32_t rank = 0; rank < nodes->n_ranks; rank++) {
         rank_graph *r = &b->ranks[rank];
         b->ggml->graphs.clear(r->graph);
         for (uint32_t at = 0; at < nodes->shape.n_steps; at++) {
@@ -114,6 +115,7 @@ void gp_ffn_between_prepare(gp_ffn_between *b, const gp_ffn_nodes *nodes) {
         }
     }
     memcpy(&b->built, &nodes->shape, sizeof b->built);
+    b->n_built = nodes->n_ranks;
 }
 
 int gp_ffn_between_compute(const gp_ffn_between *b, uint32_t rank) {

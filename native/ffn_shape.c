@@ -16,10 +16,10 @@ static bool is_row_by_row(const gp_ggml *ggml, int32_t op) {
     return is_known;
 }
 
-/* A row of floats per rank. */
+/* A row of floats per rank and token. */
 static bool has_rows(const search *s, const ggml_tensor *tensor) {
     return tensor->type == s->ggml->type_f32 && tensor->nb[0] == sizeof(float) && tensor->ne[0] <= s->most_width
-        && tensor->ne[1] == s->nodes->shape.n_ranks && tensor->ne[2] == 1 && tensor->ne[3] == 1;
+        && tensor->ne[1] == s->nodes->n_ranks && tensor->ne[2] == s->nodes->n_tokens && tensor->ne[3] == 1;
 }
 
 static int find(ggml_tensor *const *tensors, uint32_t n, const ggml_tensor *tensor) {
@@ -44,7 +44,8 @@ static bool trace(search *s, ggml_tensor *tensor);
 /* Rows of a first matrix or step, or a part of each. */
 static bool trace_rows(search *s, ggml_tensor *tensor, gp_ffn_source *found) {
     ggml_tensor *base = tensor->view_src ? tensor->view_src : tensor;
-    if (base != tensor && (tensor->op != s->ggml->op_view || tensor->nb[1] != base->nb[1])) {
+    if (base != tensor && (tensor->op != s->ggml->op_view || tensor->nb[1] != base->nb[1]
+                           || (tensor->ne[2] > 1 && tensor->nb[2] != base->nb[2]))) {
         return false;
     }
     if (!has_rows(s, tensor) || !has_rows(s, base) || !trace(s, base)) {

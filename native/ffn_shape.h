@@ -32,7 +32,7 @@ typedef struct {
 
 /* What the bits depend on, beside the kinds of the products. Compared as bytes: made from zeros. */
 typedef struct {
-    uint32_t    n_ranks, n_first, n_steps;
+    uint32_t    n_first, n_steps;
     int64_t     first_widths[FFN_FIRST], last_width;
     gp_ffn_step steps[FFN_STEPS];
 } gp_ffn_shape;
@@ -40,6 +40,7 @@ typedef struct {
 /* The nodes of a graph that have it. */
 typedef struct {
     gp_ffn_shape       shape;
+    uint32_t           n_ranks, n_tokens;
     ggml_tensor       *first[FFN_FIRST], *steps[FFN_STEPS], *last;
     const ggml_tensor *ids;         /* the experts of the ranks */
 } gp_ffn_nodes;

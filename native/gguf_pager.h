@@ -195,9 +195,10 @@ typedef struct {
 typedef bool (*gp_eval_callback)(void *tensor, bool ask, void *data);
 typedef bool (*gp_abort_callback)(void *data);
 
-/* max_ids: the most ids one router result can hold, n_ubatch * n_used of the widest layer.
+/* max_ids: the most ids one router result can hold, n_ubatch * n_used of the widest layer. batch_bytes: memory for batches
+ * that are computed an expert at a time; larger ones are left to ggml.
  * The next_* callbacks are the caller's own, called as llama.cpp would have called them; may be NULL. */
-int  gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids,
+int  gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids, size_t batch_bytes,
                  gp_eval_callback next_eval, void *next_eval_data,
                  gp_abort_callback next_abort, void *next_abort_data);
 /* Until then every node is left as it is: the context must exist before the arena can be sized. Once. */

@@ -540,19 +540,19 @@ static PyType_Spec pager_spec = {
 /* ---- Tap -------------------------------------------------------------------------------------------------------- */
 
 static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = { "ggml", "max_ids", "next_eval", "next_eval_data", "next_abort", "next_abort_data", NULL };
+    static char *names[] = { "ggml", "max_ids", "batch_bytes", "next_eval", "next_eval_data", "next_abort", "next_abort_data", NULL };
     gp_ggml ggml;
     unsigned int max_ids;
     unsigned long long is_host, traits, block_size, type_size, next_eval, next_eval_data, next_abort, next_abort_data;
-    unsigned long long g[11];
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiii(iiiiii)iiKKKK(KKKKKKKKKKK))IKKKK", names,
+    unsigned long long g[11], batch_bytes;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiii(iiiiii)iiKKKK(KKKKKKKKKKK))IKKKKK", names,
                                      &ggml.op_none, &ggml.op_mul_mat_id, &ggml.op_argsort, &ggml.op_top_k, &ggml.op_view,
                                      &ggml.op_reshape, &ggml.op_custom, &ggml.op_add_id, &ggml.row_ops[0],
                                      &ggml.row_ops[1], &ggml.row_ops[2], &ggml.row_ops[3], &ggml.row_ops[4],
                                      &ggml.row_ops[5], &ggml.type_i32, &ggml.type_f32, &is_host, &traits, &block_size,
                                      &type_size, &g[0], &g[1], &g[2], &g[3], &g[4], &g[5], &g[6], &g[7], &g[8], &g[9],
                                      &g[10],
-                                     &max_ids, &next_eval, &next_eval_data, &next_abort, &next_abort_data)) {
+                                     &max_ids, &batch_bytes, &next_eval, &next_eval_data, &next_abort, &next_abort_data)) {
         return NULL;
     }
     ggml.buffer_is_host = (bool (*)(void *)) (uintptr_t) is_host;
@@ -577,7 +577,7 @@ static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     if (!self) {
         return NULL;
     }
-    const int error = gp_tap_open(&self->tap, &ggml, max_ids,
+    const int error = gp_tap_open(&self->tap, &ggml, max_ids, (size_t) batch_bytes,
                                   (gp_eval_callback) (uintptr_t) next_eval, (void *) (uintptr_t) next_eval_data,
                                   (gp_abort_callback) (uintptr_t) next_abort, (void *) (uintptr_t) next_abort_data);
     if (error != 0) {

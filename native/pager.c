@@ -131,10 +131,13 @@ static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint3
         hold_slot(hold, &p->slots[victim], (uint32_t) victim);
         (*n_missed)++;
     }
-    /* The first slice of all, then the second: in the order in which they are computed with. */
+    /* In the order in which they are computed with: the first slice of all, then the second, unless the batch is computed an
+     * expert at a time. */
     const uint32_t n_taken = hold->n_slots - first_taken;
     for (uint32_t i = 0; i < n_taken; i++) {
-        n_reads += gp_slot_prepare_reads(p, hold->slots[first_taken + i], hold->reads + i, n_taken);
+        const bool is_whole = demand->n_tokens > 1 && demand->later == ~0u;
+        gp_read **const at = hold->reads + (is_whole ? n_reads : i);
+        n_reads += gp_slot_prepare_reads(p, hold->slots[first_taken + i], at, is_whole ? 1 : n_taken);
     }
     return (int) n_reads;
 }

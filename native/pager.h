@@ -28,7 +28,8 @@ typedef struct {
     uint32_t        n_experts;
     uint32_t        n_tokens;
     bool            is_again;   /* the same ids were counted before: only the slots are wanted */
-    uint32_t        later;      /* slices, a bit each, that are not waited for: gp_pager_wait does, before they are used */
+    uint32_t        later;      /* slices, a bit each, that are not waited for: gp_pager_wait does, before they are used;
+                                 * all, of several tokens: they are used an expert at a time, and read so */
 } gp_demand;
 
 int  gp_hold_open(gp_hold *hold, gp_pager *pager, uint32_t n_needed);

@@ -22,6 +22,7 @@
 #include <string.h>
 
 #include "ffn.h"
+#include "ffn_batch.h"
 #include "ggml_tensor.h"
 #include "pager.h"
 #include "product.h"
@@ -62,6 +63,7 @@ typedef struct {
     uint64_t     last_used;
     uint64_t     piece;                 /* the piece of graph it was filled in for */
     uint64_t     refused_piece;         /* one for which no slots were to be had */
+    bool         is_for_batch;          /* nothing of it was waited for: the batch will do it */
 } routing;
 
 struct gp_tap {
@@ -95,6 +97,9 @@ struct gp_tap {
     gp_ffn           *ffn;              /* NULL: matrix by matrix */
     uint64_t          ffn_piece;        /* that it knows of */
     const ggml_tensor *ffn_trial;       /* this node ends a piece in which ffn has tried something */
+    gp_ffn_batch     *batch;            /* likewise, of several tokens */
+    uint64_t          batch_piece;
+    const ggml_tensor *batch_trial;
     gp_failure        failure;
     gp_eval_callback  next_eval;
     void             *next_eval_data;
@@ -305,10 +310,13 @@ static bool fill_in(gp_tap *tap, const slice_view *v, routing *r) {
     bool is_served = false;
     const int64_t n = collect_experts(tap, ids, layer->n_experts);
     if (n > 0) {
+        r->is_for_batch = tap->batch && ids->ne[1] > 1 && tap->failure.error == 0
+            && gp_ffn_batch_is_expected(tap->batch, v->layer, (uint64_t) (ids->ne[0] * ids->ne[1]));
+        const bool is_product = ids->ne[1] == 1 && is_trusted(v);
         const gp_demand demand = { .layer = v->layer, .experts = tap->experts, .counts = tap->counts,
                                    .n_experts = (uint32_t) n, .n_tokens = (uint32_t) ids->ne[1],
                                    .is_again = r->last_used == tap->clock,
-                                   .later = ids->ne[1] == 1 && is_trusted(v) ? ~0u : ~(1u << v->index) };
+                                   .later = is_product || r->is_for_batch ? ~0u : ~(1u << v->index) };
         gp_failure failure;
         const int error = tap->failure.error
             ? 0 : gp_pager_acquire(tap->pager, &tap->hold, &demand, tap->expert_slots, &failure);
@@ -420,14 +428,31 @@ static bool offer_to_ffn(gp_tap *tap, slice_view *v, ggml_tensor *node, const gg
     return fate == FFN_TRIED;
 }
 
+/* The same for several tokens; what is not taken is waited for here. */
+static bool offer_to_batch(gp_tap *tap, slice_view *v, ggml_tensor *node, const routing *r) {
+    if (tap->batch_piece != tap->piece) {
+        gp_ffn_batch_reset(tap->batch);
+        tap->batch_piece = tap->piece;
+    }
+    const gp_ffn_fate fate = gp_ffn_batch_offer(tap->batch, v->layer, v->index, node, r->original, r->is_for_batch);
+    if (node->op == tap->ggml.op_mul_mat_id) {
+        wait_for_slice(tap, v);
+    }
+    tap->batch_trial = fate == FFN_TRIED ? node : tap->batch_trial;
+    return fate == FFN_TRIED;
+}
+
 /* The node at hand, which this piece has not had for these matrices. Returns whether the piece is to end with it. */
-static bool compute_or_try(gp_tap *tap, slice_view *v, ggml_tensor *node, const ggml_tensor *ids) {
+static bool compute_or_try(gp_tap *tap, slice_view *v, ggml_tensor *node, const routing *r) {
+    if (tap->failure.error == 0 && tap->batch && r->original->ne[1] > 1) {
+        return offer_to_batch(tap, v, node, r);
+    }
     if (tap->failure.error == 0 && v->kind && v->kind->is_same != OTHER
         && node->ne[1] <= (int64_t) gp_pager_layer(tap->pager, v->layer)->n_used    /* as foreseen in open_products */
         && gp_product_fits(&v->kind->kind, &tap->ggml, node)) {
         if (v->kind->is_same == SAME) {
             become_product(tap, v, node);
-            return offer_to_ffn(tap, v, node, ids);
+            return offer_to_ffn(tap, v, node, r->original);
         }
         if (!tap->trial) {
             tap->trial = v;
@@ -480,7 +505,7 @@ static bool serve(gp_tap *tap, ggml_tensor *node) {
     v->input = node->src[1];
     bool wants = false;
     if (is_first) {
-        wants = compute_or_try(tap, v, node, r->original);
+        wants = compute_or_try(tap, v, node, r);
     } else {
         wait_for_slice(tap, v);
     }
@@ -505,6 +530,7 @@ static void piece_computed(gp_tap *tap) {
     tap->pause_at = NULL;
     tap->trial = NULL;
     tap->ffn_trial = NULL;
+    tap->batch_trial = NULL;
     gp_pager_release(tap->pager, &tap->hold);
     tap->piece++;
 }
@@ -531,8 +557,14 @@ bool gp_tap_eval(void *tensor, bool ask, void *data) {
         if (tap->ffn_trial == node && tap->failure.error == 0) {
             gp_ffn_judge(tap->ffn);
         }
+        if (tap->batch_trial == node && tap->failure.error == 0) {
+            gp_ffn_batch_judge(tap->batch);
+        }
         if (tap->pause_at == node) {
             tap->pause_at = NULL;
+            if (tap->batch) {
+                gp_ffn_batch_interrupt(tap->batch);
+            }
         } else {
             piece_computed(tap);
         }
@@ -595,7 +627,11 @@ void gp_tap_count_kinds(const gp_tap *tap, uint32_t *n_same, uint32_t *n_other) 
 }
 
 void gp_tap_count_ffns(const gp_tap *tap, uint32_t *n_same, uint32_t *n_other) {
+    uint32_t n_same_in_batches, n_other_in_batches;
     gp_ffn_count_shapes(tap->ffn, n_same, n_other);
+    gp_ffn_batch_count_shapes(tap->batch, &n_same_in_batches, &n_other_in_batches);
+    *n_same += n_same_in_batches;
+    *n_other += n_other_in_batches;
 }
 
 /* ---- opening and closing ---------------------------------------------------------------------------------------- */
@@ -700,7 +736,7 @@ static void free_tables(gp_tap *tap) {
     tap->n_layers = tap->n_views = 0;
 }
 
-int gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids,
+int gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids, size_t batch_bytes,
                 gp_eval_callback next_eval, void *next_eval_data,
                 gp_abort_callback next_abort, void *next_abort_data) {
     *out = NULL;
@@ -715,6 +751,11 @@ int gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids,
     tap->next_eval_data = next_eval_data;
     tap->next_abort = next_abort;
     tap->next_abort_data = next_abort_data;
+    const int error = gp_ffn_batch_open(&tap->batch, &tap->ggml, batch_bytes);
+    if (error != 0) {
+        free(tap);
+        return error;
+    }
     *out = tap;
     return 0;
 }
@@ -723,10 +764,16 @@ int gp_tap_attach(gp_tap *tap, gp_pager *pager) {
     assert(!tap->pager);
     tap->pager = pager;
     int error = open_tables(tap);
+    if (error == 0 && tap->batch) {
+        error = gp_ffn_batch_attach(tap->batch, pager, &tap->hold, &tap->failure, tap->n_layers);
+    }
     if (error == 0) {
         error = gp_hold_open(&tap->hold, pager, tap->max_ids);
     }
     if (error != 0) {
+        if (tap->batch) {
+            gp_ffn_batch_detach(tap->batch);
+        }
         free_tables(tap);
         tap->pager = NULL;
     }
@@ -741,5 +788,6 @@ void gp_tap_close(gp_tap *tap) {
         gp_hold_close(&tap->hold, tap->pager);
         free_tables(tap);
     }
+    gp_ffn_batch_close(tap->batch);
     free(tap);
 }
