@@ -18,14 +18,7 @@
 
 #include "ffn_between.h"
 
-enum { SHAPES = 16, SPINS = 1000, LINE_BYTES = 64 };
-
-typedef enum { UNTRIED, SAME, OTHER } verdict;
-
-typedef struct {
-    gp_ffn_shape shape;
-    verdict      is_same;
-} tried_shape;
+enum { SPINS = 1000, LINE_BYTES = 64 };
 
 /* How far one rank is. All threads look at it, so none shares a line with the next. */
 typedef struct {
@@ -51,33 +44,17 @@ struct gp_ffn {
     progress       *progress;               /* per rank */
     char           *converted;              /* what the last matrix is multiplied with, per rank */
     part            parts[PARTS];
-    tried_shape     tried[SHAPES];
-    uint32_t        n_tried;
+    gp_ffn_kinds    kinds;
 
     /* The feed-forward at hand; until it is taken, as far as it was offered. */
     bool            is_closed;              /* nothing more is taken in this piece */
-    tried_shape    *kind;
+    gp_ffn_kind    *kind;
     gp_ffn_nodes    nodes;
     gp_product     *first[FFN_FIRST], *last;
     uint32_t        n_first_chunks;
     atomic_uint     next_copy[PARTS];
     atomic_bool     has_failed;
 };
-
-/* NULL: too many different ones. */
-static tried_shape *find_shape(gp_ffn *f) {
-    for (uint32_t i = 0; i < f->n_tried; i++) {
-        if (gp_ffn_is_same_shape(&f->tried[i].shape, &f->nodes.shape)) {
-            return &f->tried[i];
-        }
-    }
-    if (f->n_tried == SHAPES) {
-        return NULL;
-    }
-    tried_shape *new = &f->tried[f->n_tried++];
-    memcpy(&new->shape, &f->nodes.shape, sizeof f->nodes.shape);
-    return new;
-}
 
 /* ---- computing -------------------------------------------------------------------------------------------------- */
 
@@ -311,13 +288,13 @@ gp_ffn_fate gp_ffn_offer(gp_ffn *f, gp_product *product, ggml_tensor *node, cons
         return FFN_APART;
     }
     f->is_closed = true;
-    f->kind = is_last(f, product, node, ids) ? find_shape(f) : NULL;
-    if (!f->kind || f->kind->is_same == OTHER) {
+    f->kind = is_last(f, product, node, ids) ? gp_ffn_kind_find(&f->kinds, &f->nodes.shape) : NULL;
+    if (!f->kind || f->kind->is_same == FFN_OTHER) {
         return FFN_APART;
     }
     begin(f);
     become(f->nodes.first[0], compute_all, &f->parts[0]);
-    if (f->kind->is_same == UNTRIED) {
+    if (f->kind->is_same == FFN_UNTRIED) {
         return FFN_TRIED;
     }
     for (uint32_t i = 1; i < f->nodes.shape.n_first; i++) {
@@ -333,15 +310,11 @@ void gp_ffn_judge(gp_ffn *f) {
         const char *theirs = (const char *) f->nodes.last->data + rank * f->nodes.last->nb[1];
         is_same &= memcmp(theirs, gp_ffn_last_row(f->between, rank), (size_t) f->nodes.last->ne[0] * sizeof(float)) == 0;
     }
-    f->kind->is_same = is_same ? SAME : OTHER;
+    f->kind->is_same = is_same ? FFN_SAME : FFN_OTHER;
 }
 
 void gp_ffn_count_shapes(const gp_ffn *f, uint32_t *n_same, uint32_t *n_other) {
-    *n_same = *n_other = 0;
-    for (uint32_t i = 0; f && i < f->n_tried; i++) {
-        *n_same += f->tried[i].is_same == SAME;
-        *n_other += f->tried[i].is_same == OTHER;
-    }
+    gp_ffn_kinds_count(f ? &f->kinds : NULL, n_same, n_other);
 }
 
 /* ---- opening and closing ---------------------------------------------------------------------------------------- */

@@ -21,10 +21,12 @@ bool gp_ffn_batch_is_expected(const gp_ffn_batch *batch, uint32_t layer, uint64_
 
 /* At the beginning of each piece of graph. */
 void gp_ffn_batch_reset(gp_ffn_batch *batch);
+/* Whether the last of a feed-forward is still to come, which is worth waiting for with all of it. */
+bool gp_ffn_batch_is_collecting(const gp_ffn_batch *batch);
 /* What was offered in this piece is being computed: it cannot be taken any more. */
 void gp_ffn_batch_interrupt(gp_ffn_batch *batch);
-/* A MUL_MAT_ID node that is pointed at slots, in the order of the graph. If it was expected, it is an operation of ours when
- * this returns, one that waits for its slices; otherwise they must have been waited for. */
+/* A MUL_MAT_ID node that is pointed at slots, in the order of the graph. One that is an operation of ours afterwards waits
+ * for its slices itself. */
 gp_ffn_fate gp_ffn_batch_offer(gp_ffn_batch *batch, uint32_t layer, uint32_t slice, ggml_tensor *node,
                                const ggml_tensor *ids, bool is_expected);
 void gp_ffn_batch_judge(gp_ffn_batch *batch);

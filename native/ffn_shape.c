@@ -104,3 +104,25 @@ bool gp_ffn_trace(gp_ffn_nodes *nodes, const gp_ggml *ggml, int64_t most_width) 
 bool gp_ffn_is_same_shape(const gp_ffn_shape *a, const gp_ffn_shape *b) {
     return memcmp(a, b, sizeof *a) == 0;
 }
+
+gp_ffn_kind *gp_ffn_kind_find(gp_ffn_kinds *kinds, const gp_ffn_shape *shape) {
+    for (uint32_t i = 0; i < kinds->n_kinds; i++) {
+        if (gp_ffn_is_same_shape(&kinds->kinds[i].shape, shape)) {
+            return &kinds->kinds[i];
+        }
+    }
+    if (kinds->n_kinds == FFN_KINDS) {
+        return NULL;
+    }
+    gp_ffn_kind *new = &kinds->kinds[kinds->n_kinds++];
+    memcpy(&new->shape, shape, sizeof new->shape);
+    return new;
+}
+
+void gp_ffn_kinds_count(const gp_ffn_kinds *kinds, uint32_t *n_same, uint32_t *n_other) {
+    *n_same = *n_other = 0;
+    for (uint32_t i = 0; kinds && i < kinds->n_kinds; i++) {
+        *n_same += kinds->kinds[i].is_same == FFN_SAME;
+        *n_other += kinds->kinds[i].is_same == FFN_OTHER;
+    }
+}

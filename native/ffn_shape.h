@@ -49,6 +49,26 @@ typedef struct {
  * those that use them. Rows are floats, at most so many. */
 bool gp_ffn_trace(gp_ffn_nodes *nodes, const gp_ggml *ggml, int64_t most_width);
 
+typedef enum { FFN_UNTRIED, FFN_SAME, FFN_OTHER } gp_ffn_verdict;
+
+/* Whether feed-forwards of a shape have the same bits when they are computed our way. */
+typedef struct {
+    gp_ffn_shape   shape;
+    gp_ffn_verdict is_same;
+} gp_ffn_kind;
+
+enum { FFN_KINDS = 16 };
+
+/* Made from zeros. */
+typedef struct {
+    gp_ffn_kind kinds[FFN_KINDS];
+    uint32_t    n_kinds;
+} gp_ffn_kinds;
+
+/* NULL: there are too many different ones. */
+gp_ffn_kind *gp_ffn_kind_find(gp_ffn_kinds *kinds, const gp_ffn_shape *shape);
+void gp_ffn_kinds_count(const gp_ffn_kinds *kinds, uint32_t *n_same, uint32_t *n_other);
+
 bool gp_ffn_is_same_shape(const gp_ffn_shape *a, const gp_ffn_shape *b);
 
 #endif

@@ -88,7 +88,7 @@ static void compute_glu_row(float *out, int64_t n, const ggml_tensor *gate, cons
     }
 }
 
-enum { SMALL_NODES = 32, SMALL_GRAPHS = 32 };
+enum { SMALL_NODES = 64, SMALL_GRAPHS = 64 };
 
 typedef struct {
     ggml_tensor *nodes[SMALL_NODES];
@@ -141,15 +141,41 @@ static bool small_is_numa(void) {
     return false;
 }
 
+/* MUL_MAT_ID of as many rows as there are. */
+static void multiply_small(const ggml_tensor *node) {
+    const ggml_tensor *experts = node->src[0], *input = node->src[1], *ids = node->src[2];
+    for (uint32_t token = 0; token < node->ne[2]; token++) {
+        for (uint32_t rank = 0; rank < node->ne[1]; rank++) {
+            const int32_t id = *(const int32_t *) ((const char *) ids->data + token * ids->nb[1] + rank * ids->nb[0]);
+            const char *matrix = (const char *) experts->data + (uint64_t) id * experts->nb[2];
+            CHECK(id >= 0 && id < experts->ne[2], "an id lies within the matrices");
+            uint8_t vector[GRAPH_COLUMNS];
+            to_bytes((const float *) ((const char *) input->data + (rank % (uint32_t) input->ne[1]) * input->nb[1]
+                                      + token * input->nb[2]), vector, GRAPH_COLUMNS);
+            float *out = (float *) ((char *) node->data + rank * node->nb[1] + token * node->nb[2]);
+            for (int64_t i = 0; i < node->ne[0]; i++) {
+                multiply_bytes(GRAPH_COLUMNS, &out[i], 0, matrix + i * GRAPH_COLUMNS, 0, vector, 0, 1);
+            }
+        }
+    }
+}
+
 static int small_compute(void *backend, void *graph) {
     const small_graph *s = graph;
     CHECK(*(int *) backend == 1, "a thread computes it alone");
     for (uint32_t i = 0; i < s->n_nodes; i++) {
         const ggml_tensor *node = s->nodes[i];
-        CHECK(node->op == OP_GLU && node->ne[1] == 1 && node->src[0]->ne[1] == 1 && node->src[1]->ne[1] == 1,
-              "its nodes are one row high");
-        compute_glu_row(node->data, node->ne[0], node->src[0], node->src[1], 0);
-        *(float *) node->data += are_small_right ? 0.0f : 1.0f;
+        CHECK(node->ne[1] == 1 || node->op == OP_MUL_MAT_ID, "one expert's rows");
+        if (node->op == OP_MUL_MAT_ID) {
+            multiply_small(node);
+            continue;
+        }
+        CHECK(node->op == OP_GLU, "all else is as in the large graph");
+        for (uint32_t row = 0; row < node->ne[2]; row++) {
+            float *out = (float *) ((char *) node->data + row * node->nb[2]);
+            compute_glu_row(out, node->ne[0], node->src[0], node->src[1], row);
+            *out += are_small_right ? 0.0f : 1.0f;
+        }
     }
     return atomic_fetch_sub(&small_until_failure, 1) == 1;
 }
@@ -419,10 +445,11 @@ static void compute_custom(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap
     }
     check_later(g, layer, node);
     const bool is_void = gp_tap_abort(tap);
-    for (uint32_t r = 0; r < g->w->m->shape.n_used; r++) {
+    for (uint32_t i = 0; i < g->w->m->shape.n_used * g->n_tokens; i++) {
+        const uint32_t r = i % g->w->m->shape.n_used, t = i / g->w->m->shape.n_used;
         float truth[GRAPH_ROWS];
-        multiply_expert(node, model_truth(g->w->m, layer, slice, l->chosen[0][r]), r, 0, truth);
-        CHECK(is_void || memcmp(row_of(node, r, 0), truth, (size_t) node->ne[0] * sizeof *truth) == 0,
+        multiply_expert(node, model_truth(g->w->m, layer, slice, l->chosen[t][r]), r, t, truth);
+        CHECK(is_void || memcmp(row_of(node, r, t), truth, (size_t) node->ne[0] * sizeof *truth) == 0,
               "a product is that of the chosen expert's bytes");
     }
     g->n_from_slots++;
