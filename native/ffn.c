@@ -224,6 +224,7 @@ static void start(gp_ffn *f, const ggml_tensor *node, const ggml_tensor *ids) {
 
 static void add_first(gp_ffn *f, gp_product *product, ggml_tensor *node) {
     const uint32_t at = f->nodes.shape.n_first++;
+    f->nodes.shape.first_types[at] = product->kind->type;
     f->nodes.shape.first_widths[at] = product->kind->n_rows;
     f->first[at] = product;
     f->nodes.first[at] = node;
@@ -240,6 +241,7 @@ static bool is_another_first(const gp_ffn *f, const gp_product *product, const g
 static bool is_last(gp_ffn *f, gp_product *product, ggml_tensor *node, const ggml_tensor *ids) {
     f->last = product;
     f->nodes.last = node;
+    f->nodes.shape.last_type = product->kind->type;
     f->nodes.shape.last_width = product->kind->n_rows;
     bool are_together = ids == f->nodes.ids && node->ne[1] == f->nodes.n_ranks;
     for (uint32_t i = 0; i < f->nodes.shape.n_first; i++) {

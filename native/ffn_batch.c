@@ -201,6 +201,7 @@ static void start(gp_ffn_batch *b, uint32_t layer, const ggml_tensor *ids) {
 
 static void add_first(gp_ffn_batch *b, uint32_t slice, ggml_tensor *node, bool is_expected) {
     const uint32_t at = b->shares.nodes.shape.n_first++;
+    b->shares.nodes.shape.first_types[at] = node->src[0]->type;
     b->shares.nodes.shape.first_widths[at] = node->ne[0];
     b->shares.nodes.first[at] = node;
     b->shares.slices[at] = slice;
@@ -225,6 +226,7 @@ static void begin(gp_ffn_batch *b) {
 static gp_ffn_fate end(gp_ffn_batch *b, uint32_t slice, ggml_tensor *node, const ggml_tensor *ids) {
     b->is_closed = true;
     b->shares.nodes.last = node;
+    b->shares.nodes.shape.last_type = node->src[0]->type;
     b->shares.nodes.shape.last_width = node->ne[0];
     b->shares.slices[FFN_LAST] = slice;
     const gp_ffn_nodes *nodes = &b->shares.nodes;

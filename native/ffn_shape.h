@@ -30,9 +30,10 @@ typedef struct {
     gp_ffn_source sources[FFN_SOURCES];
 } gp_ffn_step;
 
-/* What the bits depend on, beside the kinds of the products. Compared as bytes: made from zeros. */
+/* What the bits may depend on. Compared as bytes: made from zeros. */
 typedef struct {
     uint32_t    n_first, n_steps;
+    int32_t     first_types[FFN_FIRST], last_type;      /* of the matrices */
     int64_t     first_widths[FFN_FIRST], last_width;
     gp_ffn_step steps[FFN_STEPS];
 } gp_ffn_shape;

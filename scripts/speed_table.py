@@ -17,7 +17,7 @@ from gguf_pager.report import number
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed tables: scripts/speed_table.py -->\n", "<!-- end of speed tables -->\n"
-SHOWN = (("xeon-2core-24gb", "qwen3-30b-16l", "Qwen3-30B-A3B's shape, 16 of its 48 layers, Q4_K"),
+SHOWN = (("epyc-2core-24gb", "qwen3-30b-16l", "Qwen3-30B-A3B's shape, 16 of its 48 layers, Q4_K"),
          ("xeon-2core-24gb", "gpt-oss-20b-12l", "gpt-oss-20b's shape, 12 of its 24 layers, MXFP4"))
 """Machine, model, and what it is."""
 
@@ -72,7 +72,8 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
     late = sorted({f"{row['read_ahead_kb']:,} KiB in {row['cap_bytes'] / 1e9:.2f} GB" for row in rows
                    if row["mode"] == "stock" and row["n_gen"] and row["status"] == "timeout"})
     return (
-        f"**{name}** ({first['model_size'] / 1e9:.1f} GB), {first['n_threads']} threads, {first['test_time'][:10]}, "
+        f"**{name}** ({first['model_size'] / 1e9:.1f} GB), {first['cpu_info']}, {first['n_threads']} threads, "
+        f"{first['test_time'][:10]}, "
         f"device at best {first['device_bytes_per_s'] / 1e9:.1f} GB/s, median (range) of {first['n_rounds']}:\n\n" + HEAD
         + "".join(line(row, rows) for budget in dict.fromkeys(row["budget"] for row in paged)
                   for row in sorted((row for row in paged if row["budget"] == budget), key=lambda row: -row["n_gen"]))
