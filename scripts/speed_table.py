@@ -18,7 +18,7 @@ from gguf_pager.report import number
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed tables: scripts/speed_table.py -->\n", "<!-- end of speed tables -->\n"
 SHOWN = (("epyc-2core-24gb", "qwen3-30b-16l", "Qwen3-30B-A3B's shape, 16 of its 48 layers, Q4_K"),
-         ("xeon-2core-24gb", "gpt-oss-20b-12l", "gpt-oss-20b's shape, 12 of its 24 layers, MXFP4"))
+         ("epyc-2core-24gb", "gpt-oss-20b-12l", "gpt-oss-20b's shape, 12 of its 24 layers, MXFP4"))
 """Machine, model, and what it is."""
 
 HEAD = ("| memory | test | gguf_pager, tok/s | stock mmap, tok/s | ratio | hits | MB per token, ours / stock | of limit "
