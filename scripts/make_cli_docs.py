@@ -43,7 +43,9 @@ Keys of the JSON object: `gguf_pager_version`, `llama_cpp_python_version`, `mode
     "bench": """\
 A run loads the model in a process of its own, computes `-d` tokens, then the prompt, then the tokens after it, and ends;
 so decoding begins with what the prompt has left in the slots, and its row says so (`tg128 @ d512`). Before each run the
-file is dropped from the page cache, and mincore tells whether it is gone (not of ZFS's own cache). All cases of a round
+file is dropped from the page cache, and mincore tells whether it is gone (not of ZFS's own cache); and as much memory as the
+cap allows is used once and freed, because hosts take back what lies idle in a virtual machine and give it again slowly,
+so that the first run after a rest would pay for the next. All cases of a round
 compute the same tokens; rounds begin at places spread over the text or trace. At the end of each round the logits of ours
 and of stock are compared, bit for bit. Of lists every combination is measured, and each budget beside stock.
 
@@ -58,7 +60,7 @@ against stock at the read-ahead that suits it best; `limit` the speed that compu
 the missed bytes at the device's best bandwidth would give, and `eff.` how much of it was reached (above 1 where reads and
 computing overlap); `J/token` joules, with `~` where they are modelled. A row whose `status` is not "ok" has a line below
 the table: `invalid` (a decode faster than its own limit, other logits than stock, a page cache that was not cold),
-`timeout`, `failed`, `interrupted`. In prompts reads and computing overlap, so that they may beat the limit. What a case
+`timeout`, `failed`, `interrupted`. Reads and computing overlap, so that ours may beat the limit. What a case
 could not reach within `--timeout` is not tried again in later rounds; its prompt is, if it got so far.
 
 In JSON, CSV and SQL (table `gguf_pager_bench`) a row has llama-bench's names where they mean the same: `cpu_info`,
