@@ -369,7 +369,8 @@ static void wait_for_slice(gp_tap *tap, const slice_view *v) {
 /* Whether the node makes the input of a multiplication of the layer at hand whose slices are still being read: what comes
  * before can be computed meanwhile. */
 static bool is_worth_computing_to(gp_tap *tap, const ggml_tensor *node) {
-    if (!tap->is_layer_open || tap->failure.error || (tap->batch && gp_ffn_batch_is_collecting(tap->batch))) {
+    const bool is_batch = tap->batch && tap->batch_piece == tap->piece;
+    if (!tap->is_layer_open || tap->failure.error || (is_batch && gp_ffn_batch_is_collecting(tap->batch))) {
         return false;
     }
     const uint32_t layer = tap->views[tap->latest_view].layer;
