@@ -154,20 +154,7 @@ static void failed_reads_end_the_graph(void) {
     begin(true, PLENTY);
     run();
     fake_set_weather((fake_weather) { .delay_us = 100 });
-    unsigned n_failed = 0;
-    for (int i = 0; i < 40; i++) {
-        graph_route(&g);
-        fake_fail(FAKE_FILE_READ, 1 + fake_random(12), -EIO);
-        const int result = graph_run(&g, tap);
-        gp_tap_idle(tap);
-        const gp_failure failure = gp_tap_take_failure(tap);
-        CHECK((result == 2) == (failure.error == -EIO), "a failed read ends the graph, and nothing else does");
-        n_failed += result == 2;
-        model_settle(pager);
-        model_check_invariants(pager);
-    }
-    CHECK(n_failed > 5, "reads have failed");
-    fake_fail(FAKE_FILE_READ, 0, 0);
+    graph_fail_reads(&g, tap, pager, 12);
     run();
     end();
 }

@@ -1,5 +1,6 @@
 #include "graph.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -531,4 +532,21 @@ int graph_run(graph *g, gp_tap *tap) {
         }
     }
     return 0;
+}
+
+void graph_fail_reads(graph *g, gp_tap *tap, gp_pager *pager, uint32_t among) {
+    unsigned n_failed = 0;
+    for (int i = 0; i < 40; i++) {
+        graph_route(g);
+        fake_fail(FAKE_FILE_READ, 1 + fake_random(among), -EIO);
+        const int result = graph_run(g, tap);
+        gp_tap_idle(tap);
+        const gp_failure failure = gp_tap_take_failure(tap);
+        CHECK((result == 2) == (failure.error == -EIO), "a failed read ends the graph, and nothing else does");
+        n_failed += result == 2;
+        model_settle(pager);
+        model_check_invariants(pager);
+    }
+    CHECK(n_failed > 5, "reads have failed");
+    fake_fail(FAKE_FILE_READ, 0, 0);
 }

@@ -83,5 +83,7 @@ void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source);
 void graph_route(graph *g);
 /* llama_decode: 0, or 2 when the abort callback said so. The tap may be NULL. */
 int  graph_run(graph *g, gp_tap *tap);
+/* Runs it many times, each time with one of the next reads failing, of so many: that ends the graph, and nothing else does. */
+void graph_fail_reads(graph *g, gp_tap *tap, gp_pager *pager, uint32_t among);
 
 #endif

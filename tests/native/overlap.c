@@ -1,5 +1,4 @@
 /* Reads of the last slices go on while the first ones are computed with; what depends on them waits. */
-#include <errno.h>
 #include <string.h>
 
 #include "check.h"
@@ -124,20 +123,7 @@ static void last_slice_fails(void) {
     CHECK(graph_run(&g, tap) == 0, "the tap gets to know the graph");
     gp_tap_idle(tap);
     fake_set_weather((fake_weather) { .delay_us = 300 });
-    unsigned n_failed = 0;
-    for (int i = 0; i < 40; i++) {
-        graph_route(&g);
-        fake_fail(FAKE_FILE_READ, 1 + fake_random(9), -EIO);
-        const int result = graph_run(&g, tap);
-        gp_tap_idle(tap);
-        const gp_failure failure = gp_tap_take_failure(tap);
-        CHECK((result == 2) == (failure.error == -EIO), "a failed read ends the graph, and nothing else does");
-        n_failed += result == 2;
-        model_settle(pager);
-        model_check_invariants(pager);
-    }
-    CHECK(n_failed > 5, "reads have failed");
-    fake_fail(FAKE_FILE_READ, 0, 0);
+    graph_fail_reads(&g, tap, pager, 9);
     graph_route(&g);
     CHECK(graph_run(&g, tap) == 0, "the next graph is computed");
     end();
