@@ -13,8 +13,9 @@ _Failure: TypeAlias = tuple[int, int, int]
 """errno, file (of the model's paths, then of each mirror's), offset_bytes"""
 _Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int, tuple[int, ...], int, int, int, int, int, int,
                          tuple[int, ...]]
-"""op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, op_custom, type_i32, type_f32, and the addresses of
-ggml_backend_buffer_is_host, ggml_get_type_traits_cpu (0: all multiplying is left to ggml), ggml_blck_size, ggml_type_size"""
+"""op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, op_custom, op_add_id; the operations that work row by row
+(row_ops of gp_ggml); type_i32, type_f32; the addresses of ggml_backend_buffer_is_host, ggml_get_type_traits_cpu (0: all
+multiplying is left to ggml), ggml_blck_size, ggml_type_size; those of the functions in gp_graphs (0: no small graphs)"""
 
 class Pager:
     """Slots, files and reader threads of one model."""

@@ -335,8 +335,8 @@ def ggml_numbers() -> _native._Ggml:
             op(base.ggml_mul(context, scores, scores)),
         )
         traits = _cpu_traits(engine, context)
-    return (*numbers, row_operations, I32, F32, _address(base.ggml_backend_buffer_is_host), traits, _address(base.ggml_blck_size),
-            _address(base.ggml_type_size), _graph_functions(engine))
+    return (*numbers, row_operations, I32, F32, _address(base.ggml_backend_buffer_is_host), traits,
+            _address(base.ggml_blck_size), _address(base.ggml_type_size), _graph_functions(engine))
 
 
 def _graph_functions(engine: Engine) -> tuple[int, ...]:

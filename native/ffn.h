@@ -11,7 +11,7 @@ typedef struct gp_ffn gp_ffn;
 
 /* What becomes of a product that was offered. */
 typedef enum {
-    FFN_APART,      /* nothing, for now */
+    FFN_APART,      /* it stays what it was; later ones of its feed-forward may take it along */
     FFN_TRIED,      /* it is the last of a feed-forward that is also computed here, to compare: gp_ffn_judge afterwards */
     FFN_TAKEN,      /* it is the last of one that is computed here: all its nodes were made operations of ours */
 } gp_ffn_fate;
@@ -21,7 +21,7 @@ typedef enum {
 int  gp_ffn_open(gp_ffn **out, const gp_ggml *ggml, uint32_t n_ranks, int64_t width, size_t converted_bytes);
 void gp_ffn_close(gp_ffn *ffn);
 
-/* At the beginning of each piece of graph. */
+/* At the end of each piece of graph. */
 void gp_ffn_reset(gp_ffn *ffn);
 /* A node that was just made a product, in the order of the graph; `ids` are the experts that its ranks stand for. */
 gp_ffn_fate gp_ffn_offer(gp_ffn *ffn, gp_product *product, ggml_tensor *node, const ggml_tensor *ids);

@@ -26,7 +26,6 @@ typedef struct {
 
 struct gp_ffn_batch {
     const gp_ggml *ggml;
-    gp_pager      *pager;
     gp_hold       *hold;
     gp_failure    *failure;
     gp_ffn_shares  shares;
@@ -64,7 +63,7 @@ static void compute_share(gp_ffn_batch *b, uint32_t worker, const gp_ffn_share *
 
 static void check(gp_ffn_batch *b, uint32_t slices) {
     gp_failure failure;
-    if (b->failure->error == 0 && gp_pager_wait(b->pager, b->hold, b->shares.layer, slices, &failure) != 0) {
+    if (b->failure->error == 0 && gp_pager_wait(b->shares.pager, b->hold, b->shares.layer, slices, &failure) != 0) {
         *b->failure = failure;
     }
     if (b->failure->error == 0 && atomic_load(&b->has_failed)) {
@@ -99,7 +98,7 @@ static void compute_all(ggml_tensor *node, int ith, int nth, void *data) {
     for (bool is_more = ith < FFN_WORKERS; is_more;) {     /* further threads have nothing to do */
         const unsigned n_arrived = gp_hold_n_arrived(b->hold);      /* before looking what is there */
         if (!take_shares(b, (uint32_t) ith, &is_more) && is_more) {
-            gp_pager_wait_arrival(b->pager, b->hold, b->shares.layer, n_arrived, ith == 0);
+            gp_pager_wait_arrival(b->shares.pager, b->hold, b->shares.layer, n_arrived, ith == 0);
         }
     }
     if (ith == 0) {
@@ -305,7 +304,6 @@ int gp_ffn_batch_open(gp_ffn_batch **out, const gp_ggml *ggml, size_t rows_bytes
 }
 
 int gp_ffn_batch_attach(gp_ffn_batch *b, gp_pager *pager, gp_hold *hold, gp_failure *failure, uint32_t n_layers) {
-    b->pager = pager;
     b->hold = hold;
     b->failure = failure;
     b->places = calloc(n_layers, sizeof *b->places);

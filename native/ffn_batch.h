@@ -19,7 +19,7 @@ void gp_ffn_batch_detach(gp_ffn_batch *batch);
  * of it need be waited for, and all its nodes must be offered. */
 bool gp_ffn_batch_is_expected(const gp_ffn_batch *batch, uint32_t layer, uint64_t n_rows);
 
-/* At the beginning of each piece of graph. */
+/* At the end of each piece of graph. */
 void gp_ffn_batch_reset(gp_ffn_batch *batch);
 /* Whether the last of a feed-forward is still to come, which is worth waiting for with all of it. */
 bool gp_ffn_batch_is_collecting(const gp_ffn_batch *batch);

@@ -540,7 +540,8 @@ static PyType_Spec pager_spec = {
 /* ---- Tap -------------------------------------------------------------------------------------------------------- */
 
 static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = { "ggml", "max_ids", "batch_bytes", "next_eval", "next_eval_data", "next_abort", "next_abort_data", NULL };
+    static char *names[] = { "ggml", "max_ids", "batch_bytes", "next_eval", "next_eval_data", "next_abort",
+                             "next_abort_data", NULL };
     gp_ggml ggml;
     unsigned int max_ids;
     unsigned long long is_host, traits, block_size, type_size, next_eval, next_eval_data, next_abort, next_abort_data;

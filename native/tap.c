@@ -95,10 +95,8 @@ struct gp_tap {
     slice_view       *trial;            /* its MUL_MAT_ID node ends this piece and is then compared with ours: */
     ggml_tensor      *trial_node;
     gp_ffn           *ffn;              /* NULL: matrix by matrix */
-    uint64_t          ffn_piece;        /* that it knows of */
     const ggml_tensor *ffn_trial;       /* this node ends a piece in which ffn has tried something */
     gp_ffn_batch     *batch;            /* likewise, of several tokens */
-    uint64_t          batch_piece;
     const ggml_tensor *batch_trial;
     gp_failure        failure;
     gp_eval_callback  next_eval;
@@ -369,8 +367,7 @@ static void wait_for_slice(gp_tap *tap, const slice_view *v) {
 /* Whether the node makes the input of a multiplication of the layer at hand whose slices are still being read: what comes
  * before can be computed meanwhile. */
 static bool is_worth_computing_to(gp_tap *tap, const ggml_tensor *node) {
-    const bool is_batch = tap->batch && tap->batch_piece == tap->piece;
-    if (!tap->is_layer_open || tap->failure.error || (is_batch && gp_ffn_batch_is_collecting(tap->batch))) {
+    if (!tap->is_layer_open || tap->failure.error || (tap->batch && gp_ffn_batch_is_collecting(tap->batch))) {
         return false;
     }
     const uint32_t layer = tap->views[tap->latest_view].layer;
@@ -420,10 +417,6 @@ static bool offer_to_ffn(gp_tap *tap, slice_view *v, ggml_tensor *node, const gg
     if (!tap->ffn) {
         return false;
     }
-    if (tap->ffn_piece != tap->piece) {
-        gp_ffn_reset(tap->ffn);
-        tap->ffn_piece = tap->piece;
-    }
     const gp_ffn_fate fate = gp_ffn_offer(tap->ffn, &v->product, node, ids);
     tap->ffn_trial = fate == FFN_TRIED ? node : tap->ffn_trial;
     return fate == FFN_TRIED;
@@ -431,10 +424,6 @@ static bool offer_to_ffn(gp_tap *tap, slice_view *v, ggml_tensor *node, const gg
 
 /* The same for several tokens; what is not taken is waited for here. */
 static bool offer_to_batch(gp_tap *tap, slice_view *v, ggml_tensor *node, const routing *r) {
-    if (tap->batch_piece != tap->piece) {
-        gp_ffn_batch_reset(tap->batch);
-        tap->batch_piece = tap->piece;
-    }
     const gp_ffn_fate fate = gp_ffn_batch_offer(tap->batch, v->layer, v->index, node, r->original, r->is_for_batch);
     if (node->op == tap->ggml.op_mul_mat_id) {
         wait_for_slice(tap, v);
@@ -532,6 +521,12 @@ static void piece_computed(gp_tap *tap) {
     tap->trial = NULL;
     tap->ffn_trial = NULL;
     tap->batch_trial = NULL;
+    if (tap->ffn) {
+        gp_ffn_reset(tap->ffn);
+    }
+    if (tap->batch) {
+        gp_ffn_batch_reset(tap->batch);
+    }
     gp_pager_release(tap->pager, &tap->hold);
     tap->piece++;
 }

@@ -59,7 +59,7 @@ Columns of the table: `t/s` median and range of the runs; `vs stock` the median 
 against stock at the read-ahead that suits it best; `limit` the speed that computing with all weights in RAM plus reading
 the missed bytes at the device's best bandwidth would give, and `eff.` how much of it was reached (above 1 where reads and
 computing overlap); `J/token` joules, with `~` where they are modelled. A row whose `status` is not "ok" has a line below
-the table: `invalid` (a decode faster than its own limit, other logits than stock, a page cache that was not cold),
+the table: `invalid` (other logits than stock, a page cache that was not cold),
 `timeout`, `failed`, `interrupted`. Reads and computing overlap, so that ours may beat the limit. What a case
 could not reach within `--timeout` is not tried again in later rounds; its prompt is, if it got so far.
 
