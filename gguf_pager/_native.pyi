@@ -7,8 +7,8 @@ _Slice: TypeAlias = tuple[str, int, tuple[int, int, int], int, int, int, int, in
 """name, ggml type, ne, file, offset_bytes, slice_bytes, data_at, region_at, region_bytes"""
 _Layer: TypeAlias = tuple[int, int, int, Sequence[_Slice]]
 """n_experts, n_used, shape class, slices"""
-_Counters: TypeAlias = tuple[int, int, int, int, int, int, int, int, int]
-"""hits, misses, bytes_read, stall_ns, evictions, left_alone, visits, tokens, resident"""
+_Counters: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int]
+"""hits, misses, bytes_read, stall_ns, stall_bytes, evictions, left_alone, visits, tokens, resident"""
 _Failure: TypeAlias = tuple[int, int, int]
 """errno, file (of the model's paths, then of each mirror's), offset_bytes"""
 _Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int, tuple[int, ...], int, int, int, int, int, int,

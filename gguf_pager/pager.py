@@ -91,6 +91,7 @@ class LayerStats:
     misses: int
     bytes_read: int
     stall_ns: int
+    stall_bytes: int
     evictions: int
     left_alone: int
     visits: int
@@ -103,7 +104,7 @@ class LayerStats:
 class Stats:
     """What a pager has counted since it was opened.
 
-    `stall_ns` is the time that decoding waited for reads; `left_alone` the graph nodes that llama.cpp computed from its
+    `stall_ns` is the time that decoding waited for reads, `stall_bytes` what arrived meanwhile; `left_alone` the graph nodes that llama.cpp computed from its
     own mapping because they could not be served: right, but slow. `copies` are the bytes read from the model's own files
     and from each mirror. `hit_rate` is None before the first token.
     """
@@ -112,6 +113,7 @@ class Stats:
     misses: int
     bytes_read: int
     stall_ns: int
+    stall_bytes: int
     evictions: int
     left_alone: int
     resident_bytes: int
@@ -270,7 +272,7 @@ class Pager:
     def stats(self) -> Stats:
         """Return the counters, in total and per layer; after close the last ones."""
         if self._native is None:
-            return self._last_stats or Stats(0, 0, 0, 0, 0, 0, 0, 0, ())
+            return self._last_stats or Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, ())
         layers = tuple(
             LayerStats(layer.block, *row, resident_bytes=row[-1] * layer.expert_bytes)
             for layer, row in zip(self.layout.layers, self._native.counters(), strict=True)
@@ -280,6 +282,7 @@ class Pager:
             misses=sum(layer.misses for layer in layers),
             bytes_read=sum(layer.bytes_read for layer in layers),
             stall_ns=sum(layer.stall_ns for layer in layers),
+            stall_bytes=sum(layer.stall_bytes for layer in layers),
             evictions=sum(layer.evictions for layer in layers),
             left_alone=sum(layer.left_alone for layer in layers),
             resident_bytes=sum(layer.resident_bytes for layer in layers),

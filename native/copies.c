@@ -135,6 +135,14 @@ void gp_copies_bytes_read(const gp_copies *copies, uint64_t *bytes_read) {
     }
 }
 
+uint64_t gp_copies_arrived_bytes(const gp_copies *copies) {
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < copies->n_copies; i++) {
+        bytes += gp_fetch_arrived_bytes(copies->copies[i].fetch);
+    }
+    return bytes;
+}
+
 /* ---- files ------------------------------------------------------------------------------------------------------- */
 
 int gp_copies_check(const gp_copies *copies, uint32_t file, uint32_t *changed_file) {

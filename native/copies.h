@@ -37,6 +37,9 @@ int  gp_copies_check(const gp_copies *copies, uint32_t file, uint32_t *changed_f
 /* bytes_read: one number per copy. Takes no lock. */
 void gp_copies_bytes_read(const gp_copies *copies, uint64_t *bytes_read);
 
+/* Of all copies, as gp_fetch_arrived_bytes has it. */
+uint64_t gp_copies_arrived_bytes(const gp_copies *copies);
+
 /* The copy to read so many bytes from: that which will have them soonest as it got on of late, with all that it has to do
  * before. One of which nothing is known is tried with one read at a time; until something is known the rest is read from
  * the first, the model's own. */

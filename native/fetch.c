@@ -40,6 +40,7 @@ struct gp_fetch {
     gp_read        *first, *last;   /* lock */
     uint32_t        n_asleep;       /* lock */
     bool            closing;        /* lock */
+    _Atomic uint64_t arrived_bytes;
     uint64_t        piece_bytes;
     uint64_t        step_bytes;     /* a multiple of both alignments */
     gp_queue       *queue;          /* NULL: there is a pool */
@@ -144,7 +145,7 @@ static int read_piece(const gp_fetch *fetch, const gp_read *read, uint64_t piece
     }
 }
 
-static void finish_piece(const gp_fetch *fetch, const piece *done, int64_t got) {
+static void finish_piece(gp_fetch *fetch, const piece *done, int64_t got) {
     gp_read *read = done->read;
     uint64_t error_offset = 0;
     const int error = read_piece(fetch, read, done->at, got, &error_offset);
@@ -153,6 +154,8 @@ static void finish_piece(const gp_fetch *fetch, const piece *done, int64_t got) 
         if (atomic_compare_exchange_strong(&read->error, &none, error)) {
             atomic_store(&read->error_offset, error_offset);
         }
+    } else {
+        atomic_fetch_add_explicit(&fetch->arrived_bytes, piece_end(fetch, read, done->at) - done->at, memory_order_relaxed);
     }
     if (atomic_fetch_sub(&read->pieces_left, 1) == 1) {
         finish(read);
@@ -342,6 +345,10 @@ void gp_fetch_withdraw(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads)
         withdrawn = read->next;     /* `done` may give the read away */
         read->done(read, -ECANCELED, read->offset_bytes);
     }
+}
+
+uint64_t gp_fetch_arrived_bytes(const gp_fetch *fetch) {
+    return atomic_load_explicit(&fetch->arrived_bytes, memory_order_relaxed);
 }
 
 /* Leaves things as they are where the system has no such queue, or refuses it. */

@@ -89,6 +89,7 @@ typedef struct {
     uint64_t hits, misses;      /* distinct experts wanted by one graph node's batch, found or not found */
     uint64_t bytes_read;
     uint64_t stall_ns;          /* time the decoding thread waited for reads */
+    uint64_t stall_bytes;       /* what arrived meanwhile, for whomever: with stall_ns, the bandwidth while waiting */
     uint64_t evictions;
     uint64_t left_alone;        /* nodes that llama.cpp computed from its own mapping */
     uint64_t visits;            /* batches routed through this layer */

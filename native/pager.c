@@ -201,6 +201,20 @@ static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, con
     return error;
 }
 
+/* When a stall began, and what had arrived until then. */
+typedef struct {
+    uint64_t ns, bytes;
+} stall;
+
+static stall begin_stall(const gp_pager *p) {
+    return (stall) { p->os->now_ns(), gp_copies_arrived_bytes(p->copies) };
+}
+
+static void end_stall(const gp_pager *p, gp_layer *l, const stall *begun) {
+    l->counters.stall_ns += p->os->now_ns() - begun->ns;
+    l->counters.stall_bytes += gp_copies_arrived_bytes(p->copies) - begun->bytes;
+}
+
 enum { ALL_SLICES = (1 << GP_MAX_SLICES) - 1 };
 
 static bool is_pending(const gp_hold *hold, uint32_t slices) {
@@ -217,10 +231,6 @@ static void wait_for_slices(gp_pager *p, gp_hold *hold, uint32_t slices) {
     }
 }
 
-static void stall_for_slices(gp_pager *p, gp_hold *hold, gp_layer *l, uint32_t slices, uint64_t started_ns) {
-    wait_for_slices(p, hold, slices);
-    l->counters.stall_ns += p->os->now_ns() - started_ns;
-}
 
 /* Gives back what was taken, once nothing of it is being read: a slot that has failed is emptied then, and whoever wants
  * its expert next reads anew. */
@@ -259,7 +269,9 @@ int gp_pager_wait(gp_pager *p, gp_hold *hold, uint32_t layer_index, uint32_t sli
     *failure = (gp_failure) { 0 };
     pthread_mutex_lock(&p->lock);
     if (is_pending(hold, slices)) {
-        stall_for_slices(p, hold, l, slices, p->os->now_ns());
+        const stall begun = begin_stall(p);
+        wait_for_slices(p, hold, slices);
+        end_stall(p, l, &begun);
     }
     int error = hold->pending ? 0 : check_new_slots(p, hold, 0, &l->spec, failure);
     if (error == 0) {
@@ -278,7 +290,7 @@ bool gp_pager_has_slice(const gp_pager *p, uint32_t layer, uint32_t slot, uint32
 }
 
 void gp_pager_wait_slice(gp_pager *p, gp_hold *hold, uint32_t layer, uint32_t slot, uint32_t slice, bool is_counted) {
-    const uint64_t started_ns = p->os->now_ns();
+    const stall begun = begin_stall(p);
     pthread_mutex_lock(&p->lock);
     hold->n_watching++;
     while (!gp_pager_has_slice(p, layer, slot, slice)) {
@@ -286,7 +298,7 @@ void gp_pager_wait_slice(gp_pager *p, gp_hold *hold, uint32_t layer, uint32_t sl
     }
     hold->n_watching--;
     if (is_counted) {
-        p->layers[layer].counters.stall_ns += p->os->now_ns() - started_ns;
+        end_stall(p, &p->layers[layer], &begun);
     }
     pthread_mutex_unlock(&p->lock);
 }
@@ -296,7 +308,7 @@ unsigned gp_hold_n_arrived(const gp_hold *hold) {
 }
 
 void gp_pager_wait_arrival(gp_pager *p, gp_hold *hold, uint32_t layer, unsigned n_arrived, bool is_counted) {
-    const uint64_t started_ns = p->os->now_ns();
+    const stall begun = begin_stall(p);
     pthread_mutex_lock(&p->lock);
     hold->n_watching++;
     while (gp_hold_n_arrived(hold) == n_arrived) {
@@ -304,7 +316,7 @@ void gp_pager_wait_arrival(gp_pager *p, gp_hold *hold, uint32_t layer, unsigned 
     }
     hold->n_watching--;
     if (is_counted) {
-        p->layers[layer].counters.stall_ns += p->os->now_ns() - started_ns;
+        end_stall(p, &p->layers[layer], &begun);
     }
     pthread_mutex_unlock(&p->lock);
 }
@@ -342,7 +354,8 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         l->counters.hits += demand->n_experts - n_missed;
         l->counters.misses += n_missed;
     }
-    const uint64_t started_ns = hold->pending ? p->os->now_ns() : 0;
+    const bool is_stalled = hold->pending > 0;
+    const stall begun = begin_stall(p);
     /* What was read ahead in vain makes way first: the new reads come after all that are in the list. */
     gp_read **const unwanted = hold->reads + n_reads;
     const uint32_t n_unwanted = demand->is_again ? 0 : gp_ahead_drop(p, hold, demand->layer, unwanted);
@@ -355,8 +368,9 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         pthread_mutex_lock(&p->lock);
         gp_ahead_withdrawn(p, unwanted, n_unwanted);
     }
-    if (started_ns) {
-        stall_for_slices(p, hold, l, ALL_SLICES & ~demand->later, started_ns);
+    if (is_stalled) {
+        wait_for_slices(p, hold, ALL_SLICES & ~demand->later);
+        end_stall(p, l, &begun);
     }
     int error = hold->pending ? 0 : check_new_slots(p, hold, first_held, &l->spec, failure);
     if (error == 0) {

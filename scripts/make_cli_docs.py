@@ -38,7 +38,7 @@ Keys of the JSON object: `gguf_pager_version`, `llama_cpp_python_version`, `mode
 `mirror`, `copies_bytes_read` (from the model's own files and from each mirror, since it was opened), `n_threads`, `n_ctx`,
 `n_batch`, `n_ubatch`, `seed`, `load_s`, `arena_bytes`, `resident_expert_bytes`, `peak_memory_bytes`, and `prompt` and
 `decode`, each with `tokens`, `seconds`, `tokens_per_s`, `hits`, `misses`, `hit_rate`, `bytes_read`,
-`bytes_read_per_token`, `stall_ns`, `stall_share`, `evictions`, `left_alone`. What is not known is null.
+`bytes_read_per_token`, `stall_ns`, `stall_bytes`, `stall_share`, `evictions`, `left_alone`. What is not known is null.
 """,
     "bench": """\
 A run loads the model in a process of its own, computes `-d` tokens, then the prompt, then the tokens after it, and ends;
@@ -59,7 +59,7 @@ Columns of the table: `t/s` median and range of the runs; `vs stock` the median 
 against stock at the read-ahead that suits it best; `limit` the speed that computing with all weights in RAM plus reading
 the missed bytes at the device's best bandwidth would give, and `eff.` how much of it was reached (above 1 where reads and
 computing overlap); `J/token` joules, with `~` where they are modelled. A row whose `status` is not "ok" has a line below
-the table: `invalid` (other logits than stock, a page cache that was not cold),
+the table: `invalid` (other logits than stock, a page cache that was not cold, more read while waiting than the device gives),
 `timeout`, `failed`, `interrupted`. Reads and computing overlap, so that ours may beat the limit. What a case
 could not reach within `--timeout` is not tried again in later rounds; its prompt is, if it got so far.
 
@@ -88,6 +88,7 @@ generation, as `-p` and `-n` do in llama-bench. Then ours:
 | `hit_rate` | experts found in slots, of those wanted, all runs together; of a prompt by bytes that need not be read |
 | `read_bytes_per_token`, `io_bytes_per_token` | expert bytes counted by us; storage reads of the process counted by Linux |
 | `stall_share` | of the time, spent waiting for experts |
+| `stall_bytes_per_s`, `stall_vs_device` | what arrived while computing waited, over that time; the same over `device_bytes_per_s`; null where it waited less than 20 ms in all |
 | `left_alone` | graph nodes that llama.cpp computed from its own mapping |
 | `major_faults`, `user_s`, `system_s`, `cpu_s_per_token` | per run, of the phase; medians |
 | `peak_rss_bytes`, `cap_peak_bytes` | most of any run: the process, and all that was charged to the cap |

@@ -75,7 +75,6 @@ class Task:
 class PhaseResult:
     """What the prompt, or the tokens after it, took. Pager's counters are None in other modes.
 
-    `is_overlapped`: reads went on while something was computed, so that time need not be the sum of both.
     `expert_bytes`: experts wanted, found or not, each once per batch. `ram_read_bytes`: weights that computing had to
     read, each once per batch; None where the experts are not known.
     """
@@ -86,6 +85,7 @@ class PhaseResult:
     misses: int | None
     bytes_read: int | None
     stall_ns: int | None
+    stall_bytes: int | None
     left_alone: int | None
     expert_bytes: int | None
     ram_read_bytes: int | None
@@ -94,7 +94,6 @@ class PhaseResult:
     user_s: float
     system_s: float
     resident_bytes: int
-    is_overlapped: bool
     reading: Reading
 
     def to_json(self) -> dict[str, Any]:
@@ -115,6 +114,7 @@ class Totals:
     misses: int
     bytes_read: int
     stall_ns: int
+    stall_bytes: int
     left_alone: int
     expert_bytes: int
     """Of all experts that were wanted, found or not."""
@@ -132,9 +132,10 @@ class _Counters:
         if self._native is None:
             return None
         rows = self._native.counters()
-        hits, misses, bytes_read, stall_ns, _, left_alone, *_ = (sum(column) for column in zip(*rows, strict=True))
+        hits, misses, bytes_read, stall_ns, stall_bytes, _, left_alone, *_ = (sum(column)
+                                                                              for column in zip(*rows, strict=True))
         wanted = sum((row[0] + row[1]) * size for row, size in zip(rows, self._expert_bytes, strict=True))
-        return Totals(hits, misses, bytes_read, stall_ns, left_alone, wanted)
+        return Totals(hits, misses, bytes_read, stall_ns, stall_bytes, left_alone, wanted)
 
     def stall_ns(self) -> int:
         """Return the time waited for reads so far: asked for at every token, so nothing else."""
@@ -161,12 +162,12 @@ class _Phase:
         return _Moment(time.monotonic_ns(), self._counters.totals(), storage_bytes(),
                        resource.getrusage(resource.RUSAGE_SELF))
 
-    def end(self, n_tokens: int, dense_reads_bytes: int, token_bytes: int | None, *, is_overlapped: bool) -> PhaseResult:
+    def end(self, n_tokens: int, dense_reads_bytes: int, token_bytes: int | None) -> PhaseResult:
         """Return what it took; `dense_reads_bytes` is what all its batches read of weights that are no experts', and
         `token_bytes` the experts' where no pager counts them."""
         first, last = self._begun, self._now()
         reading = self._energy.read().within((last.ns - first.ns) / 1e9)
-        counted: dict[str, int | None] = dict.fromkeys(("hits", "misses", "bytes_read", "stall_ns", "left_alone"))
+        counted: dict[str, int | None] = dict.fromkeys(("hits", "misses", "bytes_read", "stall_ns", "stall_bytes", "left_alone"))
         expert_bytes = token_bytes
         if first.totals is not None and last.totals is not None:
             counted = {name: getattr(last.totals, name) - getattr(first.totals, name) for name in counted}
@@ -177,7 +178,7 @@ class _Phase:
             ram_read_bytes=None if expert_bytes is None else dense_reads_bytes + expert_bytes,
             major_faults=last.usage.ru_majflt - first.usage.ru_majflt,
             user_s=last.usage.ru_utime - first.usage.ru_utime, system_s=last.usage.ru_stime - first.usage.ru_stime,
-            resident_bytes=probe.process_memory().resident_bytes, is_overlapped=is_overlapped, reading=reading,
+            resident_bytes=probe.process_memory().resident_bytes, reading=reading,
             **counted,
         )
 
@@ -270,9 +271,7 @@ class Run:
         phase = _Phase(self._counters, self._meter)
         self.llm.eval(self._prompt)
         n_batches = -(-len(self._prompt) // self.n_ubatch)
-        options = self.pager.options if self.pager else None
-        return phase.end(len(self._prompt), n_batches * self.layout.dense_bytes, None,
-                         is_overlapped=options is not None and options.read_ahead)
+        return phase.end(len(self._prompt), n_batches * self.layout.dense_bytes, None)
 
     def decode(self) -> PhaseResult:
         """Compute the tokens after it, one by one."""
@@ -290,7 +289,7 @@ class Run:
                 told_s = ends[-1] / 1e9
                 tell("decoding", n_done=i + 1)
         result = phase.end(len(self._gen), len(self._gen) * self.layout.dense_bytes,
-                           len(self._gen) * self.layout.bytes_per_token, is_overlapped=self.pager is not None)
+                           len(self._gen) * self.layout.bytes_per_token)
         self.token_ns = _steps(begun_ns, ends)
         self.token_stall_ns = _steps(begun_stall_ns, stalls) if self.pager else []
         return result

@@ -42,9 +42,9 @@ static void hits_and_misses(void) {
     CHECK(c.bytes_read == 4 * expert_bytes, "bytes are those that were wanted, not their cover");
     CHECK(c.resident == 4 && c.evictions == 0, "four experts lie in slots");
     CHECK(c.stall_ns > 0, "waiting for reads is counted");
-    const uint64_t stall_ns = c.stall_ns;
+    CHECK(c.stall_bytes >= c.bytes_read && c.stall_bytes == gp_copies_arrived_bytes(pager->copies), "and what arrives meanwhile");
     model_use(&m, pager, &hold, 1, (int32_t[]) { 3, 4 }, 2, 1);
-    CHECK(counters_of(1).stall_ns == stall_ns, "a hit waits for nothing");
+    CHECK(counters_of(1).stall_ns == c.stall_ns && counters_of(1).stall_bytes == c.stall_bytes, "a hit waits for nothing");
     CHECK(counters_of(0).hits + counters_of(0).misses + counters_of(0).tokens == 0, "layers count for themselves");
     for (int32_t e = 0; e < 9; e++) {
         model_use(&m, pager, &hold, 0, &e, 1, 1);
