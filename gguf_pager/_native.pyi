@@ -42,6 +42,8 @@ class Pager:
     def counters(self) -> list[_Counters]: ...
     def copies(self) -> list[int]:
         """Return the bytes read from the model's own files and from each mirror."""
+    def reads_in_background(self) -> bool:
+        """Return whether the system reads the model's own files in the background, without reader threads."""
     def resident(self, layer: int, /) -> bytes:
         """Return a byte per expert: 0 not in a slot, 1 in one, 2 pinned."""
     def chosen(self, layer: int, /) -> list[int]:

@@ -8,8 +8,9 @@ import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, zip_longest
 from typing import Literal, Self
 
 from gguf_pager.errors import PagerError
@@ -49,21 +50,28 @@ _LADDER = (DEFAULT_READERS, 8, 16, 32)
 enough for fewer bytes to fill it brings 2 MiB in a few milliseconds, and an expert is larger than that. More than 16 MiB
 no device is known to want: 12 GB/s at 1 ms are 12 MB."""
 
-_PIECES = (128 << 10, 1 << 20)
-"""Other sizes that are tried, with as many bytes in flight. Where the native side hands reads to the system's queue it cuts
-the larger ones to 256 KiB anyway (fetch.c), so that only the first differs."""
+_BACKGROUND_LADDER, _BACKGROUND_PIECE_BYTES = (8, 16, 32), 1 << 20
+"""The same where the system reads in the background, and each request costs it time, each return to the queue as well: with
+8 x 1 MiB half of what 8 x 256 KiB cost (0.033 and 0.061 s per GB), with 4 x 1 MiB as much as those, with no more time per
+token (benchmarks/LOG.md, 2026-11-26)."""
+
+_PIECES = (128 << 10, DEFAULT_PIECE_BYTES, 1 << 20)
+"""Sizes of which the others are tried, with as many bytes in flight."""
 
 _MOST_READERS = 32
 
 
-def ladder(io: Io) -> list[Way]:
+def ladder(io: Io, *, in_background: bool = False) -> list[Way]:
     """Return ways with more and more in flight."""
+    if in_background:
+        return [Way(io, n_readers, _BACKGROUND_PIECE_BYTES) for n_readers in _BACKGROUND_LADDER]
     return [Way(io, n_readers, DEFAULT_PIECE_BYTES) for n_readers in _LADDER]
 
 
 def other_pieces(way: Way) -> list[Way]:
     """Return ways with as much in flight, in pieces of other sizes."""
-    ways = [Way(way.io, way.in_flight_bytes // piece_bytes, piece_bytes) for piece_bytes in _PIECES]
+    ways = [Way(way.io, way.in_flight_bytes // piece_bytes, piece_bytes) for piece_bytes in _PIECES
+            if piece_bytes != way.piece_bytes]
     return [other for other in ways if 1 <= other.n_readers <= _MOST_READERS]
 
 
@@ -138,13 +146,14 @@ def measure(layout: Layout) -> Findings:
         kinds = trial.kinds()
         if not kinds:
             raise PagerError("the page cache would be measured instead of it")
-        trial.rates([ladder(kinds[0])[0]], n_rounds=1)  # wakes disk and processor up
+        ladders = {io: ladder(io, in_background=io == "direct" and trial.reads_in_background()) for io in kinds}
+        trial.rates([ladders[kinds[0]][0]], n_rounds=1)  # wakes disk and processor up
         # Both kinds of a rung are neighbours, and the lowest comes first: of a slow device there may be no others.
-        rates = trial.rates([way for rung in zip(*(ladder(io) for io in kinds), strict=True) for way in rung])
+        rates = trial.rates([way for rung in zip_longest(*ladders.values()) for way in rung if way is not None])
         found: dict[Io, tuple[Way, float]] = {}
         for io in kinds:
             of_kind = {way: rate for way, rate in rates.items() if way.io == io}
-            usual = ladder(io)[0]
+            usual = ladders[io][0]
             if usual in of_kind:
                 found[io] = trial.clearly_better((usual, of_kind[usual]), least_in_flight(of_kind))
         if not found:
@@ -185,6 +194,11 @@ class _Trial:
         kinds: list[Io] = ["direct"] if Pager(self._layout, Options()).is_direct else []
         return [*kinds, "buffered"] if hasattr(os, "posix_fadvise") else kinds
 
+    def reads_in_background(self) -> bool:
+        """Return whether direct reads go to the system's queue here."""
+        with self._opened(ladder("direct")[0]) as pager:
+            return pager.native().reads_in_background()
+
     def _groups(self, layer: Layer) -> Iterator[Sequence[int]]:
         experts = random.sample(range(layer.n_experts), layer.n_experts)
         for at in range(0, layer.n_experts - self._n_experts + 1, self._n_experts):
@@ -222,10 +236,7 @@ class _Trial:
         return usual[0], again.get(usual[0], usual[1])
 
     def _rate(self, way: Way, least_s: float) -> float | None:
-        pager = Pager(self._layout, Options(io=way.io, n_readers=way.n_readers, piece_bytes=way.piece_bytes,
-                                            read_ahead=False, profile=False))
-        pager.open([self._n_experts + 1])  # one is to stay free for computing
-        try:
+        with self._opened(way) as pager:
             pager.wait_present()
             self._read_batch(pager, way)  # the first wakes threads and opens what is opened late
             n_bytes, seconds = 0, 0.0
@@ -237,6 +248,14 @@ class _Trial:
                 n_bytes += self._n_experts * self._layout.layers[0].expert_bytes
                 seconds += took_s
             return n_bytes / seconds
+
+    @contextmanager
+    def _opened(self, way: Way) -> Iterator[Pager]:
+        pager = Pager(self._layout, Options(io=way.io, n_readers=way.n_readers, piece_bytes=way.piece_bytes,
+                                            read_ahead=False, profile=False))
+        pager.open([self._n_experts + 1])  # one is to stay free for computing
+        try:
+            yield pager
         finally:
             pager.close()
 

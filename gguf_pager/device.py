@@ -24,7 +24,7 @@ log = logging.getLogger("gguf_pager")
 LEAST_EXPERT_BYTES = 1 << 30
 """Smaller models are not measured with: all of their experts are read in less time than the measuring takes."""
 
-_VERSION = 1
+_VERSION = 2
 """Of what is remembered. Anything else that is found there is as good as nothing."""
 
 # ---- which device ---------------------------------------------------------------------------------------------------

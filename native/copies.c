@@ -135,6 +135,10 @@ void gp_copies_bytes_read(const gp_copies *copies, uint64_t *bytes_read) {
     }
 }
 
+bool gp_copies_are_in_background(const gp_copies *copies) {
+    return gp_fetch_is_in_background(copies->copies[0].fetch);
+}
+
 uint64_t gp_copies_arrived_bytes(const gp_copies *copies) {
     uint64_t bytes = 0;
     for (uint32_t i = 0; i < copies->n_copies; i++) {

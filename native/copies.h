@@ -37,6 +37,9 @@ int  gp_copies_check(const gp_copies *copies, uint32_t file, uint32_t *changed_f
 /* bytes_read: one number per copy. Takes no lock. */
 void gp_copies_bytes_read(const gp_copies *copies, uint64_t *bytes_read);
 
+/* Of the model's own files. */
+bool gp_copies_are_in_background(const gp_copies *copies);
+
 /* Of all copies, as gp_fetch_arrived_bytes has it. */
 uint64_t gp_copies_arrived_bytes(const gp_copies *copies);
 

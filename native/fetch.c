@@ -20,10 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The queue's pieces may be smaller than a reader thread's, which costs next to nothing there. Measured with 512, 256 and
- * 128 KiB, 2 MiB in flight: no difference but noise where the device finishes all at once (a virtual disk); others finish
- * the first pieces first, and a piece is what can be finished and sent after. */
-enum { QUEUE_PIECE_BYTES = 256 << 10, AT_ONCE = 32, MOST_IN_FLIGHT = 4096 };
+enum { AT_ONCE = 32 };
 
 /* A part of a read, taken by a thread or in flight. */
 typedef struct {
@@ -41,13 +38,11 @@ struct gp_fetch {
     uint32_t        n_asleep;       /* lock */
     bool            closing;        /* lock */
     _Atomic uint64_t arrived_bytes;
-    uint64_t        piece_bytes;
     uint64_t        step_bytes;     /* a multiple of both alignments */
     gp_queue       *queue;          /* NULL: there is a pool */
-    piece          *in_flight;      /* lock; depth of them, by the tag of the request */
-    uint32_t        depth;
+    piece          *in_flight;      /* lock; n_readers of them, by the tag of the request */
     uint32_t        n_in_flight;    /* lock */
-    uint32_t        idle;           /* lock; the first that is not in flight, depth: none */
+    uint32_t        idle;           /* lock; the first that is not in flight, n_readers: none */
     bool            is_filling;     /* lock */
     uint32_t        n_threads;
     pthread_t       threads[];
@@ -108,7 +103,7 @@ static void finish(gp_read *read) {
 
 static uint64_t piece_end(const gp_fetch *fetch, const gp_read *read, uint64_t piece_at) {
     const uint64_t left = read->cover_bytes - piece_at;
-    return piece_at + (left < fetch->piece_bytes ? left : fetch->piece_bytes);
+    return piece_at + (left < fetch->config.piece_bytes ? left : fetch->config.piece_bytes);
 }
 
 /* Reads one piece, or what is left of it: `got` is what a first read of it returned, -EINTR if there was none. Only
@@ -212,7 +207,7 @@ static void wake_readers(gp_fetch *fetch, uint64_t n_pieces) {
 /* With the lock held. */
 static uint32_t take_requests(gp_fetch *fetch, gp_request *requests) {
     uint32_t n = 0;
-    while (fetch->first && fetch->idle < fetch->depth && n < AT_ONCE) {
+    while (fetch->first && fetch->idle < fetch->config.n_readers && n < AT_ONCE) {
         const uint32_t tag = fetch->idle;
         piece *p = &fetch->in_flight[tag];
         fetch->idle = p->next_idle;
@@ -294,7 +289,7 @@ void gp_fetch_submit(gp_fetch *fetch, gp_read *first) {
     gp_read *last = NULL;
     for (gp_read *read = first; read; read = read->next) {
         plan(&fetch->config, read);
-        const uint64_t pieces = (read->cover_bytes + fetch->piece_bytes - 1) / fetch->piece_bytes;
+        const uint64_t pieces = (read->cover_bytes + fetch->config.piece_bytes - 1) / fetch->config.piece_bytes;
         read->next_piece = 0;
         read->is_withdrawn = false;
         atomic_store(&read->error, 0);
@@ -347,6 +342,10 @@ void gp_fetch_withdraw(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads)
     }
 }
 
+bool gp_fetch_is_in_background(const gp_fetch *fetch) {
+    return fetch->queue != NULL;
+}
+
 uint64_t gp_fetch_arrived_bytes(const gp_fetch *fetch) {
     return atomic_load_explicit(&fetch->arrived_bytes, memory_order_relaxed);
 }
@@ -357,22 +356,14 @@ static int open_queue(gp_fetch *fetch) {
     if (!config->direct || !fetch->os->queues) {
         return 0;
     }
-    uint64_t piece_bytes = QUEUE_PIECE_BYTES - QUEUE_PIECE_BYTES % fetch->step_bytes;
-    if (piece_bytes == 0 || piece_bytes > config->piece_bytes) {
-        piece_bytes = config->piece_bytes;
-    }
-    const uint64_t wanted = config->piece_bytes / piece_bytes * config->n_readers;
-    const uint32_t depth = wanted < MOST_IN_FLIGHT ? (uint32_t) wanted : MOST_IN_FLIGHT;
-    if (fetch->os->queues->open(&fetch->queue, depth, config->fd) != 0) {
+    if (fetch->os->queues->open(&fetch->queue, config->n_readers, config->fd) != 0) {
         return 0;
     }
-    fetch->in_flight = calloc(depth, sizeof *fetch->in_flight);
+    fetch->in_flight = calloc(config->n_readers, sizeof *fetch->in_flight);
     if (!fetch->in_flight) {
         return -ENOMEM;
     }
-    fetch->piece_bytes = piece_bytes;
-    fetch->depth = depth;
-    for (uint32_t i = 0; i < depth; i++) {
+    for (uint32_t i = 0; i < config->n_readers; i++) {
         fetch->in_flight[i].next_idle = i + 1;
     }
     return 0;
@@ -394,7 +385,6 @@ int gp_fetch_open(gp_fetch **out, const gp_os *os, const gp_fetch_config *config
     }
     fetch->os = os;
     fetch->config = *config;
-    fetch->piece_bytes = config->piece_bytes;
     fetch->step_bytes = step_bytes;
     pthread_mutex_init(&fetch->lock, NULL);
     pthread_cond_init(&fetch->work, NULL);

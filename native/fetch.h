@@ -50,6 +50,9 @@ void gp_fetch_close(gp_fetch *fetch);
 /* After a fork the threads are gone: frees memory only. */
 void gp_fetch_abandon(gp_fetch *fetch);
 
+/* Whether the system's queue is used. */
+bool gp_fetch_is_in_background(const gp_fetch *fetch);
+
 /* All that has arrived so far, whole reads or not, with what direct reads cover beside it. */
 uint64_t gp_fetch_arrived_bytes(const gp_fetch *fetch);
 

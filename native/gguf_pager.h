@@ -80,8 +80,7 @@ typedef struct {
     bool                 read_ahead;        /* in batches, read what the next layer will probably want */
     uint32_t             offset_align;      /* of direct reads, in the file: what serves every copy that is read so */
     uint32_t             memory_align;      /* of direct reads, in memory */
-    uint32_t             n_readers;         /* reads of piece_bytes in flight, of each copy: as many threads, or fewer bytes each where the system
-                                             * reads in the background by itself */
+    uint32_t             n_readers;         /* reads of piece_bytes in flight, of each copy; as many threads, unless the system reads in the background */
     uint64_t             piece_bytes;       /* the largest single read */
 } gp_config;
 
@@ -117,6 +116,9 @@ void gp_pager_counters(gp_pager *pager, gp_counters *counters);
 
 /* bytes_read: one number for the model's own files and one per mirror, n_mirrors + 1 of them. */
 void gp_pager_copies(const gp_pager *pager, uint64_t *bytes_read);
+
+/* Whether the system reads the model's own files in the background, without threads of ours. */
+bool gp_pager_reads_in_background(const gp_pager *pager);
 
 /* resident: n_experts bytes for `layer`; 1 in a slot, 2 in a slot and pinned, 0 not. */
 int  gp_pager_resident(gp_pager *pager, uint32_t layer, uint8_t *resident);

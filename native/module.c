@@ -358,6 +358,12 @@ static PyObject *pager_copies(PyObject *object, PyObject *unused) {
     return list;
 }
 
+static PyObject *pager_reads_in_background(PyObject *object, PyObject *unused) {
+    (void) unused;
+    gp_pager *pager = opened((PagerObject *) object);
+    return pager ? PyBool_FromLong(gp_pager_reads_in_background(pager)) : NULL;
+}
+
 /* NULL with the error set: closed, no number, or no such layer. */
 static gp_pager *opened_for_layer(PagerObject *self, PyObject *args, unsigned int *layer) {
     gp_pager *pager = opened(self);
@@ -517,6 +523,7 @@ static PyMethodDef pager_methods[] = {
     { "wait_present", pager_wait_present, METH_NOARGS, NULL },
     { "counters", pager_counters, METH_NOARGS, NULL },
     { "copies", pager_copies, METH_NOARGS, NULL },
+    { "reads_in_background", pager_reads_in_background, METH_NOARGS, NULL },
     { "resident", pager_resident, METH_VARARGS, NULL },
     { "chosen", pager_chosen, METH_VARARGS, NULL },
     { "pin", pager_pin, METH_VARARGS, NULL },

@@ -476,6 +476,10 @@ void gp_pager_counters(gp_pager *p, gp_counters *counters) {
     gp_pager_leave(p, has_entered);
 }
 
+bool gp_pager_reads_in_background(const gp_pager *p) {
+    return gp_copies_are_in_background(p->copies);
+}
+
 void gp_pager_copies(const gp_pager *p, uint64_t *bytes_read) {
     gp_copies_bytes_read(p->copies, bytes_read);
 }

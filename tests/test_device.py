@@ -61,6 +61,14 @@ def test_least_in_flight_that_is_near_enough_to_the_best_is_chosen(name: str) ->
     assert bandwidth.least_in_flight(measured) == Way("direct", right, 512 * KIB)
 
 
+def test_in_the_background_larger_pieces_are_tried_and_more_of_them() -> None:
+    usual, more, most = bandwidth.ladder("direct", in_background=True)
+    assert usual == Way("direct", 8, MIB) and usual.in_flight_bytes < more.in_flight_bytes < most.in_flight_bytes
+    assert bandwidth.least_in_flight({usual: 2.7, more: 2.9, most: 2.9}) == usual
+    assert bandwidth.least_in_flight({usual: 0.4, more: 0.8, most: 0.9}) == more, "network"
+    assert bandwidth.other_pieces(usual) == [Way("direct", 16, 512 * KIB)]
+
+
 def test_what_there_was_no_time_for_is_not_chosen() -> None:
     assert bandwidth.least_in_flight({USUAL: 0.1}) == USUAL
 
@@ -169,7 +177,7 @@ def test_device_that_was_met_but_not_measured_is_not_known() -> None:
 
 
 @pytest.mark.parametrize("change", [
-    {"version": 2}, {"identity": "another"}, {"date": 7}, {"date": "yesterday"}, {"direct": 5}, {"direct": {}},
+    {"version": device._VERSION + 1}, {"identity": "another"}, {"date": 7}, {"date": "yesterday"}, {"direct": 5}, {"direct": {}},
     {"direct": {"n_readers": 0, "piece_bytes": 4096, "bytes_per_s": 1}},
     {"direct": {"n_readers": 4, "piece_bytes": 1000, "bytes_per_s": 1}},
     {"direct": {"n_readers": "4", "piece_bytes": 4096, "bytes_per_s": 1}},
@@ -354,11 +362,12 @@ def test_slow_device_is_measured_in_bounded_time(layout: Layout, monkeypatch: py
 Rates = Callable[[Way, float], float]
 
 
-def rates_of(monkeypatch: pytest.MonkeyPatch, layout: Layout, rate: Rates) -> Findings:
+def rates_of(monkeypatch: pytest.MonkeyPatch, layout: Layout, rate: Rates, *, in_background: bool = False) -> Findings:
     """Measure a device that gives these bytes per second, which may depend on how long it is asked."""
     if not Pager(layout, Options()).is_direct or not hasattr(os, "posix_fadvise"):
         pytest.skip("there is no choice here")
     monkeypatch.setattr(bandwidth._Trial, "_rate", lambda _, way, least_s: rate(way, least_s))
+    monkeypatch.setattr(bandwidth._Trial, "reads_in_background", lambda _: in_background)
     return bandwidth.measure(layout)
 
 
@@ -366,6 +375,29 @@ def test_device_that_wants_more_in_flight_gets_it(layout: Layout, monkeypatch: p
     found = rates_of(monkeypatch, layout, lambda way, _: min(way.n_readers, 16) * (2e8 if way.io == "direct" else 1e8))
     assert found.io == "direct" and found.direct == (Way("direct", 16, 512 * KIB), 3.2e9)
     assert found.buffered == (Way("buffered", 16, 512 * KIB), 1.6e9)
+
+
+def test_device_that_reads_in_the_background_is_asked_for_more_at_once(layout: Layout,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rates_of(monkeypatch, layout, lambda way, _: 3e9 if way.io == "direct" else 1e9, in_background=True)
+    assert found.direct == (Way("direct", 8, MIB), 3e9) and found.buffered == (Way("buffered", 4, 512 * KIB), 1e9)
+    found = rates_of(monkeypatch, layout, lambda way, _: min(way.in_flight_bytes, 16 * MIB) * 1e2, in_background=True)
+    assert found.direct == (Way("direct", 16, MIB), 16 * MIB * 1e2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="io_submit is Linux's")
+def test_trial_tells_whether_reads_are_in_the_background(layout: Layout) -> None:
+    if not Pager(layout, Options()).is_direct:
+        pytest.skip("this file system does not read directly")
+    before = len(os.listdir("/proc/self/task"))
+    pager = Pager(layout, Options(io="direct", n_readers=8, profile=False))
+    pager.open([layout.layers[0].n_used] * len(layout.shapes))
+    threads = len(os.listdir("/proc/self/task")) - before
+    is_alone = pager.native().reads_in_background()
+    pager.close()
+    assert threads < 8 if is_alone else threads >= 8
+    with bandwidth._Trial(layout, time.monotonic() + 1) as trial:
+        assert trial.reads_in_background() == is_alone
 
 
 def test_device_that_wants_small_pieces_gets_them(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
