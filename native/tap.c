@@ -9,31 +9,19 @@
  *   2. A node points either at its own tensors, src[0] and src[2], or at both of ours: a view of the slots and the
  *      slot numbers of one `routing`. A graph that is used again still has ours; the routing remembers the originals.
  *   3. Between two computed() calls the slots of a routing do not change: its ids are written once per piece of graph.
- *   4. Reads may go on after a node was answered for. A product (product.h) waits for its own experts; before a MUL_MAT_ID
- *      that needs slices which are still on their way the piece of graph ends, and the slots are kept over that end.
+ *   4. Reads may go on after a node was answered for. What is computed by us (compute.h) waits for its own experts; before a
+ *      MUL_MAT_ID that needs slices which are still on their way the piece of graph ends, and the slots are kept over that end.
  *   5. After a failure the node still points at slots, any slots: what it computes is thrown away by the abort, and the
  *      mapping, whose file may have lost its end, is not touched.
- *   6. A node is made a product only for the time of its piece, once per tensor and piece, and only of a kind whose bits
- *      were those of MUL_MAT_ID when ggml computed one.
  */
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "ffn.h"
-#include "ffn_batch.h"
+#include "compute.h"
 #include "ggml_tensor.h"
 #include "pager.h"
-#include "product.h"
-
-/* Whether our own product of some kind of matrices has the bits of ggml's: found out with the first node of that kind. */
-typedef enum { UNTRIED, SAME, OTHER } verdict;
-
-typedef struct {
-    gp_kind kind;
-    verdict is_same;
-} tried_kind;
 
 /* One expert tensor as this context sees it. */
 typedef struct {
@@ -45,13 +33,11 @@ typedef struct {
     const ggml_tensor *ids;
     const ggml_tensor *input;       /* what was multiplied last */
     ggml_tensor        view;
-    tried_kind        *kind;        /* NULL: always computed by MUL_MAT_ID */
-    gp_product         product;
 } slice_view;
 
 /* Per layer two routings are enough: the graph in use and the one before; more than one in the same graph is not known
  * to exist. A graph has three nodes per routing; sixteen leave room for those of graphs that are gone. */
-enum { ROUTINGS = 2, NODES = 16, COMPUTED = 32, KINDS = 16 };
+enum { ROUTINGS = 2, NODES = 16, COMPUTED = 32 };
 
 /* The ids of one router result, as expert ids (llama.cpp's) and as slot numbers (ours). */
 typedef struct {
@@ -63,7 +49,7 @@ typedef struct {
     uint64_t     last_used;
     uint64_t     piece;                 /* the piece of graph it was filled in for */
     uint64_t     refused_piece;         /* one for which no slots were to be had */
-    bool         is_for_batch;          /* nothing of it was waited for: the batch will do it */
+    bool         is_for_batch;          /* nothing of it was waited for: it will be computed expert by expert */
 } routing;
 
 struct gp_tap {
@@ -88,16 +74,7 @@ struct gp_tap {
     uint32_t          latest_view;
     bool              is_layer_open;    /* in this piece, slots of latest_view's layer were taken */
     const ggml_tensor *pause_at;        /* this piece ends here, in the middle of it */
-    tried_kind        kinds[KINDS];
-    uint32_t          n_kinds;
-    char             *inputs;           /* of the product that is being computed */
-    float            *trial_output;
-    slice_view       *trial;            /* its MUL_MAT_ID node ends this piece and is then compared with ours: */
-    ggml_tensor      *trial_node;
-    gp_ffn           *ffn;              /* NULL: matrix by matrix */
-    const ggml_tensor *ffn_trial;       /* this node ends a piece in which ffn has tried something */
-    gp_ffn_batch     *batch;            /* likewise, of several tokens */
-    const ggml_tensor *batch_trial;
+    gp_compute       *compute;
     gp_failure        failure;
     gp_eval_callback  next_eval;
     void             *next_eval_data;
@@ -204,6 +181,11 @@ static slice_view *find_view(gp_tap *tap, ggml_tensor *tensor) {
     return NULL;
 }
 
+/* Of all slices, layer by layer. */
+static uint32_t number_of(const gp_tap *tap, const slice_view *v) {
+    return (uint32_t) (v - tap->views);
+}
+
 static bool is_current(const gp_tap *tap, const routing *r) {
     return r->piece == tap->piece;
 }
@@ -289,10 +271,6 @@ static void write_slot_ids(gp_tap *tap, routing *r) {
     }
 }
 
-static bool is_trusted(const slice_view *v) {
-    return v->kind && v->kind->is_same == SAME;
-}
-
 /* Brings in what the routing names and writes the slot numbers. False: the node is to be left alone. */
 static bool fill_in(gp_tap *tap, const slice_view *v, routing *r) {
     const gp_layer_spec *layer = gp_pager_layer(tap->pager, v->layer);
@@ -308,9 +286,9 @@ static bool fill_in(gp_tap *tap, const slice_view *v, routing *r) {
     bool is_served = false;
     const int64_t n = collect_experts(tap, ids, layer->n_experts);
     if (n > 0) {
-        r->is_for_batch = tap->batch && ids->ne[1] > 1 && tap->failure.error == 0
-            && gp_ffn_batch_is_expected(tap->batch, v->layer, (uint64_t) (ids->ne[0] * ids->ne[1]));
-        const bool is_product = ids->ne[1] == 1 && is_trusted(v);
+        r->is_for_batch = ids->ne[1] > 1
+            && gp_compute_is_batch_expected(tap->compute, v->layer, (uint64_t) (ids->ne[0] * ids->ne[1]));
+        const bool is_product = ids->ne[1] == 1 && gp_compute_is_product(tap->compute, number_of(tap, v));
         const gp_demand demand = { .layer = v->layer, .experts = tap->experts, .counts = tap->counts,
                                    .n_experts = (uint32_t) n, .n_tokens = (uint32_t) ids->ne[1],
                                    .is_again = r->last_used == tap->clock,
@@ -354,20 +332,10 @@ static bool is_filled_in(const gp_tap *tap, const routing *r) {
     return is_current(tap, r) && is_computed(tap, r->original);
 }
 
-/* The slices of the experts of this node may still be on their way. */
-static void wait_for_slice(gp_tap *tap, const slice_view *v) {
-    if (tap->failure.error == 0) {
-        gp_failure failure;
-        if (gp_pager_wait(tap->pager, &tap->hold, v->layer, 1u << v->index, &failure) != 0) {
-            tap->failure = failure;
-        }
-    }
-}
-
 /* Whether the node makes the input of a multiplication of the layer at hand whose slices are still being read: what comes
  * before can be computed meanwhile. */
 static bool is_worth_computing_to(gp_tap *tap, const ggml_tensor *node) {
-    if (!tap->is_layer_open || tap->failure.error || (tap->batch && gp_ffn_batch_is_collecting(tap->batch))) {
+    if (!tap->is_layer_open || tap->failure.error || gp_compute_is_collecting(tap->compute)) {
         return false;
     }
     const uint32_t layer = tap->views[tap->latest_view].layer;
@@ -394,75 +362,11 @@ static void point_at_slots(const gp_tap *tap, slice_view *v, routing *r, ggml_te
     }
 }
 
-/* ---- products --------------------------------------------------------------------------------------------------- */
-
-/* From a MUL_MAT_ID of one token to our own product; until it is asked about again. */
-static void become_product(const gp_tap *tap, slice_view *v, ggml_tensor *node) {
-    gp_product_begin(&v->product, node);
-    const gp_custom custom = { .compute = gp_product_compute, .n_tasks = GP_ALL_THREADS, .data = &v->product };
-    memcpy(node->op_params, &custom, sizeof custom);
-    node->op = tap->ggml.op_custom;
-}
-
-static void unbecome_product(const gp_tap *tap, ggml_tensor *node) {
+static void undo(const gp_tap *tap, ggml_tensor *node) {
     const uintptr_t from_first = (uintptr_t) node->src[0] - (uintptr_t) tap->views;
     if (node->op == tap->ggml.op_custom && tap->pager && from_first < tap->n_views * sizeof *tap->views) {
-        memset(node->op_params, 0, sizeof(gp_custom));
-        node->op = tap->ggml.op_mul_mat_id;
+        gp_compute_undo(tap->compute, node);
     }
-}
-
-/* Returns whether the piece is to end with this node, so that what was tried can be judged. */
-static bool offer_to_ffn(gp_tap *tap, slice_view *v, ggml_tensor *node, const ggml_tensor *ids) {
-    if (!tap->ffn) {
-        return false;
-    }
-    const gp_ffn_fate fate = gp_ffn_offer(tap->ffn, &v->product, node, ids);
-    tap->ffn_trial = fate == FFN_TRIED ? node : tap->ffn_trial;
-    return fate == FFN_TRIED;
-}
-
-/* The same for several tokens; what is not taken is waited for here. */
-static bool offer_to_batch(gp_tap *tap, slice_view *v, ggml_tensor *node, const routing *r) {
-    const gp_ffn_fate fate = gp_ffn_batch_offer(tap->batch, v->layer, v->index, node, r->original, r->is_for_batch);
-    if (node->op == tap->ggml.op_mul_mat_id) {
-        wait_for_slice(tap, v);
-    }
-    tap->batch_trial = fate == FFN_TRIED ? node : tap->batch_trial;
-    return fate == FFN_TRIED;
-}
-
-/* The node at hand, which this piece has not had for these matrices. Returns whether the piece is to end with it. */
-static bool compute_or_try(gp_tap *tap, slice_view *v, ggml_tensor *node, const routing *r) {
-    if (tap->failure.error == 0 && tap->batch && r->original->ne[1] > 1) {
-        return offer_to_batch(tap, v, node, r);
-    }
-    if (tap->failure.error == 0 && v->kind && v->kind->is_same != OTHER
-        && node->ne[1] <= (int64_t) gp_pager_layer(tap->pager, v->layer)->n_used    /* as foreseen in open_products */
-        && gp_product_fits(&v->kind->kind, &tap->ggml, node)) {
-        if (v->kind->is_same == SAME) {
-            become_product(tap, v, node);
-            return offer_to_ffn(tap, v, node, r->original);
-        }
-        if (!tap->trial) {
-            tap->trial = v;
-            tap->trial_node = node;
-        }
-    }
-    wait_for_slice(tap, v);
-    return tap->trial == v;
-}
-
-/* The trial's node is computed, by ggml. */
-static void judge_trial(gp_tap *tap) {
-    gp_product *product = &tap->trial->product;
-    const ggml_tensor *node = tap->trial_node;
-    ggml_tensor ours = *node;
-    ours.data = tap->trial_output;
-    gp_product_begin(product, &ours);
-    gp_product_compute(&ours, 0, 1, product);
-    const size_t bytes = (size_t) node->ne[1] * node->nb[1];
-    tap->trial->kind->is_same = memcmp(ours.data, node->data, bytes) == 0 ? SAME : OTHER;
 }
 
 /* Returns whether llama.cpp shall call back after this node. */
@@ -491,19 +395,19 @@ static bool serve(gp_tap *tap, ggml_tensor *node) {
         return false;
     }
     const bool is_first = v->piece != tap->piece;
+    const uint32_t at = number_of(tap, v);
     point_at_slots(tap, v, r, node);
     v->input = node->src[1];
     bool wants = false;
     if (is_first) {
-        wants = compute_or_try(tap, v, node, r);
+        wants = gp_compute_offer(tap->compute, at, node, r->original, r->is_for_batch);
     } else {
-        wait_for_slice(tap, v);
+        gp_compute_wait(tap->compute, at);
     }
     tap->is_layer_open = node->op == tap->ggml.op_mul_mat_id;
 
     /* After a graph's last node nobody calls before the next graph: with other contexts about, ask for a call, or its
      * slots stay in use while this context rests. */
-    const uint32_t at = (uint32_t) (v - tap->views);
     if (v->layer < tap->views[tap->latest_view].layer) {
         tap->last_view = tap->latest_view;
     }
@@ -518,15 +422,7 @@ static void piece_computed(gp_tap *tap) {
     }
     tap->is_layer_open = false;
     tap->pause_at = NULL;
-    tap->trial = NULL;
-    tap->ffn_trial = NULL;
-    tap->batch_trial = NULL;
-    if (tap->ffn) {
-        gp_ffn_reset(tap->ffn);
-    }
-    if (tap->batch) {
-        gp_ffn_batch_reset(tap->batch);
-    }
+    gp_compute_reset(tap->compute);
     gp_pager_release(tap->pager, &tap->hold);
     tap->piece++;
 }
@@ -545,22 +441,12 @@ static void give_back(gp_tap *tap, ggml_tensor *node) {
 bool gp_tap_eval(void *tensor, bool ask, void *data) {
     gp_tap *tap = data;
     ggml_tensor *node = tensor;
-    unbecome_product(tap, node);
+    undo(tap, node);
     if (!ask) {
-        if (tap->trial && tap->trial_node == node && tap->failure.error == 0) {
-            judge_trial(tap);
-        }
-        if (tap->ffn_trial == node && tap->failure.error == 0) {
-            gp_ffn_judge(tap->ffn);
-        }
-        if (tap->batch_trial == node && tap->failure.error == 0) {
-            gp_ffn_batch_judge(tap->batch);
-        }
+        gp_compute_judge(tap->compute, node);
         if (tap->pause_at == node) {
             tap->pause_at = NULL;
-            if (tap->batch) {
-                gp_ffn_batch_interrupt(tap->batch);
-            }
+            gp_compute_interrupt(tap->compute);
         } else {
             piece_computed(tap);
         }
@@ -615,73 +501,14 @@ gp_failure gp_tap_take_failure(gp_tap *tap) {
 }
 
 void gp_tap_count_kinds(const gp_tap *tap, uint32_t *n_same, uint32_t *n_other) {
-    *n_same = *n_other = 0;
-    for (uint32_t i = 0; i < tap->n_kinds; i++) {
-        *n_same += tap->kinds[i].is_same == SAME;
-        *n_other += tap->kinds[i].is_same == OTHER;
-    }
+    gp_compute_count_kinds(tap->compute, n_same, n_other);
 }
 
 void gp_tap_count_ffns(const gp_tap *tap, uint32_t *n_same, uint32_t *n_other) {
-    uint32_t n_same_in_batches, n_other_in_batches;
-    gp_ffn_count_shapes(tap->ffn, n_same, n_other);
-    gp_ffn_batch_count_shapes(tap->batch, &n_same_in_batches, &n_other_in_batches);
-    *n_same += n_same_in_batches;
-    *n_other += n_other_in_batches;
+    gp_compute_count_ffns(tap->compute, n_same, n_other);
 }
 
 /* ---- opening and closing ---------------------------------------------------------------------------------------- */
-
-/* NULL: ggml has no functions for it that are known here. */
-static tried_kind *find_kind(gp_tap *tap, const gp_slice_spec *spec) {
-    for (uint32_t i = 0; i < tap->n_kinds; i++) {
-        const gp_kind *kind = &tap->kinds[i].kind;
-        if (kind->type == spec->type && kind->n_columns == spec->ne[0] && kind->n_rows == spec->ne[1]) {
-            return &tap->kinds[i];
-        }
-    }
-    tried_kind *new = &tap->kinds[tap->n_kinds];
-    if (tap->n_kinds == KINDS || !gp_kind_find(&new->kind, &tap->ggml, spec->type, spec->ne[0], spec->ne[1])) {
-        return NULL;
-    }
-    tap->n_kinds++;
-    return new;
-}
-
-/* Kinds of all slices, and memory for the largest product of each. */
-static int open_products(gp_tap *tap) {
-    size_t input_bytes = 1, output_bytes = 1, converted_bytes = 1;
-    uint32_t n_ranks = 0;
-    int64_t width = 1;
-    for (uint32_t i = 0; i < tap->n_views; i++) {
-        slice_view *v = &tap->views[i];
-        const gp_layer_spec *layer = gp_pager_layer(tap->pager, v->layer);
-        v->kind = find_kind(tap, &layer->slices[v->index]);
-        if (!v->kind) {
-            continue;
-        }
-        const size_t input = layer->n_used * v->kind->kind.input_bytes;
-        const size_t output = layer->n_used * (size_t) v->kind->kind.n_rows * sizeof(float);
-        input_bytes = input > input_bytes ? input : input_bytes;
-        output_bytes = output > output_bytes ? output : output_bytes;
-        converted_bytes = v->kind->kind.input_bytes > converted_bytes ? v->kind->kind.input_bytes : converted_bytes;
-        n_ranks = layer->n_used > n_ranks ? layer->n_used : n_ranks;
-        width = v->kind->kind.n_rows > width ? v->kind->kind.n_rows : width;
-        width = v->kind->kind.n_columns > width ? v->kind->kind.n_columns : width;
-    }
-    tap->inputs = malloc(input_bytes);
-    tap->trial_output = malloc(output_bytes);
-    if (!tap->inputs || !tap->trial_output) {
-        return -ENOMEM;
-    }
-    for (uint32_t i = 0; i < tap->n_views; i++) {
-        slice_view *v = &tap->views[i];
-        v->product = (gp_product) { .pager = tap->pager, .hold = &tap->hold, .failure = &tap->failure,
-                                    .kind = v->kind ? &v->kind->kind : NULL, .layer = v->layer, .slice = v->index,
-                                    .inputs = tap->inputs };
-    }
-    return gp_ffn_open(&tap->ffn, &tap->ggml, n_ranks, width, converted_bytes);
-}
 
 static int open_tables(gp_tap *tap) {
     const gp_layer_spec *layer;
@@ -714,7 +541,7 @@ static int open_tables(gp_tap *tap) {
         }
     }
     tap->last_view = tap->n_views - 1;
-    return open_products(tap);
+    return 0;
 }
 
 static void free_tables(gp_tap *tap) {
@@ -725,10 +552,6 @@ static void free_tables(gp_tap *tap) {
     free(tap->experts);
     free(tap->expert_slots);
     free(tap->counts);
-    free(tap->inputs);
-    free(tap->trial_output);
-    gp_ffn_close(tap->ffn);
-    tap->ffn = NULL;
     tap->n_layers = tap->n_views = 0;
 }
 
@@ -747,7 +570,7 @@ int gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids, size_t batc
     tap->next_eval_data = next_eval_data;
     tap->next_abort = next_abort;
     tap->next_abort_data = next_abort_data;
-    const int error = gp_ffn_batch_open(&tap->batch, &tap->ggml, batch_bytes);
+    const int error = gp_compute_open(&tap->compute, &tap->ggml, batch_bytes);
     if (error != 0) {
         free(tap);
         return error;
@@ -760,16 +583,16 @@ int gp_tap_attach(gp_tap *tap, gp_pager *pager) {
     assert(!tap->pager);
     tap->pager = pager;
     int error = open_tables(tap);
-    if (error == 0 && tap->batch) {
-        error = gp_ffn_batch_attach(tap->batch, pager, &tap->hold, &tap->failure, tap->n_layers);
-    }
     if (error == 0) {
         error = gp_hold_open(&tap->hold, pager, tap->max_ids);
     }
-    if (error != 0) {
-        if (tap->batch) {
-            gp_ffn_batch_detach(tap->batch);
+    if (error == 0) {
+        error = gp_compute_attach(tap->compute, pager, &tap->hold, &tap->failure);
+        if (error != 0) {
+            gp_hold_close(&tap->hold, pager);
         }
+    }
+    if (error != 0) {
         free_tables(tap);
         tap->pager = NULL;
     }
@@ -784,6 +607,6 @@ void gp_tap_close(gp_tap *tap) {
         gp_hold_close(&tap->hold, tap->pager);
         free_tables(tap);
     }
-    gp_ffn_batch_close(tap->batch);
+    gp_compute_close(tap->compute);
     free(tap);
 }
