@@ -146,6 +146,7 @@ def make(path: Path, preset: str = "tiny", **overrides: Any) -> None:
     words = vocabulary(cut_pieces(text, spec.positions))
     tensors = list(_tensors(spec, experts, words.first_piece))
     partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _write_header(partial, spec, words, tensors)
         _write_tensors(partial, spec.seed, tensors)
