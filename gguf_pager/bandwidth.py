@@ -50,10 +50,10 @@ _LADDER = (DEFAULT_READERS, 8, 16, 32)
 enough for fewer bytes to fill it brings 2 MiB in a few milliseconds, and an expert is larger than that. More than 16 MiB
 no device is known to want: 12 GB/s at 1 ms are 12 MB."""
 
-_BACKGROUND_LADDER, _BACKGROUND_PIECE_BYTES = (8, 16, 32), 1 << 20
-"""The same where the system reads in the background, and each request costs it time, each return to the queue as well: with
-8 x 1 MiB half of what 8 x 256 KiB cost (0.033 and 0.061 s per GB), with 4 x 1 MiB as much as those, with no more time per
-token (benchmarks/LOG.md, 2026-11-26)."""
+_BACKGROUND_LADDER, _BACKGROUND_PIECE_BYTES = (8, 16), 1 << 20
+"""The same where the system reads in the background. There each request costs system time, and so does each return to the
+queue: 8 x 1 MiB cost half of what 8 x 256 KiB do (0.033 and 0.061 s per GB), 4 x 1 MiB as much as those, and a token takes
+no longer (benchmarks/LOG.md, 2026-11-26)."""
 
 _PIECES = (128 << 10, DEFAULT_PIECE_BYTES, 1 << 20)
 """Sizes of which the others are tried, with as many bytes in flight."""

@@ -104,9 +104,10 @@ class LayerStats:
 class Stats:
     """What a pager has counted since it was opened.
 
-    `stall_ns` is the time that decoding waited for reads, `stall_bytes` what arrived meanwhile; `left_alone` the graph nodes that llama.cpp computed from its
-    own mapping because they could not be served: right, but slow. `copies` are the bytes read from the model's own files
-    and from each mirror. `hit_rate` is None before the first token.
+    `stall_ns` is the time that decoding waited for reads, `stall_bytes` what arrived meanwhile, of whole sectors;
+    `left_alone` the graph nodes that llama.cpp computed from its own mapping because they could not be served: right, but
+    slow. `copies` are the bytes read from the model's own files and from each mirror. `hit_rate` is None before the
+    first token.
     """
 
     hits: int

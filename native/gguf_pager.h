@@ -80,7 +80,8 @@ typedef struct {
     bool                 read_ahead;        /* in batches, read what the next layer will probably want */
     uint32_t             offset_align;      /* of direct reads, in the file: what serves every copy that is read so */
     uint32_t             memory_align;      /* of direct reads, in memory */
-    uint32_t             n_readers;         /* reads of piece_bytes in flight, of each copy; as many threads, unless the system reads in the background */
+    uint32_t             n_readers;         /* reads of piece_bytes in flight, of each copy; as many threads, unless the
+                                             * system reads in the background */
     uint64_t             piece_bytes;       /* the largest single read */
 } gp_config;
 

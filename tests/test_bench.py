@@ -137,8 +137,8 @@ def test_rounds_take_tokens_from_places_spread_over_the_sequence() -> None:
 
 def phase(n_tokens: int, seconds: float, **given: Any) -> PhaseResult:
     values: dict[str, Any] = {
-        "hits": None, "misses": None, "bytes_read": None, "stall_ns": None, "stall_bytes": None, "left_alone": None, "ram_read_bytes": None,
-        "expert_bytes": None,
+        "hits": None, "misses": None, "bytes_read": None, "stall_ns": None, "stall_bytes": None, "left_alone": None,
+        "ram_read_bytes": None, "expert_bytes": None,
         "io_bytes": 0, "major_faults": 0, "user_s": seconds, "system_s": 0.0, "resident_bytes": 10**9,
         "reading": UNMEASURED,
     } | given
