@@ -93,6 +93,14 @@ def test_text_is_that_of_llama_and_figures_are_on_stderr(models: Path) -> None:
         r"read [\d.]+ MB per token, stalled \d+%, peak memory [\d.]+ MiB", line)
 
 
+def test_figures_have_their_own_line_where_all_goes_to_one_file(models: Path, tmp_path: Path) -> None:
+    tiny, both = models / "tiny.gguf", tmp_path / "both"
+    command = f'"{sys.executable}" -m gguf_pager run "{tiny}" -p "{PROMPT}" -n {N_PREDICT} --temp 0 --budget 50% -t 1 > "{both}" 2>&1'
+    subprocess.run(command, shell=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    text, line = both.read_text().rstrip("\n").rsplit("\n", 1)
+    assert text == expected_text(tiny, temperature=0) and line.startswith("decode ")
+
+
 def test_sampling_with_a_seed_is_that_of_llama(models: Path) -> None:
     done = call("run", models / "mixed.gguf", "-p", PROMPT, "-n", N_PREDICT, "--temp", "0.7", "--top-k", "20",
                 "--top-p", "0.9", "-s", "7", "--budget", "50%", "-t", "1")

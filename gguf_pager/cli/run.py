@@ -240,9 +240,17 @@ def _generate(llm: Llama, settings: _Settings, prompt: str, seed: int, progress:
     except KeyboardInterrupt:
         generation.finish_reason = "interrupt"
     finally:
-        if (sys.stderr if settings.as_json else sys.stdout).isatty():
+        if (sys.stderr if settings.as_json else sys.stdout).isatty() or _are_one_file(sys.stdout, sys.stderr):
             click.echo(err=settings.as_json)
     return generation
+
+
+def _are_one_file(first: IO[str], second: IO[str]) -> bool:
+    """Return whether both end up in the same place, so that the figures would stand on the text's last line."""
+    try:
+        return os.path.samestat(os.fstat(first.fileno()), os.fstat(second.fileno()))
+    except OSError:  # one of them is no file at all
+        return False
 
 
 def _apply_template(llm: Llama, prompt: str) -> tuple[list[int], dict[str, Any]]:
