@@ -231,7 +231,6 @@ static void wait_for_slices(gp_pager *p, gp_hold *hold, uint32_t slices) {
     }
 }
 
-
 /* Gives back what was taken, once nothing of it is being read: a slot that has failed is emptied then, and whoever wants
  * its expert next reads anew. */
 static void give_up(gp_pager *p, gp_hold *hold, uint32_t first) {
@@ -355,7 +354,7 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         l->counters.misses += n_missed;
     }
     const bool is_stalled = hold->pending > 0;
-    const stall begun = begin_stall(p);
+    const stall begun = is_stalled ? begin_stall(p) : (stall) { 0 };
     /* What was read ahead in vain makes way first: the new reads come after all that are in the list. */
     gp_read **const unwanted = hold->reads + n_reads;
     const uint32_t n_unwanted = demand->is_again ? 0 : gp_ahead_drop(p, hold, demand->layer, unwanted);
