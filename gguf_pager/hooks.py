@@ -15,19 +15,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
 from llama_cpp import llama_cpp as low
 
-from gguf_pager import _native, budget, device, engine, probe, residency
+from gguf_pager import _native, budget, engine, probe, residency
 from gguf_pager.errors import BudgetError, EngineError
-from gguf_pager.layout import Layout, override_n_used, read_layout
-from gguf_pager.mirror import find_mirrors
+from gguf_pager.layout import Layout
+from gguf_pager.loading import Loader
 from gguf_pager.pager import Pager
 from gguf_pager.residency import FileIdentity
-from gguf_pager.sizing import Request, may_be_enough, open_or_shrink
+from gguf_pager.sizing import Request, open_or_shrink
 from gguf_pager.threads import Threads
 
 log = logging.getLogger("gguf_pager")
@@ -79,7 +78,7 @@ class _Hooks:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._measuring = threading.Lock()
+        self._loader = Loader(self._call)
         self._n_holders = 0
         self._original: dict[str, Callable[..., Any]] = {}
         self._in_package: set[str] = set()
@@ -161,63 +160,16 @@ class _Hooks:
         request = self._request()
         if request is None or params.vocab_only:
             return self._call("llama_model_load_from_file", path_model, params)
-        path = Path(os.fsdecode(path_model))
-        layout = _apply_overrides(read_layout(path), params)
-        reason = self._reason_to_step_aside(layout, request)
-        request.reason = reason
-        if reason is not None:
-            log.info("%s runs as stock llama.cpp: %s", path, reason)
-            return self._call("llama_model_load_from_file", path_model, params)
-        mirrors = find_mirrors(layout, request.options.mirror, is_any_model=request.is_any_model)
-        with self._measuring:  # who comes second finds remembered what the first has measured undisturbed
-            options = device.fill(layout, request.options)
-        pager = Pager(layout, options, mirrors)
-        identities = [residency.identify(file) for file in pager.paths]
-        others = residency.files_mappings(layout)
-        params = type(params).from_buffer_copy(params)
-        params.use_extra_bufts = False  # repacking would copy the experts into ordinary memory
-        params.load_mode = low.LLAMA_LOAD_MODE_MMAP  # LoRA and use_mlock would read or lock the whole file
-        address = self._load(path_model, params, layout)
-        if not address:
-            return address
-        try:
-            # A budget that cannot be kept is refused by llama_init_from_model, which knows all of what is needed.
-            method = request.options.lock_dense if may_be_enough(layout, pager, request) else "off"
-            kept = residency.keep_dense(layout, method, others)
-        except BaseException:
-            self._call("llama_model_free", address)
-            raise
+        opened = self._loader.load(path_model, params, request)
+        if opened.pager is None:
+            return opened.address
+        assert opened.address is not None and opened.residency is not None
         with self._lock:
-            self.models[address] = _Model(address, request, pager, identities, kept)
+            self.models[opened.address] = _Model(
+                opened.address, request, opened.pager, opened.identities, opened.residency)
             self.hold()
-        request.opened.append(pager)
-        return address
-
-    def _load(self, path_model: bytes, params: Any, layout: Layout) -> int | None:
-        try:
-            _native.lazy_load_begin(str(engine.load().llama_library))
-        except OSError as error:
-            log.info("The whole model is read once while loading, because this libllama looks unfamiliar: %s", error)
-            address = self._call("llama_model_load_from_file", path_model, params)
-            if address:
-                residency.release_experts(layout)
-            return int(address) if address else None
-        try:
-            address = self._call("llama_model_load_from_file", path_model, params)
-        finally:
-            _native.lazy_load_end()
-        return int(address) if address else None
-
-    def _reason_to_step_aside(self, layout: Layout, request: Request) -> str | None:
-        if not layout.layers:
-            return "it has no experts to page"
-        if request.budget.kind == "auto":
-            memory = probe.memory()
-            spare = budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)
-            if budget.fits_whole(layout.tensor_bytes, spare):
-                return (f"all {budget.format_bytes(layout.tensor_bytes)} of it fit into the "
-                        f"{budget.format_bytes(spare)} of RAM that can be spared")
-        return None
+        request.opened.append(opened.pager)
+        return opened.address
 
     def llama_model_free(self, model: Any, /) -> None:
         """Free a model, its contexts' taps and its pager."""
@@ -396,19 +348,6 @@ def _attach(tap: _native.Tap, pager: Pager) -> None:
 def _address(function: Any) -> int:
     """Return the address of a ctypes callback, 0 for none."""
     return (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
-
-
-def _apply_overrides(layout: Layout, params: Any) -> Layout:
-    """Return the layout with the number of experts per token that the caller has set over the file's."""
-    key = f"{layout.architecture}.expert_used_count"
-    if params.kv_overrides and not isinstance(layout.values.get(key), list):  # llama.cpp overrides single values only
-        at = 0
-        while params.kv_overrides[at].key:
-            entry = params.kv_overrides[at]
-            if entry.key == key.encode() and entry.tag == low.LLAMA_KV_OVERRIDE_TYPE_INT:
-                layout = override_n_used(layout, int(entry.value.val_i64))
-            at += 1
-    return layout
 
 
 def _is_uncut(params: Any, context: Any, layout: Layout) -> bool:
