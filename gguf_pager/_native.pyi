@@ -1,7 +1,10 @@
 """The C core. Private: pager.py, probe.py and engine.py are its only users. Errors are OSError with the errno."""
 
-from collections.abc import Sequence
-from typing import Self, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, Self, TypeAlias, TypeVar
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 _Slice: TypeAlias = tuple[str, int, tuple[int, int, int], int, int, int, int, int, int]
 """name, ggml type, ne, file, offset_bytes, slice_bytes, data_at, region_at, region_bytes"""
@@ -72,6 +75,14 @@ class Tap:
         """Return how many shapes of feed-forwards are computed an expert at a time, and how many gave other bits so."""
     def take_failure(self) -> _Failure | None: ...
     def close(self) -> None: ...
+
+class Mutex:
+    """A lock that is taken and given back around a call, in C: no exception of a signal handler leaves it held."""
+
+    def call(self, function: Callable[_Parameters, _Result], /, *args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        """Call a function once nobody else is in one; at once, if this thread is in one already."""
+    def is_mine(self) -> bool:
+        """Return whether this thread is in a call."""
 
 def file_alignment(path: str, /) -> tuple[int, int]:
     """Return the alignment of direct reads in the file and in memory; ENOTSUP where there are none."""

@@ -201,12 +201,14 @@ def guarded(name: str, method: Method, is_guarded: Callable[[Any], bool]) -> Met
         check_open(self)
 
         def settle(doubt: Doubt) -> None:
-            check_open(self)  # somebody may have closed it while this thread was waiting
+            check_open(self)
             _settle(self, doubt, _evaluate if continues else None)
 
-        with turn_of(self).step(doubt, settle, is_aside=continues):
-            check_open(self)
+        def work() -> Any:
+            check_open(self)  # somebody may have closed it while this thread was waiting
             return body(method, self, *args, **kwargs)
+
+        return turn_of(self).run(work, doubt, settle, is_aside=continues)
 
     return whole
 
@@ -227,15 +229,17 @@ def _streaming(method: Method, doubt: Doubt, is_guarded: Callable[[Any], bool]) 
             continues = not inspect.signature(method).bind(self, *args, **kwargs).arguments.get("reset", True)
             _settle(self, doubt, _evaluate if continues else None)
 
-        sent, is_first, is_over, value = None, True, False, None
+        def step() -> tuple[bool, Any]:
+            check_open(self)
+            try:
+                return False, inner.send(sent)
+            except StopIteration as end:
+                return True, end.value
+
+        sent, is_first = None, True
         try:
             while True:
-                with turn.step(doubt, settle, stream, is_first=is_first):
-                    check_open(self)
-                    try:
-                        value = inner.send(sent)
-                    except StopIteration as end:
-                        is_over, value = True, end.value
+                is_over, value = turn.run(step, doubt, settle, stream, is_first=is_first)
                 if is_over:
                     return value
                 is_first = False
@@ -254,7 +258,6 @@ def _closing(method: Method, is_guarded: Callable[[Any], bool]) -> Method:
             method(self)
             return
         self._is_closed = True
-        with turn_of(self).last():
-            method(self)
+        turn_of(self).close(functools.partial(method, self))
 
     return close

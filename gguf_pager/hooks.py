@@ -11,12 +11,14 @@ import ctypes
 import errno
 import functools
 import logging
+import operator
 import os
-import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import llama_cpp
@@ -53,7 +55,8 @@ _OF_A_MEMORY = ("llama_memory_clear", "llama_memory_seq_rm", "llama_memory_seq_c
 
 @dataclass(slots=True, eq=False)
 class _Model:
-    """A paged model. `contexts` by address; `requests` of all who have opened it, `n_openings` of whom have not freed it."""
+    """A paged model. `contexts` by address; `requests` are of all who have opened it, and there are
+    as many `openings` as have not freed it."""
 
     address: int
     request: Request
@@ -61,9 +64,10 @@ class _Model:
     identities: list[FileIdentity | None]
     residency: residency.Residency
     key: tuple[Any, ...]
-    n_openings: int = 0
+    openings: list[Request] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     contexts: dict[int, _Context] = field(default_factory=dict)
+    taps: list[_native.Tap] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -77,12 +81,13 @@ class _Context:
     threads: Threads
     keep: tuple[Any, ...]
     """The user's own callbacks, which must live as long as the context."""
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    mutex: _native.Mutex = field(default_factory=_native.Mutex)
     """Held while it computes: llama.cpp's contexts know no threads."""
 
     def close(self) -> None:
         """End what belongs to a context that is gone."""
         self.tap.close()
+        self.model.taps[:] = [tap for tap in self.model.taps if tap is not self.tap]
         if self.pid == os.getpid():
             self.threads.close()
 
@@ -94,7 +99,7 @@ class _Context:
 
     def refuse_callback(self, what: str) -> None:
         """Raise EngineError if this thread is computing with the context right now, in a callback of its own."""
-        if self.lock._is_owned():  # type: ignore[attr-defined]
+        if self.mutex.is_mine():
             raise EngineError(f"A context cannot {what} from inside a callback of its own llama_decode: do it afterwards.")
 
 
@@ -108,17 +113,21 @@ _constructing: ContextVar[Request | None] = ContextVar("gguf_pager_request", def
 """For what opens a model here: a context variable ends with the call that it was set for, whatever interrupts that."""
 
 
+_closing: ContextVar[Request | None] = ContextVar("gguf_pager_closing", default=None)
+"""Whose models and contexts are being freed here."""
+
+
 class _Hooks:
     """The wrappers and what they know. There is one, because there is one module to wrap."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._opening = threading.RLock()
+        self._opening = _native.Mutex()
         """Held while memory is measured and taken: two at a time would take the same bytes."""
+        self._syncing = _native.Mutex()
         self._wrapping = Wrapping()
         self._loader = Loader(self._call)
         self._scopes: weakref.WeakSet[_Scope] = weakref.WeakSet()
-        self._installed: list[Request] = []
+        self.installed: list[Request] = []
         self.models: dict[int, _Model] = {}
         self.contexts: dict[int, _Context] = {}
         self._add_places()
@@ -150,11 +159,13 @@ class _Hooks:
 
     def sync(self) -> None:
         """Wrap if somebody needs it, else unwrap. Whether somebody does is never counted, always looked at."""
-        with self._lock:
-            if self._scopes or self._installed or self.models:
-                self._wrapping.put_on()
-            else:
-                self._wrapping.take_off()
+        self._syncing.call(self._sync)
+
+    def _sync(self) -> None:
+        if self._scopes or self.installed or self.models:
+            self._wrapping.put_on()
+        else:
+            self._wrapping.take_off()
 
     def construct(self, request: Request, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
         """Call a function; page what it opens meanwhile in this thread."""
@@ -169,22 +180,43 @@ class _Hooks:
             self._scopes.discard(scope)
             self.sync()
 
+    def close(self, request: Request, function: Callable[[], None], llm: Any) -> None:
+        """Close a Llama by a function; then free what an interrupt of an earlier attempt has kept from being freed.
+
+        llama_cpp has crossed off a model or context before it calls us, and would not call again.
+        """
+        context = copy_context()
+        context.run(_closing.set, request)
+        context.run(function)
+        for owner, name in ((llm.__dict__.get("_ctx"), "ctx"), (llm.__dict__.get("_model"), "model")):
+            handle = getattr(owner, name, None)
+            if handle is None:
+                continue
+            entry, model = self.contexts.get(_handle(handle)), self.models.get(_handle(handle))
+            if name == "ctx" and entry is not None:
+                setattr(owner, name, None)
+                self.llama_free(handle)
+            elif name == "model" and model is not None and request in model.openings:
+                setattr(owner, name, None)
+                context.run(self.llama_model_free, handle)
+
     def install(self, request: Request) -> None:
         """Page what any thread opens from now on."""
         try:
-            self._installed.append(request)
+            self.installed.append(request)
             self.sync()
+            return
         except BaseException:
             self.uninstall(request)
             raise
 
     def uninstall(self, request: Request) -> None:
         """Stop that. Models that are open stay paged."""
-        self._installed[:] = [other for other in self._installed if other is not request]
+        self.installed[:] = [other for other in self.installed if other is not request]
         self.sync()
 
     def _request(self) -> Request | None:
-        return _constructing.get() or (self._installed[-1] if self._installed else None)
+        return _constructing.get() or (self.installed[-1] if self.installed else None)
 
     def _call(self, name: str, *args: Any) -> Any:
         return self._wrapping.call(name, *args)
@@ -216,9 +248,7 @@ class _Hooks:
 
     def _forgetting(self, address: Any) -> Any:
         """Forget who had the address of a model or context that llama.cpp has just made: he was freed behind our back."""
-        with self._lock:
-            model = self.models.get(int(address or 0))
-            context = self._forget_context(int(address or 0))
+        model, context = self.models.get(int(address or 0)), self._forget_context(int(address or 0))
         if context is not None:
             context.close()
         if model is not None:
@@ -231,25 +261,27 @@ class _Hooks:
             if request is not None:
                 request.reason = "none of its weights were asked for"
             return self._forgetting(self._call(name, *args))
-        with self._opening:
-            key = _key(path, params, request)
-            known = next((model for model in self.models.values() if key is not None and model.key == key), None)
-            if known is not None and known.pager.is_usable():
-                return self._open_again(known, request)
-            opened = self._loader.load(path[0] if isinstance(path, list) else path, params, request)
+        return self._opening.call(self._open, path, params, request)
+
+    def _open(self, path: bytes | list[bytes], params: Any, request: Request) -> int | None:
+        key = _key(path, params, request)
+        known = next((model for model in list(self.models.values()) if key is not None and model.key == key), None)
+        if known is not None and known.pager.is_usable():
+            return self._open_again(known, request)
+        opened = self._loader.load(path[0] if isinstance(path, list) else path, params, request)
+        try:
             self._forgetting(opened.address)
             if opened.pager is None:
                 return opened.address
             assert opened.address is not None and opened.residency is not None
             model = _Model(opened.address, request, opened.pager, opened.identities, opened.residency, key or ())
-            try:
-                self._add_opening(model, request)
-                self.models[opened.address] = model
-                self.sync()
-            except BaseException:
-                self.llama_model_free(opened.address)
-                raise
-        return opened.address
+            self.models[opened.address] = model
+            self._add_opening(model, request)
+            self.sync()
+            return opened.address
+        except BaseException:
+            self.llama_model_free(opened.address)
+            raise
 
     def _open_again(self, known: _Model, request: Request) -> int:
         """Share a model that is open, its slots included, with somebody who opens the same file in the same way."""
@@ -259,7 +291,7 @@ class _Hooks:
         return known.address
 
     def _add_opening(self, model: _Model, request: Request) -> None:
-        model.n_openings += 1
+        model.openings.append(request)
         model.requests.append(request)
         if model.pager not in request.opened:
             request.opened.append(model.pager)
@@ -277,25 +309,24 @@ class _Hooks:
         if known is None:
             self._call(name, model)
             return
-        with self._lock:
-            known.n_openings -= 1
-            if known.n_openings > 0:
-                return
+        if len(known.openings) > 1:
+            request = _closing.get()
+            known.openings.remove(request if request in known.openings else known.openings[-1])
+            return
         for context in list(known.contexts.values()):
             context.refuse_callback("free its model")
-            with context.lock:  # whoever decodes comes to the end of it
-                self._close_context(context)
-        with self._lock:  # before the address can be given to another model
-            self.models.pop(known.address, None)
-        self._call(name, model)
+            self._locked(context, self._close_context, context)  # whoever decodes comes to the end of it
+        # Forgotten before the address can be given to another model.
+        _at_once(partial(self.models.pop, known.address, None), partial(self._wrapping.pristine(name), model))
         self._forget_model(known)
 
     def _forget_model(self, model: _Model) -> None:
-        with self._lock:
-            if self.models.get(model.address) is model:
-                del self.models[model.address]
+        if self.models.get(model.address) is model:
+            del self.models[model.address]
         for context in list(model.contexts.values()):
             self._close_context(context)
+        for tap in model.taps:  # also of a context that was lost to an interrupt
+            tap.close()
         model.pager.close()
         for request in model.requests:
             request.opened[:] = [pager for pager in request.opened if pager is not model.pager]
@@ -315,8 +346,7 @@ class _Hooks:
         paged = self.models.get(_handle(model))
         if paged is None:
             return self._forgetting(self._call(name, model, params))
-        with self._opening:
-            return self._make_paged(paged, type(params).from_buffer_copy(params))
+        return self._opening.call(self._make_paged, paged, type(params).from_buffer_copy(params))
 
     def _make_paged(self, paged: _Model, params: Any) -> Any:
         is_cut = False
@@ -338,27 +368,31 @@ class _Hooks:
                 if n_ubatch == wanted:
                     if not was_open:
                         _check_opened(paged)
-                    _attach(tap, paged.pager)
-                    break
+                    self._add_context(paged, params, tap, int(context), is_cut)
+                    return context
             except BaseException:
-                self._call("llama_free", context)
+                self._drop_context(paged, tap, int(context))
                 raise
-            self._call("llama_free", context)
+            self._drop_context(paged, tap, int(context))
             log.info("n_ubatch is %d instead of %d: the budget has no slots for more", n_ubatch, wanted)
             params.n_ubatch, is_cut = n_ubatch, True
-        try:
-            self._forgetting(context)
-            keep = (params, params.cb_eval, params.abort_callback)
-            kept = Threads(int(context))
-            kept.provide()
-            memory = int(low.llama_get_memory(context) or 0)
-            entry = _Context(paged, int(context), memory, tap, os.getpid(), is_cut, kept, keep)
-            paged.contexts[int(context)] = self.contexts[int(context)] = entry
-            paged.pager.warm_up()
-        except BaseException:
-            self.llama_free(context)
-            raise
-        return context
+
+    def _add_context(self, paged: _Model, params: Any, tap: _native.Tap, address: int, is_cut: bool) -> None:
+        self._forgetting(address)
+        paged.taps.append(tap)
+        _attach(tap, paged.pager)
+        kept = Threads(address)
+        kept.provide()
+        keep = (params, params.cb_eval, params.abort_callback)
+        memory = int(low.llama_get_memory(address) or 0)
+        entry = _Context(paged, address, memory, tap, os.getpid(), is_cut, kept, keep)
+        paged.contexts[address] = self.contexts[address] = entry
+        paged.pager.warm_up()
+
+    def _drop_context(self, paged: _Model, tap: _native.Tap, address: int) -> None:
+        """Free a context that nobody else has seen yet."""
+        _at_once(partial(self.contexts.pop, address, None), partial(paged.contexts.pop, address, None),
+                 partial(self._wrapping.pristine("llama_free"), address), tap.close)
 
     def _wait_for_other_arenas(self, paged: _Model) -> None:
         """What this process uses is measured to size an arena: others that are still being made present would be missed."""
@@ -390,29 +424,31 @@ class _Hooks:
         return entry
 
     def _close_context(self, entry: _Context) -> None:
-        with self._lock:
-            if self.contexts.get(entry.address) is entry:
-                self._forget_context(entry.address)
-            entry.model.contexts.pop(entry.address, None)
+        if self.contexts.get(entry.address) is entry:
+            self._forget_context(entry.address)
+        entry.model.contexts.pop(entry.address, None)
         entry.close()
+
+    def _locked(self, entry: _Context, function: Callable[..., _Result], *args: Any) -> _Result:
+        """Call a function while nobody else computes with a context; in a fork nobody does."""
+        return function(*args) if entry.pid != os.getpid() else entry.mutex.call(function, *args)
 
     def llama_free(self, ctx: Any, /) -> None:
         """Free a context and its tap; while another thread decodes with it, once that has come to the end."""
         entry = self.contexts.get(_handle(ctx))
-        if entry is None or entry.pid != os.getpid():
-            with self._lock:  # before the address can be given to another context
-                self._forget_context(_handle(ctx))
+        if entry is None:
             self._call("llama_free", ctx)
-            if entry is not None:
-                entry.close()
             return
         entry.refuse_callback("be freed")
-        with entry.lock:
-            with self._lock:
-                is_first = self._forget_context(entry.address) is entry
-            if is_first:
-                self._call("llama_free", ctx)
-                entry.close()
+        self._locked(entry, self._free, entry, ctx)
+
+    def _free(self, entry: _Context, ctx: Any) -> None:
+        if self.contexts.get(entry.address) is not entry:
+            return  # another thread has done it
+        # Forgotten before the address can be given to another context.
+        _at_once(partial(self.contexts.pop, entry.address, None), partial(entry.model.contexts.pop, entry.address, None),
+                 partial(self._wrapping.pristine("llama_free"), ctx), entry.tap.close)
+        entry.close()
 
     def llama_decode(self, ctx: Any, batch: Any, /) -> int:
         """Decode; raise what went wrong while experts were brought in."""
@@ -432,19 +468,21 @@ class _Hooks:
             return int(self._call(name, ctx, *args))
         entry.refuse_fork()
         entry.refuse_callback("compute")
-        with entry.lock:
-            if self.contexts.get(entry.address) is not entry:
-                raise EngineError("This context was freed by another thread: make a new one.")
-            pager, identities = entry.model.pager, entry.model.identities
-            failure = residency.find_change(pager.paths, identities)
-            if failure is not None:
-                raise pager.failure_error(failure)
-            result = int(self._call(name, ctx, *args))
-            entry.tap.idle()
-            failure = entry.tap.take_failure() or residency.find_change(pager.paths, identities)
-            if failure is not None:
-                raise pager.failure_error(failure)
-            return result
+        return entry.mutex.call(self._compute_alone, entry, name, ctx, *args)
+
+    def _compute_alone(self, entry: _Context, name: str, ctx: Any, *args: Any) -> int:
+        if self.contexts.get(entry.address) is not entry:
+            raise EngineError("This context was freed by another thread: make a new one.")
+        pager, identities = entry.model.pager, entry.model.identities
+        failure = residency.find_change(pager.paths, identities)
+        if failure is not None:
+            raise pager.failure_error(failure)
+        result = int(self._call(name, ctx, *args))
+        entry.tap.idle()
+        failure = entry.tap.take_failure() or residency.find_change(pager.paths, identities)
+        if failure is not None:
+            raise pager.failure_error(failure)
+        return result
 
     def _find_context(self, handle: int) -> _Context | None:
         return self.contexts.get(handle)
@@ -458,10 +496,7 @@ class _Hooks:
         @functools.wraps(getattr(low, name))
         def waiting(*args: Any) -> Any:
             entry = find(_handle(args[index])) if len(args) > index else None
-            if entry is None or entry.pid != os.getpid():
-                return self._call(name, *args)
-            with entry.lock:
-                return self._call(name, *args)
+            return self._call(name, *args) if entry is None else self._locked(entry, self._call, name, *args)
 
         return waiting
 
@@ -497,9 +532,9 @@ class _Hooks:
 
         @functools.wraps(init)
         def construct(llm: Any, *args: Any, **kwargs: Any) -> None:
-            if _constructing.get() is not None or not self._installed:
+            if _constructing.get() is not None or not self.installed:
                 return init(llm, *args, **kwargs)
-            request = take_request(kwargs, self._installed[-1])
+            request = take_request(kwargs, self.installed[-1])
             return self.construct(request, init, llm, *args, **kwargs)
 
         return construct
@@ -512,6 +547,11 @@ class _Hooks:
 
 hooks = _Hooks()
 atexit.register(hooks.keep_profiles)
+
+
+def _at_once(*functions: Callable[[], Any]) -> None:
+    """Call functions one after the other. If all are written in C, no interrupt comes between them."""
+    deque(map(operator.call, functions), maxlen=0)
 
 
 def _handle(pointer: Any) -> int:

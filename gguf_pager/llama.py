@@ -53,7 +53,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         self._budget = budget
         self._pager_options = {name: value for name, value in kwargs.items() if name in OPTION_NAMES}
         kwargs["budget"] = budget
-        request = take_request(kwargs)
+        request = self._request = take_request(kwargs)
         try:
             hooks.construct(request, super().__init__, model_path=model_path, **kwargs)
             if not request.opened and request.reason is None:
@@ -71,10 +71,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         While another thread computes with it, it waits for the token being computed; that thread gets the EngineError.
         """
         self._is_closed = True
-        with guard.turn_of(self).last():
-            stack = getattr(self, "_stack", None)
-            if stack is not None:
-                stack.close()
+        guard.turn_of(self).close(self._free)
+
+    def _free(self) -> None:
+        stack = getattr(self, "_stack", None)
+        if stack is not None:
+            hooks.close(self._request, stack.close, self)
 
     def __del__(self) -> None:
         self.close()
@@ -107,7 +109,6 @@ class Installation:
 
     def uninstall(self) -> None:
         """Page no more models; those that are open stay paged. Twice is fine."""
-        _installations[:] = [other for other in _installations if other is not self]
         hooks.uninstall(self._request)
 
     def __enter__(self) -> Self:
@@ -115,9 +116,6 @@ class Installation:
 
     def __exit__(self, *error: object) -> None:
         self.uninstall()
-
-
-_installations: list[Installation] = []
 
 
 def install(budget: float | str = "auto", **options: Any) -> Installation:
@@ -143,13 +141,8 @@ def install(budget: float | str = "auto", **options: Any) -> Installation:
         if name not in OPTION_NAMES:
             raise TypeError(f"install() got an unknown argument {name!r}: it knows budget, {', '.join(OPTION_NAMES)}.")
     installation = Installation(Request(parse_budget(budget), Options(**options), is_any_model=True))
-    try:
-        hooks.install(installation._request)
-        _installations.append(installation)
-        return installation
-    except BaseException:
-        installation.uninstall()
-        raise
+    hooks.install(installation._request)
+    return installation
 
 
 def uninstall() -> None:
@@ -158,6 +151,6 @@ def uninstall() -> None:
     Raises:
         PagerError: there is none.
     """
-    if not _installations:
+    if not hooks.installed:
         raise PagerError("gguf_pager is not installed: call install() first.")
-    _installations[-1].uninstall()
+    hooks.uninstall(hooks.installed[-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +32,10 @@ class Opened:
 
 
 class Loader:
-    """Loads models through llama_cpp's own functions, called by `call(name, *arguments)`."""
+    """Loads models through llama_cpp's own functions, called by `call(name, *arguments)`; one at a time."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
-        self._measuring = threading.Lock()
 
     def load(self, path_model: bytes, params: Any, request: Request) -> Opened:
         """Load a model; without reading its experts, when it is to be paged. `request.reason` tells why it is not.
@@ -54,8 +52,7 @@ class Loader:
             log.info("%s runs as stock llama.cpp: %s", path, reason)
             return Opened(self._call("llama_model_load_from_file", path_model, params))
         mirrors = find_mirrors(layout, request.options.mirror, is_any_model=request.is_any_model)
-        with self._measuring:  # who comes second finds remembered what the first has measured undisturbed
-            options = device.fill(layout, request.options)
+        options = device.fill(layout, request.options)
         pager = Pager(layout, options, mirrors)
         identities = [residency.identify(file) for file in pager.paths]
         others = residency.files_mappings(layout)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +174,7 @@ class Pager:
         self._native: _native.Pager | None = None
         self._last_stats: Stats | None = None
         self._pid = os.getpid()
-        self._in_use = threading.Lock()
+        self._in_use = _native.Mutex()
         """Held by what takes long without Python's lock, so that closing waits for it."""
         self._is_warmed = self._is_profile_kept = False
 
@@ -248,8 +247,11 @@ class Pager:
     def wait_present(self) -> None:
         """Wait until all of the arena is resident; a thread sees to it since `open`."""
         if os.getpid() == self._pid:
-            with self._in_use, contextlib.suppress(EngineError), self._at_work() as native:
-                native.wait_present()
+            self._in_use.call(self._wait_present)
+
+    def _wait_present(self) -> None:
+        with contextlib.suppress(EngineError), self._at_work() as native:
+            native.wait_present()
 
     def warm_up(self) -> None:
         """Begin to read, in the background, what the model's profile says is used most; once, and without a profile not."""
@@ -337,8 +339,7 @@ class Pager:
         """
         for layer, chosen in experts.items():
             try:
-                with self._in_use, self._at_work() as native:
-                    failure = native.pin(layer, list(chosen))
+                failure = self._in_use.call(self._pin, layer, list(chosen))
             except OSError as error:
                 if error.errno == errno.ENOSPC:
                     raise BudgetError(
@@ -353,6 +354,10 @@ class Pager:
                                  "context is computing.") from None
             if failure is not None:
                 raise self.failure_error(failure)
+
+    def _pin(self, layer: int, experts: list[int]) -> tuple[int, int, int] | None:
+        with self._at_work() as native:
+            return native.pin(layer, experts)
 
     def unpin_all(self) -> None:
         """Let the policy decide about all experts again."""
@@ -390,5 +395,4 @@ class Pager:
         self._last_stats = self.stats()
         self.keep_profile()
         self._native = None  # nobody begins anything with it any more
-        with self._in_use:
-            native.close()
+        self._in_use.call(native.close)

@@ -13,7 +13,7 @@ from gguf_pager.pager import Options, Pager
 from gguf_pager.residency import Residency
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """What somebody who opens a model wants.
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import IntEnum
+from typing import TypeVar
 
+from gguf_pager import _native
 from gguf_pager.errors import EngineError
+
+_Result = TypeVar("_Result")
 
 PATIENCE_S = 10.0
 """A stream that nobody has asked for its next token for so long gives way to a request of another thread. Shorter would take
@@ -59,23 +62,19 @@ class Turn:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._mutex = _native.Mutex()
         self._pid = os.getpid()
         self._stream: Stream | None = None
         self.doubt = Doubt.NONE
         self.has_outputs = False
 
-    def is_mine(self) -> bool:
-        """Return whether this thread is in the middle of a step."""
-        return bool(self._lock._is_owned())  # type: ignore[attr-defined]
-
-    @contextmanager
-    def step(self, doubt: Doubt, settle: Callable[[Doubt], None], stream: Stream | None = None, *, is_first: bool = True,
-             is_aside: bool = False) -> Iterator[None]:
+    def run(self, work: Callable[[], _Result], doubt: Doubt, settle: Callable[[Doubt], None], stream: Stream | None = None, *,
+            is_first: bool = True, is_aside: bool = False) -> _Result:
         """Compute: a whole request, or one step of a stream. A step within a step is part of the outer one.
 
         Args:
-            doubt: what is not known to be right any more if the step does not come to its end.
+            work: what to do.
+            doubt: what is not known to be right any more if the work does not come to its end.
             settle: called with what an earlier step has left in doubt.
             stream: what the step belongs to, and with `is_first` begins.
             is_aside: a resting stream of this thread is not disturbed by it.
@@ -83,48 +82,44 @@ class Turn:
         Raises:
             EngineError: the stream was overtaken.
         """
-        if self.is_mine():
+        if self._mutex.is_mine():
             before, self.doubt = self.doubt, max(self.doubt, doubt)
-            yield
+            result = work()
             self.doubt = before
-            return
-        if os.getpid() != self._pid:  # nobody lives in a fork who could release the lock
-            self._lock, self._stream, self._pid = threading.RLock(), None, os.getpid()
-        with self._come_to(stream):
-            if not is_first and self._stream is not stream:
+            return result
+
+        def step() -> tuple[_Result] | None:
+            resting = self._stream
+            if resting is not None and resting is not stream and resting.is_kept_for_another():
+                return None
+            if not is_first and resting is not stream:
                 raise EngineError("Another request has used this model while this stream was waiting: begin the stream again.")
             if self.doubt is not Doubt.NONE:
                 settle(self.doubt)
                 self.doubt = Doubt.NONE
-            if not (is_aside and self._stream is not None and self._stream.thread == threading.get_ident()):
+            if not (is_aside and resting is not None and resting.thread == threading.get_ident()):
                 self._stream = stream
             self.doubt = doubt
-            yield
+            result = work()
             self.doubt = Doubt.NONE
             if stream is not None:
                 stream.rest()
+            return (result,)
 
-    @contextmanager
-    def _come_to(self, stream: Stream | None) -> Iterator[None]:
-        """Hold the lock once no stream of another thread is in the middle of its text."""
-        while True:
-            with self._lock:
-                resting = self._stream
-                if resting is None or resting is stream or not resting.is_kept_for_another():
-                    yield
-                    return
+        if os.getpid() != self._pid:  # nobody lives in a fork who could give the turn back
+            self._mutex, self._stream, self._pid = _native.Mutex(), None, os.getpid()
+        while (done := self._mutex.call(step)) is None:
             time.sleep(_LOOK_S)
+        return done[0]
 
     def end(self, stream: Stream) -> None:
         """Note that a stream is exhausted, closed or failed."""
         if self._stream is stream:
             self._stream = None
 
-    @contextmanager
-    def last(self) -> Iterator[None]:
-        """Wait for the step that is being computed, not for streams that rest: the model is going to be closed."""
+    def close(self, work: Callable[[], None]) -> None:
+        """Do the last thing: after the step that is being computed, not after streams that rest."""
         if os.getpid() != self._pid:
-            yield
-            return
-        with self._lock:
-            yield
+            work()
+        else:
+            self._mutex.call(work)

@@ -73,3 +73,7 @@ class Wrapping:
             return place.original(*args, **kwargs)
         finally:
             active.discard(name)
+
+    def pristine(self, name: str) -> Callable[..., Any]:
+        """Return the function as it was at first."""
+        return self._first[name].pristine  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-/* gguf_pager._native: the only file that includes Python.h. It converts arguments and errors, nothing else.
+/* gguf_pager._native, with module_mutex.c the only file that includes Python.h. It converts arguments and errors, nothing else.
  * What it offers is described in gguf_pager/_native.pyi. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -9,6 +9,7 @@
 
 #include "ggml_tensor.h"
 #include "gguf_pager.h"
+#include "module.h"
 
 typedef struct {
     PyObject_HEAD
@@ -845,8 +846,11 @@ static int fill_module(PyObject *module) {
         return -1;
     }
     PyObject *tap_type = PyType_FromModuleAndSpec(module, &tap_spec, NULL);
-    const int error = tap_type ? PyModule_AddObjectRef(module, "Tap", tap_type) : -1;
+    int error = tap_type ? PyModule_AddObjectRef(module, "Tap", tap_type) : -1;
     Py_XDECREF(tap_type);
+    PyObject *mutex_type = error == 0 ? PyType_FromModuleAndSpec(module, &gp_mutex_spec, NULL) : NULL;
+    error = mutex_type ? PyModule_AddObjectRef(module, "Mutex", mutex_type) : -1;
+    Py_XDECREF(mutex_type);
     return error;
 }
 
