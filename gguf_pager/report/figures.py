@@ -24,8 +24,10 @@ HEAT = tuple(f"h{i}" for i in range(1, 9))
 
 def speeds(groups: Sequence[Group]) -> str:
     """Return the section of speed against memory, a chart per group."""
+    is_uncapped = any(row.get("mode") == "stock" and not row.get("cap_bytes") for _, rows in groups for row in rows)
     words = ("Peak memory of the process for gguf_pager, the cap for stock llama.cpp, whose page cache fills what it "
-             "is given. Median; whiskers are the slowest and fastest sample.")
+             f"is given{', or the peak of its process where it had no cap' if is_uncapped else ''}. "
+             "Median; whiskers are the slowest and fastest sample.")
     return boxes.section("Speed against memory", words, "".join(_speed(title, rows) for title, rows in groups))
 
 
@@ -53,8 +55,11 @@ def _all_series(rows: Sequence[Row], unit: int) -> list[Series]:
         series.append(Series(f"stock, read-ahead {labels.read_ahead(ahead)}", "stock", shape, points, is_hollow=True))
     for mode, name, css in (("paged", "gguf_pager", "ours"), ("stock", "stock", "stock")):
         crosses = [Point((labels.memory_bytes(row) or 0) / unit, 0, f"{labels.name(row)}\n{labels.why(row)}") for row in rows
-                   if row["mode"] == mode and not labels.is_ok(row)]
+                   if row["mode"] == mode and not labels.is_ok(row) and not labels.is_disturbed(row)]
         series.append(Series(f"{name}: no valid result", css, "cross", crosses))
+        odd = [Point((labels.memory_bytes(row) or 0) / unit, row["median_ts"], f"{labels.name(row)}\n{labels.why(row)}")
+               for row in rows if row["mode"] == mode and labels.is_disturbed(row)]
+        series.append(Series(f"{name}: disturbed, not counted", css, "cross", odd))
     limits = [Point((labels.memory_bytes(row) or 0) / unit, row["limit_ts"], "") for row in paged if row.get("limit_ts")]
     series.append(Series("limit: computing in RAM, and missed bytes at the disk's best", "limit", "", limits, "thin"))
     return [one for one in series if one.points]
