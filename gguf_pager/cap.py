@@ -150,7 +150,7 @@ def _own_folder(base: Path, *, is_v1: bool) -> Path:
     with suppress(OSError):
         for line in os.fsdecode((_PROC / "mountinfo").read_bytes()).splitlines():
             fields = line.split()
-            if fields[4] == str(base):
+            if fields[4] in (str(base), os.path.realpath(base)):
                 mounted = fields[3]
     if mounted != "/" and (name == mounted or name.startswith(f"{mounted}/")):
         name = name[len(mounted):]

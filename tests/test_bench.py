@@ -559,8 +559,9 @@ def test_timeline_and_heat_are_those_of_the_median_run() -> None:
             for turn, n in enumerate((30, 10, 20))]
     runs += [a_run(STOCK, 0, 10.0, token_ns=[40], token_stall_ns=[]), a_run(RESIDENT, 0, None)]
     assert details.timelines(runs) == [
-        {"label": "paged 25%, cap 2.10 GB", "mode": "paged", "token_ns": [20, 20], "token_stall_ns": [1, 1]},
-        {"label": "stock, read-ahead 128 KiB, cap 2.10 GB", "mode": "stock", "token_ns": [40], "token_stall_ns": None}]
+        {"label": "paged 25%, cap 2.10 GB", "mode": "paged", "is_disturbed": False, "token_ns": [20, 20], "token_stall_ns": [1, 1]},
+        {"label": "stock, read-ahead 128 KiB, cap 2.10 GB", "mode": "stock", "is_disturbed": False, "token_ns": [40],
+         "token_stall_ns": None}]
     assert details.heat(runs) == [{"label": "paged 25%", "layers": [{"block": 2}]}]
 
 

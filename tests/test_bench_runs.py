@@ -244,7 +244,7 @@ def test_run_that_is_not_done_in_time_yields_a_row_that_says_so(trace_model: Pat
     prompt, gen = made
     assert gen["status"] == "timeout" and "of 200000 tokens were decoded" in gen["status_reason"]
     assert gen["median_ts"] is None
-    assert prompt["status"] == "ok" and len(prompt["samples_ts"]) == 2, "the prompt was tried again, and only that"
+    assert prompt["status"] in ("ok", "disturbed") and len(prompt["samples_ts"]) == 2, "the prompt was tried again, and only that"
     assert not workers_of(trace_model)
 
 
@@ -404,7 +404,7 @@ def test_process_that_outgrows_its_cap_is_told_as_such(trace_model: Path) -> Non
             pytest.skip(f"no group can be made here: {cap.reason}")
     run = a_runner(trace_model).run(Case("stock", Shape(8, 8, 0, 1, 64, 64), 30_000_000), 0)
     assert run.status == "failed"
-    assert run.reason == "it needs more memory than the cap of 30,000,000 bytes: the kernel ended it"
+    assert (run.reason or "").startswith("it needs more memory than the cap of 30,000,000 bytes: the kernel ended it")
 
 
 def test_cap_that_cannot_be_made_is_never_pretended(trace_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

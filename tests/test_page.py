@@ -378,6 +378,16 @@ def test_clipped_tokens_are_counted(html: str) -> None:
     assert timeline_section.count('d="M0-8L3-2H-3z"') == 1
 
 
+def test_disturbed_timeline_says_so_and_is_no_measure_for_others() -> None:
+    facts = bench_facts()
+    facts["timelines"].append(timeline("whole", "resident", 20, None))
+    assert "whole model in RAM, median" in section(page(facts), "Token by token")
+    for one in facts["timelines"]:
+        one["is_disturbed"] = one["mode"] != "stock"
+    found = section(page(facts), "Token by token")
+    assert "whole model in RAM" not in found and ", disturbed: median" in found
+
+
 def test_long_timelines_are_grouped() -> None:
     facts = bench_facts()
     facts["timelines"] = [timeline("long", "paged", 24, 22, 4000)]

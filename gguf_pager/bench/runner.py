@@ -170,6 +170,7 @@ class Runner:
                 run.cap_peak_bytes = cap.peak_bytes()
                 if run.status == "failed" and cap.oom_kills():
                     run.reason = f"it needs more memory than the cap of {cap.limit_bytes:,} bytes: the kernel ended it"
+                    run.reason += f" ({cap.reason})" if cap.reason else ""
         except OSError as error:
             run.status, run.reason = "failed", str(error)
         return run

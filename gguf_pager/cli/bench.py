@@ -218,7 +218,7 @@ def _judge(made: list[dict[str, Any]]) -> None:
         raise PagerError(f"The logits of {len(wrong)} of {len(made)} rows differ from those of stock llama.cpp: please report this.")
     lost = [row for row in made if row["status"] not in ("ok", "disturbed")]
     words = [f"{mode_name(row)}, {test_name(row)}: {row['status']}: {row['status_reason']}" for row in lost]
-    if all(row["median_ts"] is None or row["status"] == "invalid" for row in made):
+    if made and all(row["median_ts"] is None or row["status"] == "invalid" for row in made):
         raise PagerError(f"No row has a result: {words[0]}")
     if lost:
         click.echo(f"Warning: {len(lost)} of {len(made)} rows have no valid result: {'; '.join(dict.fromkeys(words))}", err=True)

@@ -89,7 +89,7 @@ def timelines(timelines: Sequence[dict[str, Any]]) -> str:
     is_one_scale = len(top) == 2 and top["stock"] < 5 * top["paged"]
     if is_one_scale:
         top = dict.fromkeys(top, max(top.values()))
-    whole = first.get("resident")
+    whole = None if first.get("resident", {}).get("is_disturbed") else first.get("resident")
     level = Level("whole model in RAM, median", "pinned", "dash", median(whole["token_ns"]) / 1e6) if whole else None
     words = {"stock": "Same scale as above. " if is_one_scale else "A scale of its own. "} if len(drawn) == 2 else {}
     each = -(-max(len(line["token_ns"]) for line in drawn.values()) // MOST_BARS)
@@ -115,7 +115,8 @@ def _timeline(line: dict[str, Any], bars: Bars, top: float, level: Level | None,
     over = sum(height > top * 1.0001 for height in heights)
     if over:
         words += f"{over} of {len(bars)} bars go on above the axis (arrows), up to {labels.figure(max(heights))} ms."
-    title = f"{line['label']}: median {labels.figure(median(line['token_ns']), 1e-6)} ms"
+    disturbed = ", disturbed" if line.get("is_disturbed") else ""
+    title = f"{line['label']}{disturbed}: median {labels.figure(median(line['token_ns']), 1e-6)} ms"
     drawing = svg.stack(bars, css, top=top, last=len(line["token_ns"]), height=170, level=level, x_title="token",
                         y_title="ms per token", label=f"{title}; a bar is the time of a token")
     return boxes.figure_box(title, boxes.legend(keys), drawing, words.strip())
