@@ -23,7 +23,8 @@ HEAD = """\
 Made by `python scripts/make_cli_docs.py`. `python -m gguf_pager` is the same as `gguf-pager`.
 
 Exit codes: 0 done; 1 an error, shown as one line `Error: ...` on stderr, or a problem that `doctor` found; 2 the
-command was not understood; 130 interrupted (what was generated until then is counted and shown).
+command was not understood; 130 interrupted (what was generated until then is counted and shown). `bench` ends with 1 where
+no row has a result, or ours has other logits than stock; where some rows have none it ends with 0 and a warning on stderr.
 """
 
 NOTES = {
@@ -49,6 +50,12 @@ so that the first run after a rest would pay for the next. All cases of a round
 compute the same tokens; rounds begin at places spread over the text or trace. At the end of each round the logits of ours
 and of stock are compared, bit for bit. Of lists every combination is measured, and each budget beside stock.
 
+The device's read-ahead decides stock's figures, so that stock runs at the present one and at 128 KiB, Linux's default, where it
+can be set (as root, and while no other `bench` has set it). It is restored, also after a kill -9. Elsewhere stock runs at the
+present one alone, and the words beside a ratio say so. The cap is a memory cgroup below the one that this process is in (version
+2: beside it), so that it is never more than the process has itself: `cap_bytes` is what is in force, and `cap_reason` says where
+that is less than was asked for. Without a cap there is no ratio to stock.
+
 Stock leaves its weights in the file's mapping (`use_extra_bufts=False`): its default repacking copies them into memory
 that the cap does not have. Its OpenMP threads wait as they do by default (`gomp_spincount`), ours as ours do, unless you
 have set that. `resident` is stock with the file read into memory and no cap; `repacked` the same with
@@ -56,11 +63,15 @@ repacked weights, llama.cpp's fastest. On processors with AMX llama-cpp-python 0
 (github ggml-org/llama.cpp issue 20824); the row says so.
 
 Columns of the table: `t/s` median and range of the runs; `vs stock` the median of the ratios to stock within rounds,
-against stock at the read-ahead that suits it best; `limit` the speed that computing with all weights in RAM plus reading
+under the same cap, against stock at the best of the read-aheads that were measured; `limit` the speed that computing with all weights in RAM plus reading
 the missed bytes at the device's best bandwidth would give, and `eff.` how much of it was reached (above 1 where reads and
 computing overlap); `J/token` joules, with `~` where they are modelled. A row whose `status` is not "ok" has a line below
-the table: `invalid` (other logits than stock, a page cache that was not cold, more read while waiting than the device gives),
-`timeout`, `failed`, `interrupted`. Reads and computing overlap, so that ours may beat the limit. What a case
+the table: `invalid` (other logits than stock, a page cache that was not cold, more read while waiting than the device gives, or
+than the experts wanted have), `timeout`, `failed`, `interrupted`, or `disturbed`: it cannot be as it was measured. That is a
+resident model, or a case with more memory and otherwise the same, more than 1.25 times slower than one with less (not for our
+prompts); runs of which the fastest is more than 2.5 times as fast as the slowest; ratios to stock that differ by more than 2 from
+round to round; a read-ahead that somebody else has set. Its figures stay, but a ratio to it is null, and the page leaves it out of its
+headline. Reads and computing overlap, so that ours may beat the limit. What a case
 could not reach within `--timeout` is not tried again in later rounds; its prompt is, if it got so far.
 
 In JSON, CSV and SQL (table `gguf_pager_bench`) a row has llama-bench's names where they mean the same: `cpu_info`,
@@ -73,8 +84,8 @@ generation, as `-p` and `-n` do in llama-bench. Then ours:
 |---|---|
 | `mode` | `paged`, `stock`, `resident`; with `repack` the last one is `repacked` |
 | `budget`, `budget_bytes` | as given; in bytes, null for a share, `min` and `auto` |
-| `cap`, `cap_bytes`, `cap_reason` | `cgroup1`, `cgroup2`, `systemd`, or `none` and why |
-| `read_ahead_kb` | KiB, of the device during the run |
+| `cap`, `cap_bytes`, `cap_reason` | `cgroup1`, `cgroup2`, `systemd`, or `none`; the limit in force; why there is none, or what is weaker than it looks |
+| `read_ahead_kb` | KiB, of the device during the run; null where unknown, or changed meanwhile |
 | `cache`, `cached_bytes` | `cold`, `warm`, `cold, not verified` (only a file's owner is told) or `not controlled` (macOS); bytes of the file in the page cache before a run, at most |
 | `tokens`, `tokens_repeat` | `trace`, `text`, `ids`, `random`; whether there were fewer than needed |
 | `n_ubatch_asked` | what `n_ubatch` would be with room for it |
@@ -94,8 +105,10 @@ generation, as `-p` and `-n` do in llama-bench. Then ours:
 | `peak_rss_bytes`, `cap_peak_bytes` | most of any run: the process, and all that was charged to the cap |
 | `device_bytes_per_s`, `stream_bytes_per_s` | best direct reads at random places in this bench; one stream at its start |
 | `limit_ts`, `limit_compute`, `efficiency` | the limit, whose time of computing it takes (`resident` or `own`), limit / actual |
-| `vs_stock`, `vs_stock_low`, `vs_stock_high`, `vs_stock_read_ahead_kb` | ratio to stock, its range over rounds, the read-ahead that suited stock |
-| `vs_resident`, `vs_repacked` | ratio to the model in RAM |
+| `vs_stock`, `vs_stock_low`, `vs_stock_high` | ratio to stock under the same cap, and its range over rounds |
+| `vs_stock_read_ahead_kb`, `vs_stock_tried_kb` | the read-ahead at which stock was fastest, and all at which it ran under that cap |
+| `vs_stock_reason` | why there is no ratio |
+| `vs_resident`, `vs_repacked` | ratio to the model in RAM; null where that was disturbed |
 | `same_logits`, `same_logits_rounds` | whether ours and stock ended with equal logits, in how many rounds that could be told; null where batches differ |
 | `energy_*`, `j_per_token`, `j_per_token_net`, `j_per_prompt_token`, `tokens_per_j`, `avg_power_w` | all runs together; `energy_reason` says why something is null |
 | `status`, `status_reason` | `ok`, or what is wrong with the row |

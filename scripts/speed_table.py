@@ -50,7 +50,7 @@ def joules(row: dict[str, Any]) -> str:
 
 
 def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Return ours beside stock at its best in the same memory."""
+    """Return ours beside stock at the best of its read-aheads, in the same memory."""
     same = [other for other in rows if other["mode"] == "stock" and other["cap_bytes"] == row["cap_bytes"]
             and (other["n_prompt"], other["n_gen"]) == (row["n_prompt"], row["n_gen"])]
     if not same or row["cap_bytes"] is None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,33 @@ def test_read_ahead_is_set_for_the_block_and_restored_always(tmp_path: Path) -> 
         assert setting.read_text() == "0"
         raise KeyError
     assert setting.read_text() == "8192"
+
+
+def test_read_ahead_of_one_benchmark_is_not_restored_by_another(tmp_path: Path) -> None:
+    """The second would take the first one's value for the device's own."""
+    setting = tmp_path / "read_ahead_kb"
+    setting.write_text("8192")
+    with disk.read_ahead(setting, 128):
+        with disk.read_ahead(setting, 64) as kb:
+            assert kb == 128 and setting.read_text() == "128", "what is in force is told"
+        assert setting.read_text() == "128"
+    assert setting.read_text() == "8192"
+
+
+def test_read_ahead_is_restored_after_a_kill(tmp_path: Path) -> None:
+    setting = tmp_path / "read_ahead_kb"
+    setting.write_text("8192\n")
+    program = ("import sys; from pathlib import Path; from gguf_pager.bench import disk\n"
+               "with disk.read_ahead(Path(sys.argv[1]), 128): print('set', flush=True); sys.stdin.readline()")
+    with subprocess.Popen([sys.executable, "-c", program, str(setting)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "set\n"
+        assert setting.read_text() == "128"
+        child.kill()
+    until = time.monotonic() + 20
+    while setting.read_text() != "8192\n":
+        assert time.monotonic() < until, "it stays"
+        time.sleep(0.02)
 
 
 def test_read_ahead_that_cannot_be_set_is_told_as_it_is(tmp_path: Path) -> None:

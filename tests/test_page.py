@@ -26,7 +26,8 @@ def row(mode: str, **known: Any) -> dict[str, Any]:
     names = ("status_reason", "budget", "cap_bytes", "cap_reason", "read_ahead_kb", "median_ts", "min_ts", "max_ts",
              "load_s", "usable_s", "first_token_s", "hit_rate", "stall_share", "read_bytes_per_token",
              "io_bytes_per_token", "major_faults", "peak_rss_bytes", "arena_bytes", "cpu_s_per_token", "limit_ts",
-             "efficiency", "vs_stock", "vs_stock_low", "vs_stock_high", "same_logits", "energy_method", "energy_reason",
+             "efficiency", "vs_stock", "vs_stock_low", "vs_stock_high", "vs_stock_read_ahead_kb", "vs_stock_tried_kb",
+             "vs_stock_reason", "same_logits", "energy_method", "energy_reason",
              "j_per_token", "j_per_prompt_token", "energy_low_j", "energy_high_j", "energy_total_j")
     fixed = {"mode": mode, "repack": False, "status": "ok", "cap": "cgroup1", "n_prompt": 0, "n_gen": 0, "n_depth": 0,
              "n_threads": 2, "n_batch": 512, "n_ubatch": 512, "samples_ts": [], "energy_status": "none"}
@@ -65,7 +66,7 @@ def bench_rows() -> list[dict[str, Any]]:
                 read_bytes_per_token=mb * 1e6, io_bytes_per_token=mb * 1.01e6, peak_rss_bytes=int(gib * GIB),
                 arena_bytes=int((gib - 0.4) * GIB), limit_ts=speed * 1.22, efficiency=1 / 1.22, vs_stock=speed / stock,
                 vs_stock_low=speed / stock * 0.93, vs_stock_high=speed / stock * 1.08, same_logits=True,
-                read_ahead_kb=128, **tokens))
+                vs_stock_read_ahead_kb=128, vs_stock_tried_kb=[128, 8192], read_ahead_kb=128, **tokens))
             rows.append(measured("stock", spread(stock), cap_bytes=cap, peak_rss_bytes=cap, read_ahead_kb=128,
                                  io_bytes_per_token=mb * 1.3e6, major_faults=9210.0, **tokens))
             if budget == "12.5%":
@@ -242,9 +243,61 @@ def test_nothing_measured_is_said() -> None:
 
 def test_headline_says_what_the_rows_say(html: str) -> None:
     lead = words(re.findall(r'<p class="lead">.*?</p>', html)[0]).replace("\N{NO-BREAK SPACE}", " ")
-    assert "Decode with 12.5 % of the experts in memory: 9.1 tok/s , 4.3 times stock llama.cpp at its best" in lead
+    assert ("Decode with 12.5 % of the experts in memory: 9.1 tok/s , 4.3 times stock llama.cpp at a read-ahead of 128 KiB, the "
+            "better of 128 KiB and 8 MiB, in the same memory") in lead
     assert "with 25 % of the experts: 15.6 tok/s , 3.8 times" in lead
     assert lead.endswith("whole model in RAM, repacked: 47.9 tok/s.")
+
+
+@pytest.mark.parametrize(("best", "tried", "said"), [
+    (8192, [8192], "4.3 times stock llama.cpp at the device's read-ahead of 8 MiB, the only one measured, in the same memory"),
+    (None, [None], "4.3 times stock llama.cpp at the device's read-ahead, which is not known, in the same memory"),
+    (256, [128, 256, 8192], "at a read-ahead of 256 KiB, the best of 128 KiB, 256 KiB and 8 MiB, in the same memory"),
+])
+def test_words_about_stock_follow_what_was_measured(best: int | None, tried: list[int | None], said: str) -> None:
+    facts = bench_facts()
+    for one in facts["rows"]:
+        if one["mode"] == "paged":
+            one |= {"vs_stock_read_ahead_kb": best, "vs_stock_tried_kb": tried}
+    html = page(facts)
+    assert said in words(html.split("</header>")[0]).replace(" , ", ", ")
+    assert "at its best" not in html
+    assert said.split("times ")[-1].removesuffix(", in the same memory") in words(section(html, "How it was measured"))
+
+
+def test_no_ratio_is_shown_without_a_cap() -> None:
+    """Not even one that a row of an older version has."""
+    facts = bench_facts()
+    for one in facts["rows"]:
+        one |= {"cap": "none", "cap_bytes": None, "cap_reason": "nobody may"}
+        if one["mode"] == "paged":
+            one["vs_stock_reason"] = "no ratio without a cap: nobody may"
+    html = page(facts)
+    header = words(html.split("</header>")[0])
+    assert "not compared with stock (no ratio without a cap: nobody may)" in header
+    assert "times" not in header and "4.0 to 4.7" not in words(section(html, "All rows"))
+    assert "no ratio without a cap: nobody may" in words(section(html, "How it was measured"))
+    assert "the peak of its process where it had no cap" in section(html, "Speed against memory")
+
+
+def test_disturbed_rows_keep_their_figures_and_are_in_no_headline() -> None:
+    facts = bench_facts()
+    for one in facts["rows"]:
+        if one.get("budget") == "25%" or one["mode"] == "resident":
+            one |= {"status": "disturbed", "status_reason": "it cannot be"}
+    html = page(facts)
+    lead = words(re.findall(r'<p class="lead">.*?</p>', html)[0])
+    assert "15.6" not in lead and "whole model in RAM" not in lead and "9.1 tok/s" in lead
+    header = words(html.split("</header>")[0])
+    assert "Disturbed gguf_pager, 25 % of the experts: it cannot be (decode, prefill)" in header
+    assert "15.6 tok/s decode disturbed: it cannot be" in header and "3.8 times stock" not in header
+    assert "15.6" in words(section(html, "All rows"))
+    assert "gguf_pager: disturbed, not counted" in section(html, "Speed against memory")
+    assert "it cannot be" in words(section(html, "How it was measured"))
+    for one in facts["rows"]:
+        if one["mode"] == "paged":
+            one["status"] = "disturbed"
+    assert "Decode: only disturbed results of gguf_pager." in words(page(facts))
 
 
 def test_headline_does_not_use_invalid_rows() -> None:
@@ -323,6 +376,16 @@ def test_clipped_tokens_are_counted(html: str) -> None:
     timeline_section = section(html, "Token by token")
     assert "1 of 128 bars go on above the axis (arrows), up to" in words(timeline_section)
     assert timeline_section.count('d="M0-8L3-2H-3z"') == 1
+
+
+def test_disturbed_timeline_says_so_and_is_no_measure_for_others() -> None:
+    facts = bench_facts()
+    facts["timelines"].append(timeline("whole", "resident", 20, None))
+    assert "whole model in RAM, median" in section(page(facts), "Token by token")
+    for one in facts["timelines"]:
+        one["is_disturbed"] = one["mode"] != "stock"
+    found = section(page(facts), "Token by token")
+    assert "whole model in RAM" not in found and ", disturbed: median" in found
 
 
 def test_long_timelines_are_grouped() -> None:

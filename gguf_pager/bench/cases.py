@@ -85,6 +85,20 @@ class Case:
         return ", ".join(parts)
 
 
+def parse_read_aheads(text: str) -> tuple[int | None, ...]:
+    """Return the read-aheads of a list such as "128,8192" or "present,128" in KiB; None stands for the device's own.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found: list[int | None] = []
+    for part in text.split(","):
+        found += [None] if part.strip() == "present" else parse_numbers(part)
+    if any(kb == 0 for kb in found):
+        raise ValueError("the least read-ahead is 1 KiB")
+    return tuple(found)
+
+
 def shapes(n_prompt: Sequence[int], n_gen: Sequence[int], n_depth: Sequence[int], n_threads: Sequence[int],
            n_batch: Sequence[int], n_ubatch: Sequence[int]) -> list[Shape]:
     """Return every combination, but those that compute nothing; the last list changes fastest."""
@@ -93,7 +107,7 @@ def shapes(n_prompt: Sequence[int], n_gen: Sequence[int], n_depth: Sequence[int]
             if (shape := Shape(*numbers)).n_prompt + shape.n_gen > 0]
 
 
-def cases_of(shape: Shape, budgets: Sequence[str], baselines: Sequence[Baseline], read_ahead: Sequence[int],
+def cases_of(shape: Shape, budgets: Sequence[str], baselines: Sequence[Baseline], read_ahead: Sequence[int | None],
              cap_of: Callable[[str], int | None]) -> list[Case]:
     """Return the cases of a shape in the order in which they take turns.
 

@@ -6,13 +6,15 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from gguf_pager.bench import comparisons
 from gguf_pager.bench.cases import Case
 from gguf_pager.bench.runner import Run, label
 
 
 def timelines(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return per case the decode times of its run of median speed, in ns per token, and what of them was stalled."""
-    return [{"label": label(run), "mode": case.mode, "token_ns": run.token_ns,
+    known = comparisons.disturbed(runs)
+    return [{"label": label(run), "mode": case.mode, "is_disturbed": (case, "gen") in known, "token_ns": run.token_ns,
              "token_stall_ns": run.token_stall_ns if case.mode == "paged" else None}
             for case, run in _middle_runs(runs)]
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
+from gguf_pager.aftermath import undone_when_killed
 from gguf_pager.bench.memory import huge_buffer
 from gguf_pager.probe import page_cache_bytes
 
@@ -66,29 +67,42 @@ def cached_bytes(paths: Sequence[Path]) -> int | None:
 
 # ---- read-ahead -----------------------------------------------------------------------------------------------------
 
+_RESTORE = 'echo "$2" > "$1"'
+
+
 @contextmanager
 def read_ahead(setting: Path | None, kb: int | None) -> Iterator[int | None]:
-    """Set a device's read-ahead for the time of the block and restore it always.
+    """Set a device's read-ahead for the time of the block and restore it always, be it after a kill -9.
 
-    Yields the value in force, in KiB: what it was where setting it is not permitted; None where unknown.
+    Yields the value in force, in KiB: what it was where setting it is not permitted, or where another benchmark has set it
+    and wants it so; None where unknown.
     """
-    try:
-        before = int(setting.read_text()) if setting is not None else None
-    except (OSError, ValueError):
-        before = None
+    before = _number_in(setting)
     if setting is None or kb is None or before is None or kb == before:
         yield before
         return
-    try:
+    with open(setting, "rb") as file:
         try:
-            setting.write_text(str(kb))
-        except OSError:
-            yield before
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of two that restore, the second would keep the first one's
+            before = int(file.read())
+        except (OSError, ValueError):
+            yield _number_in(setting)
             return
-        yield int(setting.read_text())  # the kernel rounds to whole pages
-    finally:
-        with suppress(OSError):  # where it could not be set, either
-            setting.write_text(str(before))
+        with undone_when_killed(_RESTORE, [str(setting), str(before)]):
+            try:
+                with suppress(OSError):
+                    setting.write_text(str(kb))
+                yield _number_in(setting)  # the kernel rounds to whole pages
+            finally:
+                with suppress(OSError):  # where it could not be set, either
+                    setting.write_text(str(before))
+
+
+def _number_in(setting: Path | None) -> int | None:
+    try:
+        return None if setting is None else int(setting.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 # ---- bandwidth ------------------------------------------------------------------------------------------------------

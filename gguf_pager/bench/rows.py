@@ -10,15 +10,16 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
+from gguf_pager.bench import comparisons
 from gguf_pager.bench.cases import Case, budget_bytes
+from gguf_pager.bench.comparisons import Disturbed
 from gguf_pager.bench.runner import Run
+from gguf_pager.bench.samples import PhaseName, Sample, median, samples_of
 from gguf_pager.bench.worker import PhaseResult
 from gguf_pager.energy.meter import Energy, energy_of
 from gguf_pager.energy.model import Constant, Usage
-
-PhaseName = Literal["prompt", "gen"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,50 +37,30 @@ class Common:
     n_rounds: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """A phase of one run that came to its end."""
-
-    run: Run
-    phase: PhaseResult
-
-    @property
-    def ts(self) -> float:
-        return self.phase.n_tokens / self.phase.ns * 1e9
-
-    @property
-    def ns_per_token(self) -> float:
-        return self.phase.ns / self.phase.n_tokens
-
-
 def rows_of(runs: Sequence[Run], common: Common) -> list[dict[str, Any]]:
     """Return the rows of runs of one shape, in the order of the cases: each with its prompt first."""
     cases = list(dict.fromkeys(run.case for run in runs))
+    known = comparisons.disturbed(runs)
     rows = []
     for case in cases:
         shape = case.shape
         phases: tuple[tuple[PhaseName, int], ...] = (("prompt", shape.n_prompt), ("gen", shape.n_gen))
-        rows += [_row(case, name, runs, common) for name, n_tokens in phases if n_tokens]
+        rows += [_row(case, name, runs, known, common) for name, n_tokens in phases if n_tokens]
     return rows
 
 
-def _samples(runs: Sequence[Run], case: Case, name: PhaseName) -> list[_Sample]:
-    return [_Sample(run, phase) for run in runs
-            if run.case == case and (phase := run.prompt if name == "prompt" else run.gen) is not None]
-
-
-def _row(case: Case, name: PhaseName, runs: Sequence[Run], common: Common) -> dict[str, Any]:
+def _row(case: Case, name: PhaseName, runs: Sequence[Run], known: Disturbed, common: Common) -> dict[str, Any]:
     own = [run for run in runs if run.case == case]
-    samples = _samples(runs, case, name)
+    samples = samples_of(runs, case, name)
     row = _llama_bench_fields(case, name, own, samples, common)
     row |= _settings(case, own, common) | _speed(samples, own) | _work(name, samples, own, common)
-    row |= _limit(case, name, samples, runs, common) | _ratios(case, name, samples, runs)
+    row |= _limit(case, name, samples, runs, common) | comparisons.ratios(case, name, runs, known)
     row |= _energy(name, samples, runs, common)
-    row["status"], row["status_reason"] = _status(case, name, own, samples, row, common)
+    row["status"], row["status_reason"] = _status(case, name, own, samples, row, known, common)
     return row
 
 
-def _llama_bench_fields(case: Case, name: PhaseName, own: Sequence[Run], samples: Sequence[_Sample],
+def _llama_bench_fields(case: Case, name: PhaseName, own: Sequence[Run], samples: Sequence[Sample],
                         common: Common) -> dict[str, Any]:
     """Return what llama-bench tells of a test, under its names. `n_depth` counts the prompt before generated tokens."""
     shape, facts = case.shape, next((run.facts for run in own if "model_type" in run.facts), {})
@@ -158,37 +139,37 @@ def _cache(made: Sequence[Run], common: Common) -> str:
     return "cold, not verified" if any(run.cached_bytes is None for run in made) else "cold"
 
 
-def _speed(samples: Sequence[_Sample], own: Sequence[Run]) -> dict[str, Any]:
+def _speed(samples: Sequence[Sample], own: Sequence[Run]) -> dict[str, Any]:
     ts = [sample.ts for sample in samples]
     first = [run.prompt.ns / 1e9 if run.prompt else run.token_ns[0] / 1e9
              for run in own if run.prompt or run.token_ns]
     return {
-        "median_ts": _median(ts),
+        "median_ts": median(ts),
         "min_ts": min(ts, default=None),
         "max_ts": max(ts, default=None),
-        "load_s": _median([run.facts["load_s"] for run in own if "load_s" in run.facts]),
-        "usable_s": _median([run.facts["usable_s"] for run in own if "usable_s" in run.facts]),
-        "first_token_s": _median(first),
+        "load_s": median([run.facts["load_s"] for run in own if "load_s" in run.facts]),
+        "usable_s": median([run.facts["usable_s"] for run in own if "usable_s" in run.facts]),
+        "first_token_s": median(first),
     }
 
 
-def _work(name: PhaseName, samples: Sequence[_Sample], own: Sequence[Run], common: Common) -> dict[str, Any]:
-    def median(of: Callable[[PhaseResult], float | None]) -> float | None:
-        return _median([value for sample in samples if (value := of(sample.phase)) is not None])
+def _work(name: PhaseName, samples: Sequence[Sample], own: Sequence[Run], common: Common) -> dict[str, Any]:
+    def middle(of: Callable[[PhaseResult], float | None]) -> float | None:
+        return median([value for sample in samples if (value := of(sample.phase)) is not None])
 
-    waiting, device = median(_stall_bytes_per_s), common.device_bytes_per_s
+    waiting, device = middle(_stall_bytes_per_s), common.device_bytes_per_s
     return {
         "hit_rate": _hit_rate(name, [sample.phase for sample in samples]),
-        "read_bytes_per_token": median(lambda phase: _ratio(phase.bytes_read, phase.n_tokens)),
-        "io_bytes_per_token": median(lambda phase: _ratio(phase.io_bytes, phase.n_tokens)),
-        "stall_share": median(lambda phase: _ratio(phase.stall_ns, phase.ns)),
+        "read_bytes_per_token": middle(lambda phase: _ratio(phase.bytes_read, phase.n_tokens)),
+        "io_bytes_per_token": middle(lambda phase: _ratio(phase.io_bytes, phase.n_tokens)),
+        "stall_share": middle(lambda phase: _ratio(phase.stall_ns, phase.ns)),
         "stall_bytes_per_s": waiting,
         "stall_vs_device": waiting / device if waiting is not None and device else None,
         "left_alone": _most([sample.phase.left_alone for sample in samples]),
-        "major_faults": median(lambda phase: phase.major_faults),
-        "user_s": median(lambda phase: phase.user_s),
-        "system_s": median(lambda phase: phase.system_s),
-        "cpu_s_per_token": median(lambda phase: (phase.user_s + phase.system_s) / phase.n_tokens),
+        "major_faults": middle(lambda phase: phase.major_faults),
+        "user_s": middle(lambda phase: phase.user_s),
+        "system_s": middle(lambda phase: phase.system_s),
+        "cpu_s_per_token": middle(lambda phase: (phase.user_s + phase.system_s) / phase.n_tokens),
         "peak_rss_bytes": _most([run.facts.get("peak_rss_bytes") for run in own]),
         "cap_peak_bytes": _most([run.cap_peak_bytes for run in own]),
     }
@@ -219,17 +200,13 @@ def _ratio(value: float | None, of: float) -> float | None:
     return None if value is None else value / of
 
 
-def _median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None
-
-
 def _most(values: Sequence[int | None]) -> int | None:
     return max((value for value in values if value is not None), default=None)
 
 
 # ---- the limit ------------------------------------------------------------------------------------------------------
 
-def _limit(case: Case, name: PhaseName, samples: Sequence[_Sample], runs: Sequence[Run],
+def _limit(case: Case, name: PhaseName, samples: Sequence[Sample], runs: Sequence[Run],
            common: Common) -> dict[str, Any]:
     """Return the speed that computing with all weights in RAM, plus reading the missed bytes, would allow.
 
@@ -243,7 +220,7 @@ def _limit(case: Case, name: PhaseName, samples: Sequence[_Sample], runs: Sequen
     compute: list[tuple[float, str]] = [
         (sample.ns_per_token, "resident") for other in {run.case for run in runs}
         if other.mode == "resident" and not other.is_repacked and other.shape == case.shape
-        for sample in _samples(runs, other, name)]
+        for sample in samples_of(runs, other, name)]
     compute += [((sample.phase.ns - sample.phase.stall_ns) / sample.phase.n_tokens, "own") for sample in samples
                 if sample.phase.stall_ns is not None]
     bandwidth = common.device_bytes_per_s
@@ -262,60 +239,9 @@ def _limit(case: Case, name: PhaseName, samples: Sequence[_Sample], runs: Sequen
                    "efficiency": statistics.median(efficiencies)}
 
 
-# ---- beside stock ---------------------------------------------------------------------------------------------------
-
-def _ratios(case: Case, name: PhaseName, samples: Sequence[_Sample], runs: Sequence[Run]) -> dict[str, Any]:
-    """Return how many times as fast as stock at its best, under the same cap, and as what is resident, ours is."""
-    result: dict[str, Any] = dict.fromkeys(
-        ("vs_stock", "vs_stock_low", "vs_stock_high", "vs_stock_read_ahead_kb", "vs_resident", "vs_repacked",
-         "same_logits", "same_logits_rounds"))
-    if case.mode != "paged":
-        return result
-    others = list(dict.fromkeys(run.case for run in runs if run.case.shape == case.shape))
-    stock = {other: theirs for other in others if other.mode == "stock" and other.cap_bytes == case.cap_bytes
-             and (theirs := _samples(runs, other, name))}
-    if stock and samples:
-        best = max(stock, key=lambda other: _median([sample.ts for sample in stock[other]]) or 0.0)
-        ratios = _paired(samples, stock[best])
-        result |= {"vs_stock": _median(ratios), "vs_stock_low": min(ratios, default=None),
-                   "vs_stock_high": max(ratios, default=None), "vs_stock_read_ahead_kb": stock[best][0].run.read_ahead_kb}
-    for other in others:
-        if other.mode == "resident":
-            key = "vs_repacked" if other.is_repacked else "vs_resident"
-            result[key] = _median(_paired(samples, _samples(runs, other, name)))
-    return result | _same_logits(case, runs)
-
-
-def _paired(ours: Sequence[_Sample], others: Sequence[_Sample]) -> list[float]:
-    """Return the ratios of speeds within each round."""
-    theirs = {sample.run.turn: sample.ts for sample in others}
-    return [sample.ts / theirs[sample.run.turn] for sample in ours if sample.run.turn in theirs]
-
-
-def _same_logits(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
-    """Return whether ours ended with the logits of the others of its round, and in how many rounds that could be told.
-
-    Only the same kernels and the same batches give the same bits: so not repacked ones, and not those of another n_ubatch,
-    unless both take the prompt in one piece.
-    """
-    longest = max(case.shape.n_prompt, case.shape.n_depth)
-    answers: dict[int, bool] = {}
-    for run in runs:
-        if run.case == case and "digest" in run.facts:
-            same = [other.facts["digest"] == run.facts["digest"] for other in runs
-                    if other.case.mode != "paged" and not other.case.is_repacked and other.turn == run.turn
-                    and other.case.shape == case.shape and "digest" in other.facts
-                    and (other.facts["n_ubatch"] == run.facts["n_ubatch"]
-                         or longest <= min(other.facts["n_ubatch"], run.facts["n_ubatch"]))
-                    and (other.gen is None) == (run.gen is None)]
-            if same:
-                answers[run.turn] = all(same)
-    return {"same_logits": all(answers.values()) if answers else None, "same_logits_rounds": len(answers)}
-
-
 # ---- energy ---------------------------------------------------------------------------------------------------------
 
-def _energy(name: PhaseName, samples: Sequence[_Sample], runs: Sequence[Run], common: Common) -> dict[str, Any]:
+def _energy(name: PhaseName, samples: Sequence[Sample], runs: Sequence[Run], common: Common) -> dict[str, Any]:
     """Return the energy of all runs of a row together: joules over tokens, not a mean of ratios."""
     phases = [sample.phase for sample in samples]
     if not phases:
@@ -337,7 +263,7 @@ def _sum(values: Sequence[int | None]) -> int | None:
     return None if None in values else sum(value for value in values if value is not None)
 
 
-def _ram_read_bytes(sample: _Sample, name: PhaseName, runs: Sequence[Run]) -> int | None:
+def _ram_read_bytes(sample: Sample, name: PhaseName, runs: Sequence[Run]) -> int | None:
     """Return what computing read from RAM; where nobody counted the experts, as ours did with the same batches."""
     if sample.phase.ram_read_bytes is not None:
         return sample.phase.ram_read_bytes
@@ -352,13 +278,13 @@ def _ram_read_bytes(sample: _Sample, name: PhaseName, runs: Sequence[Run]) -> in
 
 # ---- what a row is worth --------------------------------------------------------------------------------------------
 
-def _status(case: Case, name: PhaseName, own: Sequence[Run], samples: Sequence[_Sample], row: Mapping[str, Any],
-            common: Common) -> tuple[str, str | None]:
-    """Return "ok", or why a row is not what it seems: "invalid", "timeout", "failed", "interrupted".
+def _status(case: Case, name: PhaseName, own: Sequence[Run], samples: Sequence[Sample], row: Mapping[str, Any],
+            known: Disturbed, common: Common) -> tuple[str, str | None]:
+    """Return "ok", or why a row is not what it seems: "invalid", "timeout", "failed", "interrupted", "disturbed".
 
     A run that went wrong later than this phase has no part in it, unless no phase follows.
     """
-    invalid = _invalid(case, own, samples, row, common)
+    invalid = _invalid(name, own, samples, row)
     if invalid is not None:
         return "invalid", invalid
     is_last = name == "gen" or not case.shape.n_gen
@@ -370,11 +296,11 @@ def _status(case: Case, name: PhaseName, own: Sequence[Run], samples: Sequence[_
         return wrong[0].status, f"{wrong[0].reason}{others}"
     if len(own) < common.n_rounds:
         return "interrupted", f"{len(own)} of {common.n_rounds} rounds"
-    return "ok", None
+    disturbed = known.get((case, name)) or comparisons.unsteady(row)
+    return ("ok", None) if disturbed is None else ("disturbed", disturbed)
 
 
-def _invalid(case: Case, own: Sequence[Run], samples: Sequence[_Sample], row: Mapping[str, Any],
-             common: Common) -> str | None:
+def _invalid(name: PhaseName, own: Sequence[Run], samples: Sequence[Sample], row: Mapping[str, Any]) -> str | None:
     not_paged = next((run.facts["not_paged_reason"] for run in own if run.facts.get("not_paged_reason")), None)
     if not_paged is not None:
         return f"it was not paged: {not_paged}"
@@ -384,6 +310,9 @@ def _invalid(case: Case, own: Sequence[Run], samples: Sequence[_Sample], row: Ma
     if row["io"] == "direct" and share is not None and share > MOST_OF_DEVICE:
         return (f"{row['stall_bytes_per_s'] / 1e9:.2f} GB/s arrived while computing waited, {share:.2f} times what the device gave "
                 "at best: it gives more than was measured, or bytes were counted twice")
+    read, wanted = _sum([sample.phase.bytes_read for sample in samples]), _sum([sample.phase.expert_bytes for sample in samples])
+    if name == "gen" and read and wanted and read > MOST_OF_WANTED * wanted:
+        return f"it read {read / wanted:.2f} times the bytes of the experts it wanted: they were counted twice"
     if row["cache"] == "cold" and row["cached_bytes"] > COLD_BYTES:
         return (f"{row['cached_bytes']:,} bytes of the file stayed in the page cache: another process uses it, or its file "
                 "system keeps it")
@@ -392,6 +321,9 @@ def _invalid(case: Case, own: Sequence[Run], samples: Sequence[_Sample], row: Ma
 
 MOST_OF_DEVICE = 1.1
 """Times its best bandwidth: a stall begins and ends in the middle of pieces, and the device has its moods."""
+
+MOST_OF_WANTED = 1.5
+"""Times the bytes of all experts that single tokens wanted: nothing missed takes more, nor does what is read in vain."""
 
 LEAST_STALL_NS = 20_000_000
 """Of a phase: of less, the pieces that were on their way when a stall began or ended would be most."""

@@ -164,10 +164,13 @@ class Runner:
                 run.read_ahead_kb = kb
                 run.cap, run.cap_bytes, run.cap_reason = cap.method, cap.limit_bytes, cap.reason
                 self._spawn(run, cap, is_prompt_only=is_prompt_only)
+                if probe.read_ahead_kb(self.layout.paths[0]) != kb:
+                    run.read_ahead_kb = None  # somebody else has set it meanwhile
                 self.device.sample()  # around each run: of the few samples of a short benchmark the best is too low
                 run.cap_peak_bytes = cap.peak_bytes()
                 if run.status == "failed" and cap.oom_kills():
-                    run.reason = f"it needs more memory than the cap of {case.cap_bytes:,} bytes: the kernel ended it"
+                    run.reason = f"it needs more memory than the cap of {cap.limit_bytes:,} bytes: the kernel ended it"
+                    run.reason += f" ({cap.reason})" if cap.reason else ""
         except OSError as error:
             run.status, run.reason = "failed", str(error)
         return run

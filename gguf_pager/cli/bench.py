@@ -17,13 +17,22 @@ import click
 
 from gguf_pager import __version__, budget, probe
 from gguf_pager.bench import details, rows, tokens
-from gguf_pager.bench.cases import Baseline, Case, Shape, budget_bytes, cases_of, parse_numbers, shapes
+from gguf_pager.bench.cases import (
+    Baseline,
+    Case,
+    Shape,
+    budget_bytes,
+    cases_of,
+    parse_numbers,
+    parse_read_aheads,
+    shapes,
+)
 from gguf_pager.bench.disk import Device
 from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.runner import Run, Runner, Settings
 from gguf_pager.cli.energy import CONSTANT_OPTION, POWER_COMMAND_OPTION
 from gguf_pager.device import fill
-from gguf_pager.doctor import physical_cores
+from gguf_pager.doctor import LINUX_READ_AHEAD_KB, physical_cores
 from gguf_pager.energy import meter
 from gguf_pager.energy.model import override
 from gguf_pager.energy.source import Absent
@@ -31,7 +40,7 @@ from gguf_pager.errors import PagerError
 from gguf_pager.layout import Layout, read_layout
 from gguf_pager.pager import Options, Pager
 from gguf_pager.report import page
-from gguf_pager.report.bench import PRINTERS
+from gguf_pager.report.bench import PRINTERS, mode_name, test_name
 
 _DEFAULT = Options()
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -43,7 +52,7 @@ _BASELINES: tuple[Baseline, ...] = ("stock", "resident", "repacked")
 
 
 def _numbers(_: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> tuple[int, ...]:
-    least = 1 if parameter.name in ("threads", "batch_size", "ubatch_size", "read_ahead") else 0
+    least = 1 if parameter.name in ("threads", "batch_size", "ubatch_size") else 0
     try:
         numbers = tuple(number for text in given for number in parse_numbers(text))
     except ValueError as error:
@@ -51,6 +60,13 @@ def _numbers(_: click.Context, parameter: click.Parameter, given: tuple[str, ...
     if any(number < least for number in numbers):
         raise click.BadParameter(f"the least is {least}.")
     return numbers
+
+
+def _read_aheads(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> tuple[int | None, ...]:
+    try:
+        return tuple(kb for text in given for kb in parse_read_aheads(text))
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
 
 
 def _words(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
@@ -88,7 +104,7 @@ class _Request:
     baselines: tuple[Baseline, ...]
     cap: str
     is_warm: bool
-    read_ahead: tuple[int, ...]
+    read_ahead: tuple[int | None, ...]
     tokens: str | None
     timeout: float
     policy: str
@@ -121,14 +137,14 @@ class _Request:
               help="What runs beside ours: 'stock' llama-cpp-python under the same cap, the model 'resident' in RAM with "
                    "the same kernels, 'repacked' in RAM with the fastest ones, or 'none'. A list takes several.")
 @click.option("--cap", metavar="SIZE", default="budget", show_default=True,
-              help="Memory cap on ours and stock: '4GiB'; 'budget' for that of each budget, or for a share what ours "
-                   "took in a run that does not count; 'none'.")
+              help="Memory cap on ours and stock: '4GiB'; 'budget' for that of each budget, or for one that is not in bytes what "
+                   "ours took in a run that does not count; 'none', and then no ratio.")
 @click.option("--cold/--warm", "is_cold", default=True,
               help="Whether the file is gone from the page cache before each run, or read into it as far as the cap "
                    "allows.  [default: cold]")
-@click.option("--read-ahead", metavar="KIB", multiple=True, callback=_numbers,
-              help="Set the device's read-ahead where permitted, and restore it; with a list stock runs at each. "
-                   "[default: as it is]")
+@click.option("--read-ahead", metavar="KIB", multiple=True, callback=_read_aheads,
+              help="Set the device's read-ahead where permitted, and restore it; with a list stock runs at each. 'present' "
+                   "leaves it as it is.  [default: present,128 where stock runs and it can be set, else present]")
 @click.option("--tokens", metavar="SOURCE", help="'text:FILE', 'ids:FILE', 'random', or 'trace' for a trace-driven model's "
                                                  "own. [default: trace, else a text, else random]")
 @click.option("--timeout", metavar="S", type=click.FloatRange(min=0, min_open=True), default=900.0, show_default=True,
@@ -146,11 +162,12 @@ class _Request:
 def bench(is_cold: bool, **given: Any) -> None:
     """Measure decode and prefill beside stock llama-cpp-python, in the same memory.
 
-    Every run is a process of its own. A round runs each case once; ratios are taken within rounds, and quoted against
-    stock at its best read-ahead. Lists multiply: -p 64,512 -n 64,128 are four shapes. Numbers may be given as 64,128 or
-    16-64+16 or 1-8*2.
+    Every run is a process of its own. A round runs each case once; ratios are taken within rounds, under the same memory
+    cap, against stock at the best of the read-aheads that were measured. Lists multiply: -p 64,512 -n 64,128 are four
+    shapes. Numbers may be given as 64,128 or 16-64+16 or 1-8*2.
 
-    A Ctrl-C leaves the rows that were finished.
+    A Ctrl-C leaves the rows that were finished. The exit code is 1 where no row has a result, or where logits differ from
+    stock's; rows without a result beside others are a warning on stderr.
     """
     with Interrupts() as interrupts:
         _bench(_Request(**given | {"is_warm": not is_cold}), interrupts)
@@ -160,7 +177,7 @@ def _bench(request: _Request, interrupts: Interrupts) -> None:
     is_spin_chosen = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}.isdisjoint(os.environ)  # before ggml is loaded
     layout = read_layout(request.model)
     _check(request, layout)
-    read_ahead, constants = _settable(request.read_ahead, layout), override(request.constants)
+    read_ahead, constants = _settable(request, layout), override(request.constants)
     settings, idle_w = _settings(request, layout, is_spin_chosen, interrupts)
     pager = Pager(layout, Options())  # not with --io: the device is what it is
     device = Device(layout.paths, pager.align if pager.is_direct else None)
@@ -187,6 +204,24 @@ def _bench(request: _Request, interrupts: Interrupts) -> None:
         if request.report is not None and all_rows:
             request.report.write_text(page.page(_page_facts(layout, machine, all_rows, all_runs)), "utf-8")
             click.echo(f"{request.report} written", err=True)
+    _judge(all_rows)
+
+
+def _judge(made: list[dict[str, Any]]) -> None:
+    """End with an error where nothing was measured or tokens were wrong; name the rows that have no result.
+
+    Raises:
+        PagerError: no row has a result, or ours ended with other logits than stock.
+    """
+    wrong = [row for row in made if row["same_logits"] is False]
+    if wrong:
+        raise PagerError(f"The logits of {len(wrong)} of {len(made)} rows differ from those of stock llama.cpp: please report this.")
+    lost = [row for row in made if row["status"] not in ("ok", "disturbed")]
+    words = [f"{mode_name(row)}, {test_name(row)}: {row['status']}: {row['status_reason']}" for row in lost]
+    if made and all(row["median_ts"] is None or row["status"] == "invalid" for row in made):
+        raise PagerError(f"No row has a result: {words[0]}")
+    if lost:
+        click.echo(f"Warning: {len(lost)} of {len(made)} rows have no valid result: {'; '.join(dict.fromkeys(words))}", err=True)
 
 
 def _settings(request: _Request, layout: Layout, is_spin_chosen: bool,
@@ -248,25 +283,30 @@ def _cap_bytes(text: str) -> int:
     return n_bytes
 
 
-def _settable(read_ahead: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
-    """Return the read-aheads to measure with: none of those asked for, if the device's cannot be set."""
-    setting = probe.read_ahead_setting(layout.paths[0])
-    if read_ahead and (setting is None or not os.access(setting, os.W_OK)):
-        kb = probe.read_ahead_kb(layout.paths[0])
-        click.echo(f"The read-ahead cannot be set here: it stays at {'an unknown size' if kb is None else f'{kb:,} KiB'}, "
-                   "and stock runs once. Run as root for more.", err=True)
+def _settable(request: _Request, layout: Layout) -> tuple[int | None, ...]:
+    """Return the read-aheads to measure with, in KiB: none where the device is to be left, or can only be left, as it is."""
+    asked, has_stock = request.read_ahead, "stock" in request.baselines
+    present, setting = probe.read_ahead_kb(layout.paths[0]), probe.read_ahead_setting(layout.paths[0])
+    if not asked:
+        asked = (None, LINUX_READ_AHEAD_KB) if has_stock else (None,)
+    wanted = tuple(dict.fromkeys(present if kb is None else kb for kb in asked))
+    if wanted == (present,):
         return ()
-    return read_ahead
+    if present is None or setting is None or not os.access(setting, os.W_OK):
+        click.echo(f"The read-ahead cannot be set here: it stays at {'an unknown size' if present is None else f'{present:,} KiB'}"
+                   f"{', and stock runs once' if has_stock else ''}. Run as root for more.", err=True)
+        return ()
+    return wanted
 
 
-def _cases(request: _Request, shape: Shape, read_ahead: tuple[int, ...], runner: Runner) -> list[Case]:
+def _cases(request: _Request, shape: Shape, read_ahead: tuple[int | None, ...], runner: Runner) -> list[Case]:
     def cap_of(text: str) -> int | None:
-        if request.cap == "none" or (request.cap == "budget" and text == "auto"):
+        if request.cap == "none":
             return None
         if request.cap != "budget":
             return _cap_bytes(request.cap)
         if (n_bytes := budget_bytes(text)) is not None or "stock" not in request.baselines:
-            return n_bytes  # ours keeps to a share by itself: only what is compared with it needs a cap
+            return n_bytes  # ours keeps to a budget by itself: only what is compared with it needs a cap
         return runner.calibrate(shape, text)
 
     return cases_of(shape, request.budgets, request.baselines, read_ahead, cap_of)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gguf_pager.bench.cases import budget_label
-from gguf_pager.report import number
+from gguf_pager.bench.comparisons import UNASKED
+from gguf_pager.report import labels, number
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 SQL_TABLE = "gguf_pager_bench"
 
@@ -148,8 +149,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     """Return what must be said beside the numbers, each thing once."""
     notes = [f"{_full_name(row)}, {test_name(row)}: {row['status']}: {row['status_reason']}"
              for row in rows if row["status"] != "ok"]
-    notes += [f"cap: none, {row['cap_reason']}" for row in rows
-              if row["cap"] == "none" and row["cap_reason"] and row["mode"] != "resident"]
+    notes += [f"cap: {'none' if row['cap'] == 'none' else _cap(row)}, {row['cap_reason']}" for row in rows
+              if row["cap_reason"] and row["mode"] != "resident"]
+    notes += [f"{mode_name(row)}, {test_name(row)}: vs stock is to {labels.rival(row)}" if row["vs_stock"] is not None
+              else f"{mode_name(row)}, {test_name(row)}: not compared with stock: {row['vs_stock_reason']}"
+              for row in rows if row["mode"] == "paged" and row["samples_ts"] and row["vs_stock_reason"] != UNASKED]
     notes += [f"{mode_name(row)}: n_ubatch {row['n_ubatch']} instead of {row['n_ubatch_asked']}, no slots for more"
               for row in rows if row["mode"] == "paged" and row["samples_ts"] and row["n_ubatch"] != row["n_ubatch_asked"]]
     notes += [f"{mode_name(row)}: the logits of stock llama.cpp, to the bit, at the end of "

@@ -24,8 +24,10 @@ HEAT = tuple(f"h{i}" for i in range(1, 9))
 
 def speeds(groups: Sequence[Group]) -> str:
     """Return the section of speed against memory, a chart per group."""
+    is_uncapped = any(row.get("mode") == "stock" and not row.get("cap_bytes") for _, rows in groups for row in rows)
     words = ("Peak memory of the process for gguf_pager, the cap for stock llama.cpp, whose page cache fills what it "
-             "is given. Median; whiskers are the slowest and fastest sample.")
+             f"is given{', or the peak of its process where it had no cap' if is_uncapped else ''}. "
+             "Median; whiskers are the slowest and fastest sample.")
     return boxes.section("Speed against memory", words, "".join(_speed(title, rows) for title, rows in groups))
 
 
@@ -53,8 +55,11 @@ def _all_series(rows: Sequence[Row], unit: int) -> list[Series]:
         series.append(Series(f"stock, read-ahead {labels.read_ahead(ahead)}", "stock", shape, points, is_hollow=True))
     for mode, name, css in (("paged", "gguf_pager", "ours"), ("stock", "stock", "stock")):
         crosses = [Point((labels.memory_bytes(row) or 0) / unit, 0, f"{labels.name(row)}\n{labels.why(row)}") for row in rows
-                   if row["mode"] == mode and not labels.is_ok(row)]
+                   if row["mode"] == mode and not labels.is_ok(row) and not labels.is_disturbed(row)]
         series.append(Series(f"{name}: no valid result", css, "cross", crosses))
+        odd = [Point((labels.memory_bytes(row) or 0) / unit, row["median_ts"], f"{labels.name(row)}\n{labels.why(row)}")
+               for row in rows if row["mode"] == mode and labels.is_disturbed(row)]
+        series.append(Series(f"{name}: disturbed, not counted", css, "cross", odd))
     limits = [Point((labels.memory_bytes(row) or 0) / unit, row["limit_ts"], "") for row in paged if row.get("limit_ts")]
     series.append(Series("limit: computing in RAM, and missed bytes at the disk's best", "limit", "", limits, "thin"))
     return [one for one in series if one.points]
@@ -84,7 +89,7 @@ def timelines(timelines: Sequence[dict[str, Any]]) -> str:
     is_one_scale = len(top) == 2 and top["stock"] < 5 * top["paged"]
     if is_one_scale:
         top = dict.fromkeys(top, max(top.values()))
-    whole = first.get("resident")
+    whole = None if first.get("resident", {}).get("is_disturbed") else first.get("resident")
     level = Level("whole model in RAM, median", "pinned", "dash", median(whole["token_ns"]) / 1e6) if whole else None
     words = {"stock": "Same scale as above. " if is_one_scale else "A scale of its own. "} if len(drawn) == 2 else {}
     each = -(-max(len(line["token_ns"]) for line in drawn.values()) // MOST_BARS)
@@ -110,7 +115,8 @@ def _timeline(line: dict[str, Any], bars: Bars, top: float, level: Level | None,
     over = sum(height > top * 1.0001 for height in heights)
     if over:
         words += f"{over} of {len(bars)} bars go on above the axis (arrows), up to {labels.figure(max(heights))} ms."
-    title = f"{line['label']}: median {labels.figure(median(line['token_ns']), 1e-6)} ms"
+    disturbed = ", disturbed" if line.get("is_disturbed") else ""
+    title = f"{line['label']}{disturbed}: median {labels.figure(median(line['token_ns']), 1e-6)} ms"
     drawing = svg.stack(bars, css, top=top, last=len(line["token_ns"]), height=170, level=level, x_title="token",
                         y_title="ms per token", label=f"{title}; a bar is the time of a token")
     return boxes.figure_box(title, boxes.legend(keys), drawing, words.strip())

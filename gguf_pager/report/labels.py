@@ -40,6 +40,19 @@ def read_ahead(value: int | None) -> str:
     return "not known" if value is None else f"{value} KiB" if value < 1024 else f"{value / 1024:g} MiB"
 
 
+def rival(row: Row) -> str:
+    """Return which stock a row's ratio is to: no more than was measured."""
+    best, tried = row.get("vs_stock_read_ahead_kb"), row.get("vs_stock_tried_kb") or []
+    if len(tried) > 1:
+        others = [read_ahead(kb) for kb in tried]
+        return (f"stock llama.cpp at a read-ahead of {read_ahead(best)}, the {'better' if len(tried) == 2 else 'best'} of "
+                f"{', '.join(others[:-1])} and {others[-1]}")
+    if best is None:
+        return "stock llama.cpp at the device's read-ahead, which is not known"
+    only = ", the only one measured" if tried else ""  # rows of older versions do not say
+    return f"stock llama.cpp at the device's read-ahead of {read_ahead(best)}{only}"
+
+
 def times(value: float | None) -> str:
     """Return how many times; near 1, the second decimal decides."""
     return DASH if value is None else f"{value:.2f}" if value < 2 else figure(value)
@@ -82,13 +95,18 @@ def is_ok(row: Row) -> bool:
     return row.get("status") == "ok" and row.get("median_ts") is not None
 
 
+def is_disturbed(row: Row) -> bool:
+    """Return whether a row has figures that cannot be right: they are shown, and compared with nothing."""
+    return row.get("status") == "disturbed" and row.get("median_ts") is not None
+
+
 def valid(rows: Iterable[Row], mode: str) -> list[Row]:
     """Return the rows of a mode that have a result, the smallest memory first."""
     return sorted((row for row in rows if row.get("mode") == mode and is_ok(row)), key=lambda row: memory_bytes(row) or 0)
 
 
 def why(row: Row) -> str:
-    """Return why a row has none."""
+    """Return why a row has none that counts."""
     status = row.get("status") or "status not recorded"
     reason = row.get("status_reason") or ("no speed was recorded" if status == "ok" else "")
     return f"{status}: {reason}" if reason else str(status)

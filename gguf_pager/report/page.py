@@ -62,15 +62,18 @@ def _headline(facts: dict[str, Any], groups: Sequence[Group], title: str) -> str
 
 
 def _warnings(rows: Sequence[Row]) -> str:
-    """Return a line for what has no valid result, of all its phases together."""
-    lost: dict[str, list[str]] = {}
+    """Return a line for what has no valid result, or cannot be as it was measured, of all its phases together."""
+    lost: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if not labels.is_ok(row):
-            lost.setdefault(f"{labels.name(row)}: {labels.why(row)}", []).append(labels.phase(row))
-    notes = [f"{what} ({', '.join(dict.fromkeys(phases))})" for what, phases in lost.items()]
+            kind = "Disturbed" if labels.is_disturbed(row) else "No valid result"
+            words = str(row.get("status_reason") or DASH) if labels.is_disturbed(row) else labels.why(row)
+            lost.setdefault((kind, f"{labels.name(row)}: {words}"), []).append(labels.phase(row))
+    notes = [(kind, f"{what} ({', '.join(dict.fromkeys(phases))})") for (kind, what), phases in lost.items()]
     if len(notes) > MOST_WARNINGS:
-        notes[MOST_WARNINGS - 1:] = [f"and {len(notes) - MOST_WARNINGS + 1} more: the table has them all"]
-    return "".join(f'<p class="warn"><b>No valid result</b> {escape(note)}</p>' for note in notes)
+        more = f"and {len(notes) - MOST_WARNINGS + 1} more: the table has them all"
+        notes[MOST_WARNINGS - 1:] = [(notes[MOST_WARNINGS - 1][0], more)]
+    return "".join(f'<p class="warn"><b>{kind}</b> {escape(note)}</p>' for kind, note in notes)
 
 
 def _sentence(groups: Sequence[Group]) -> str:
@@ -81,7 +84,8 @@ def _sentence(groups: Sequence[Group]) -> str:
     phase = title.split(",")[0]
     paged = labels.valid(rows, "paged")
     if not paged:
-        return escape(f"{phase}: no valid result of gguf_pager.")
+        kind = "only disturbed results" if any(row["mode"] == "paged" and labels.is_disturbed(row) for row in rows) else "no valid result"
+        return escape(f"{phase}: {kind} of gguf_pager.")
     parts = []
     for i, row in enumerate(paged[:3]):
         where = labels.budget(row) if "%" in labels.budget(row) else f"--budget {row.get('budget') or DASH}"
@@ -96,15 +100,20 @@ def _sentence(groups: Sequence[Group]) -> str:
     return "; ".join(parts) + "."
 
 
+def _has_ratio(row: Row) -> bool:
+    """Whether a ratio counts: rows of older versions have one without a cap, too."""
+    return row.get("vs_stock") is not None and row.get("cap") not in (None, "none")
+
+
 def _against_stock(row: Row, rows: Sequence[Row], *, is_short: bool) -> str:
     rivals = [one for one in rows if one.get("mode") == "stock" and one.get("cap_bytes") == row.get("cap_bytes")]
-    if row.get("vs_stock") is not None:
+    if _has_ratio(row):
         ratio = f"<b>{labels.times(row['vs_stock'])} times</b>"
-        same = " in the same memory" if rivals and row.get("cap_bytes") else ""
-        return ratio if is_short else f"{ratio} stock llama.cpp at its best{same}"
+        return ratio if is_short else f"{ratio} {escape(labels.rival(row))}, in the same memory"
     if rivals and not any(map(labels.is_ok, rivals)):
         return escape(f"where stock gave no result ({', '.join(sorted({str(r.get('status')) for r in rivals}))})")
-    return "not compared with stock"
+    reason = row.get("vs_stock_reason")
+    return escape(f"not compared with stock ({reason})") if reason and not is_short else "not compared with stock"
 
 
 def _cards(groups: Sequence[Group]) -> str:
@@ -124,9 +133,8 @@ def _card(name: str, lines: Sequence[tuple[str, Row]]) -> str:
         words = escape(labels.why(row))
         if labels.is_ok(row):
             spread = labels.spread(row.get("vs_stock_low"), row.get("vs_stock_high"), labels.times)
-            ratio = row.get("vs_stock")
-            words = "" if ratio is None else f"{labels.times(ratio)} times stock <small>{spread}</small>"
-        speed = labels.figure(row["median_ts"]) if labels.is_ok(row) else DASH
+            words = f"{labels.times(row['vs_stock'])} times stock <small>{spread}</small>" if _has_ratio(row) else ""
+        speed = labels.figure(row["median_ts"]) if labels.is_ok(row) or labels.is_disturbed(row) else DASH
         parts.append(f"<p><b>{speed}</b> tok/s {phase}</p><p>{words}</p>")
     peaks = [row["peak_rss_bytes"] for _, row in lines if row.get("peak_rss_bytes")]
     css = "card" if lines[0][1].get("mode") == "paged" else "card plain"
@@ -162,10 +170,16 @@ def _gib(value: float | None) -> str:
     return DASH if value is None else f"{value / 2**30:.2f}"
 
 
+def _times_stock(row: Row) -> str:
+    if not _has_ratio(row):
+        return _cell(DASH, reason=row.get("vs_stock_reason"))
+    spread = labels.spread(row.get("vs_stock_low"), row.get("vs_stock_high"), labels.times)
+    return _cell(labels.times(row["vs_stock"]), spread, labels.rival(row))
+
+
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("tok/s", lambda r: _cell(labels.figure(r.get("median_ts")), labels.spread(r.get("min_ts"), r.get("max_ts")))),
-    ("times stock", lambda r: _cell(labels.times(r.get("vs_stock")), labels.spread(r.get("vs_stock_low"), r.get("vs_stock_high"),
-                                                                     labels.times))),
+    ("times stock", _times_stock),
     ("limit tok/s", lambda r: _cell(labels.figure(r.get("limit_ts")))),
     ("% of limit", lambda r: _cell(labels.figure(r.get("efficiency"), 100))),
     ("hits %", lambda r: _cell(labels.figure(r.get("hit_rate"), 100))),
@@ -208,7 +222,10 @@ def _table(groups: Sequence[Group]) -> str:
 def _method(facts: dict[str, Any]) -> str:
     machine, rows = facts["machine"], facts["rows"]
     samples = sorted({len(row.get("samples_ts") or ()) for row in rows if labels.is_ok(row)})
-    lost = [row for row in rows if not labels.is_ok(row)]
+    disturbed = [row for row in rows if labels.is_disturbed(row)]
+    lost = [row for row in rows if not labels.is_ok(row) and not labels.is_disturbed(row)]
+    compared = [row for row in rows if labels.is_ok(row) and _has_ratio(row)]
+    alone = [row for row in rows if row.get("mode") == "paged" and not _has_ratio(row)]
     items = [
         ("Command", f"<code>{escape(facts.get('command') or DASH)}</code>"),
         ("Software", escape(f"gguf_pager {facts.get('gguf_pager_version') or DASH}, llama-cpp-python "
@@ -223,10 +240,15 @@ def _method(facts: dict[str, Any]) -> str:
         ("Memory cap", _tally(rows, _cap)),
         ("Read-ahead", _tally(rows, lambda row: f"{row.get('mode') or DASH}: {labels.read_ahead(row.get('read_ahead_kb'))}")),
         ("Page cache", escape(facts.get("cache_state") or "its state before each run was not recorded")),
-        ("Speed", escape(f"Median of {' or '.join(map(str, samples)) or DASH} samples. Times stock: against stock at "
-                         "its best read-ahead. Limit: the time to compute with all weights in RAM, and to read the "
+        ("Speed", escape(f"Median of {' or '.join(map(str, samples)) or DASH} samples. Times stock: within rounds, under "
+                         "the same cap. Limit: the time to compute with all weights in RAM, and to read the "
                          "bytes missed at the disk's best of this bench; of limit: how near the run came to it.")),
+        ("Compared with", _tally(compared, labels.rival) if compared else "nothing"),
+        ("Not compared", _tally(alone, lambda row: f"{labels.name(row)}, {labels.phase(row)}: "
+                                                   f"{row.get('vs_stock_reason') or 'no reason recorded'}") if alone else "none"),
         ("Energy", _tally([row for row in rows if labels.is_ok(row)], figures.energy_source)),
+        ("Disturbed", _tally(disturbed, lambda row: f"{labels.name(row)}, {labels.phase(row)}: "
+                                                    f"{row.get('status_reason') or DASH}") if disturbed else "none"),
         ("No valid result", _tally(lost, lambda row: f"{labels.name(row)}, {labels.phase(row)}: {labels.why(row)}") if lost else "none"),
     ]
     body = "".join(f"<dt>{name}</dt><dd>{words}</dd>" for name, words in items)
