@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import errno
+import functools
 import logging
 import os
 import threading
@@ -21,6 +22,7 @@ import llama_cpp
 from llama_cpp import llama_cpp as low
 
 from gguf_pager import _native, budget, engine, probe, residency
+from gguf_pager.contention import Adaptation, depends_on_threads
 from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.layout import Layout
 from gguf_pager.loading import Loader
@@ -65,6 +67,7 @@ class _Context:
     threads: Threads
     keep: tuple[Any, ...]
     """The user's own callbacks, which must live as long as the context."""
+    adaptation: Adaptation | None = None
 
     def close(self) -> None:
         """End what belongs to a context that is gone."""
@@ -225,7 +228,7 @@ class _Hooks:
         kept.provide()
         with self._lock:
             self.contexts[int(context)] = paged.contexts[int(context)] = _Context(
-                paged, tap, os.getpid(), is_cut, kept, keep)
+                paged, tap, os.getpid(), is_cut, kept, keep, self._adaptation(paged, params, context))
         paged.pager.warm_up()
         return context
 
@@ -252,6 +255,13 @@ class _Hooks:
         ours.abort_callback = ctypes.cast(abort_address, type(params.abort_callback))
         ours.abort_callback_data = data
         return tap, self._call("llama_init_from_model", paged.address, ours)
+
+    def _adaptation(self, paged: _Model, params: Any, context: Any) -> Adaptation | None:
+        if not paged.pager.options.adapt_threads or depends_on_threads(params):
+            return None
+        return Adaptation(
+            paged.pager, lambda: int(low.llama_n_threads(context)),
+            lambda n: self._call("llama_set_n_threads", context, n, low.llama_n_threads_batch(context)))
 
     def _forget_context(self, address: int) -> _Context | None:
         entry = self.contexts.pop(address, None)
@@ -286,7 +296,10 @@ class _Hooks:
         failure = residency.find_change(pager.paths, identities)
         if failure is not None:
             raise pager.failure_error(failure)
-        result = int(self._call(name, ctx, batch))
+        # More tokens than one are computed with a number of threads of their own, which is left alone.
+        adaptation = entry.adaptation if batch.n_tokens == 1 else None
+        compute = functools.partial(self._call, name, ctx, batch)
+        result = int(adaptation.compute(compute) if adaptation else compute())
         entry.tap.idle()
         failure = entry.tap.take_failure() or residency.find_change(pager.paths, identities)
         if failure is not None:
