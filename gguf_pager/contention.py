@@ -1,4 +1,4 @@
-"""Other programs on our processors: noticed by what the system counts, answered with fewer threads for the next tokens."""
+"""Other programs on our processors: noticed by what the system counts, answered with fewer threads for a token."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ _LOOK_SHARE = 500
 _PAUSE_S = 0.1
 """A pause between two tokens from which on what was counted before is of no interest."""
 
+_TASKS, _STAT = "/proc/self/task", "/proc/stat"
+
 _FLASH_ATTENTION_DISABLED = 0
 """LLAMA_FLASH_ATTN_TYPE_DISABLED in llama.h."""
 
@@ -35,8 +37,8 @@ _IDLE, _IOWAIT, _N_FIELDS = 3, 4, 8
 def depends_on_threads(params: Any) -> bool:
     """Return whether a token's bits depend on the number of threads, in a context of these llama_context_params.
 
-    With flash attention they do, from 512 positions on: every thread takes its share of the positions, and then the shares are
-    added up (`use_split_kv_path` in ggml-cpu/ops.cpp).
+    With flash attention they do, from 512 positions on: every thread takes its share of the positions, and then the
+    shares are added up (`use_split_kv_path` in ggml-cpu/ops.cpp).
     """
     return int(params.flash_attn_type) != _FLASH_ATTENTION_DISABLED
 
@@ -73,9 +75,9 @@ def _waited_ns() -> dict[str, int] | None:
     """Return for how long each thread was ready to run and did not; None where the system does not say."""
     waited = {}
     try:
-        for task in os.listdir("/proc/self/task"):
+        for task in os.listdir(_TASKS):
             try:
-                with open(f"/proc/self/task/{task}/schedstat", "rb", buffering=0) as file:
+                with open(f"{_TASKS}/{task}/schedstat", "rb", buffering=0) as file:
                     waited[task] = int(file.read(96).split()[1])
             except (ProcessLookupError, FileNotFoundError):
                 if task == str(os.getpid()):
@@ -87,12 +89,12 @@ def _waited_ns() -> dict[str, int] | None:
 
 
 def _processors() -> dict[int, tuple[float, float]] | None:
-    """Return of each processor that we may use how long it was idle and how long it was there; None where nobody says."""
+    """Return for how long each processor that we may use was idle, and was there; None where nobody says."""
     try:
         if sys.platform != "linux":
             return {number: (times.idle, sum(times)) for number, times in enumerate(psutil.cpu_times(percpu=True))}
         usable, processors = os.sched_getaffinity(0), dict[int, tuple[float, float]]()
-        with open("/proc/stat", "rb") as file:
+        with open(_STAT, "rb") as file:
             for line in file:
                 name, *fields = line.split()
                 if not name.startswith(b"cpu"):
@@ -106,7 +108,7 @@ def _processors() -> dict[int, tuple[float, float]] | None:
 
 
 class Adaptation:
-    """Computes single tokens with fewer threads where that is faster. Between tokens a context has what its user has set.
+    """Computes single tokens with fewer threads where that is faster. Between them a context has what its user has set.
 
     `read_threads` and `set_threads` are the context's.
     """
@@ -145,7 +147,7 @@ class Adaptation:
         return result
 
     def _look(self, n_threads: int) -> None:
-        """Compare what the system counts with the last look, if that was long enough ago, and about this number of threads."""
+        """Compare what the system counts with the last look, if that is old enough and about this number of threads."""
         if self._counts is None or self.pace.n_threads != n_threads:
             if self.pace.n_threads != n_threads:
                 log.debug("%d threads compute, after %d", self.pace.n_threads, n_threads)

@@ -1,8 +1,9 @@
 """With how many threads to compute the next token, while others take processors: decided from times alone.
 
-ggml's threads wait for each other at every operation. One that shares its processor with another program keeps all of them waiting, so
-that fewer threads, each with a processor of its own, are often faster, and sometimes they are not: hence the number is tried for a few
-tokens, and kept where it is faster. Results do not depend on it (`contention.depends_on_threads` knows the exception).
+ggml's threads wait for each other at every operation. One that shares its processor with another program keeps all of
+them waiting, so that fewer threads, each with a processor of its own, are often faster, and sometimes they are not: hence
+a number is tried for a few tokens, and kept where it is faster. Results do not depend on it, with the exception that
+`contention.depends_on_threads` knows.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 CONTENDED = 0.2
-"""Threads of ours that are ready to run and do not, on average, from which on fewer are tried. Two threads on two quiet processors: 0.01 to
-0.03; beside one program that spins: 0.8 (benchmarks/LOG.md)."""
+"""Threads of ours that are ready to run and do not, on average, from which on fewer are tried. Two threads on two quiet
+processors: 0.01 to 0.03; beside one program that spins: 0.8 (benchmarks/LOG.md)."""
 
 ROOM = 0.75
 """Processors that nobody uses, on average, from which on one thread more is tried."""
 
 _OTHERS, _IDLE = 0.5, 0.5
-"""Where the system does not say how long threads wait: fewer are tried while others use more processors than the first, and fewer than
-the second are idle."""
+"""Where the system does not say how long threads wait: fewer are tried while others use more processors than the first,
+and fewer than the second are idle."""
 
 _GAIN = 0.92
 """The share of its time that a token may take at most with another number of threads, for that number to be kept."""
@@ -33,6 +34,10 @@ _HOPELESS_AT_ONCE, _HOPELESS = 1.5, 1.2
 
 _FIRST_GAP, _LONGEST_GAP = 8, 256
 """Tokens from a trial in vain to the next: doubled each time."""
+
+_NEAR_GAP = 4
+"""Tokens until still fewer are tried: all wait for a single thread that shares its processor, so that one fewer may be of
+no use where two are."""
 
 _GAP_WITHOUT_ROOM, _LONGEST_WITHOUT_ROOM = 256, 1024
 """Likewise, from fewer threads to more, while the system says that there is no room: it may be wrong."""
@@ -51,8 +56,8 @@ _CALM_LOOKS = 16
 class Look:
     """What the system says about the last moments. Averages over their time, in processors; None: it does not say.
 
-    `waited`: threads of ours that were ready and did not run; `idle`: processors nobody used; `others`: those that other programs used;
-    `n_processors`: those we may use.
+    `waited`: threads of ours that were ready and did not run; `idle`: processors that nobody used; `others`: those that
+    other programs used; `n_processors`: those that we may use.
     """
 
     waited: float | None = None
@@ -63,11 +68,11 @@ class Look:
 
 @dataclass(slots=True)
 class _Trial:
-    """Another number of threads, being timed. `before_s` is a token's time without it, `has_sign`: the system said there is room."""
+    """Another number of threads, being timed. `before_s` is a token's time without it; `has_room`: the system says so."""
 
     n_threads: int
     before_s: float
-    has_sign: bool
+    has_room: bool
     times_s: list[float] = field(default_factory=list)
 
 
@@ -96,7 +101,7 @@ class Pace:
         self._is_contended = self._has_room = False
         self._times_s: deque[float] = deque(maxlen=_N_KEPT)
         self._look = Look()
-        self._step = 1
+        self._step, self._further = 1, 0
         self._n_calm = 0
         self._since_fewer = self._since_more = 0
         self._gap_fewer = 0
@@ -147,32 +152,33 @@ class Pace:
         self._since_more += 1
         if len(self._times_s) < _N_BASELINE:
             return
-        if self._is_contended and self._n > 1 and self._since_fewer >= self._gap_fewer:
-            self._try(self._fewer(), has_sign=True)
+        gap_fewer = _NEAR_GAP if self._further else self._gap_fewer
+        if self._is_contended and self._n > 1 and self._since_fewer >= gap_fewer:
+            self._try(self._fewer(), has_room=False)
         elif self._n < self._ceiling:
             now_s = _typical(self._times_s)
             if len(self._times_s) == _N_KEPT and now_s > self._kept_s * _WORSE:
                 self._kept_s, self._gap_more = now_s, _FIRST_GAP
             if self._has_room and self._since_more >= self._gap_with_room:
-                self._try(self._more(), has_sign=True)
+                self._try(self._more(), has_room=True)
             elif self._since_more >= self._gap_more:
-                self._try(self._more(), has_sign=False)
+                self._try(self._more(), has_room=False)
 
     def _fewer(self) -> int:
-        """Return as many as the others leave processors, or one fewer, or two, four ... fewer while that helps."""
-        look = self._look
+        """Return as many as others leave processors; or one fewer, or two, four ... while that helps. Less `_further`."""
+        look, first = self._look, self._n - self._step
         if look.others is not None and look.n_processors is not None:
             left = look.n_processors - int(look.others + 0.75)  # they get less than they want
             if 1 <= left < self._n:
-                return left
-        return max(1, self._n - self._step)
+                first = left
+        return max(1, first - self._further)
 
     def _more(self) -> int:
         idle = int((self._look.idle or 0) + 1 - ROOM)
         return min(self._ceiling, self._n + max(idle, 1))
 
-    def _try(self, n_threads: int, *, has_sign: bool) -> None:
-        self._trial = _Trial(n_threads, _typical(self._times_s), has_sign)
+    def _try(self, n_threads: int, *, has_room: bool) -> None:
+        self._trial = _Trial(n_threads, _typical(self._times_s), has_room)
 
     def _judge(self, trial: _Trial, compute_s: float) -> None:
         trial.times_s.append(compute_s)
@@ -192,18 +198,21 @@ class Pace:
         self._gap_fewer, self._gap_with_room = 0, 0
         self._gap_more = _GAP_UNTOLD if self._look.idle is None else _GAP_WITHOUT_ROOM
         self._kept_s = _typical(trial.times_s)
-        self._step = self._step * 2 if is_fewer else 1
+        self._step, self._further = self._step * 2 if is_fewer else 1, 0
 
     def _drop(self, trial: _Trial) -> None:
         is_fewer = trial.n_threads < self._n
         self._trial = None
         self._step = 1
         if is_fewer:
-            self._since_fewer, self._gap_fewer = 0, _longer(self._gap_fewer, _LONGEST_GAP)
+            self._since_fewer = 0
+            self._further = 2 * self._further or 1
+            if self._fewer() * 2 < self._n or self._fewer() == trial.n_threads:  # that was all of it
+                self._further, self._gap_fewer = 0, _longer(self._gap_fewer, _LONGEST_GAP)
             return
         self._since_more = 0
         self._gap_more = _longer(self._gap_more, _LONGEST_UNTOLD if self._look.idle is None else _LONGEST_WITHOUT_ROOM)
-        if trial.has_sign:
+        if trial.has_room:
             self._gap_with_room = _longer(self._gap_with_room, _LONGEST_GAP)
 
 

@@ -48,8 +48,8 @@ class Options:
             model itself does.
         profile: keep, from one process to the next, how often each expert of this model was chosen (in the cache folder,
             numbers and nothing else), and read the most used ones while nobody waits for reads.
-        adapt_threads: compute single tokens with fewer threads than the context has while other programs take the processors
-            and that is faster; not with flash attention, where results depend on the number of threads.
+        adapt_threads: compute single tokens with fewer threads than the context has while other programs take the
+            processors and that is faster; not with flash attention, where results depend on the number of threads.
     """
 
     policy: str = "lfru"
@@ -110,7 +110,8 @@ class Stats:
     `stall_ns` is the time that decoding waited for reads, `stall_bytes` what arrived meanwhile, of whole sectors;
     `left_alone` the graph nodes that llama.cpp computed from its own mapping because they could not be served: right, but
     slow. `copies` are the bytes read from the model's own files and from each mirror. `n_threads` computed the
-    last single token, where they are adapted; None where they are not, and before the first. `hit_rate` is None before the first token.
+    last single token; None where their number is not adapted, and before the first one. `hit_rate` is None before the
+    first token.
     """
 
     hits: int
