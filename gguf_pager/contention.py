@@ -73,19 +73,20 @@ class Counts:
 
 def _waited_ns() -> dict[str, int] | None:
     """Return for how long each thread was ready to run and did not; None where the system does not say."""
-    waited = {}
+    waited, ran_ns = {}, 0
     try:
         for task in os.listdir(_TASKS):
             try:
                 with open(f"{_TASKS}/{task}/schedstat", "rb", buffering=0) as file:
-                    waited[task] = int(file.read(96).split()[1])
+                    ran, waited[task] = map(int, file.read(96).split()[:2])
+                    ran_ns += ran
             except (ProcessLookupError, FileNotFoundError):
                 if task == str(os.getpid()):
                     return None  # no thread has it
                 continue  # this one has ended
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError):
         return None
-    return waited
+    return waited if ran_ns else None  # a kernel that does not count says 0
 
 
 def _processors() -> dict[int, tuple[float, float]] | None:

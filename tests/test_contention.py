@@ -88,11 +88,14 @@ def test_time_asleep_is_not_waiting(one_processor: None) -> None:
 @LINUX
 def test_what_the_system_does_not_say_is_not_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = Counts()
-    (tmp_path / str(os.getpid())).mkdir()  # as where the kernel was built without schedstat
+    (task := tmp_path / str(os.getpid())).mkdir()
     monkeypatch.setattr(contention, "_TASKS", str(tmp_path))
-    time.sleep(0.01)
-    look = Counts().since(before)
-    assert look.waited is None and look.n_processors == len(os.sched_getaffinity(0))
+    for text in (None, "", "0 0 0\n", "nonsense 1 2\n"):  # of kernels built without it
+        if text is not None:
+            (task / "schedstat").write_text(text)
+        time.sleep(0.01)
+        look = Counts().since(before)
+        assert look.waited is None and look.n_processors == len(os.sched_getaffinity(0))
     monkeypatch.setattr(contention, "_STAT", str(tmp_path / "none"))
     assert Counts().since(before) == Look()
     (tmp_path / "empty").touch()
