@@ -101,7 +101,7 @@ class Pace:
         self._is_contended = self._has_room = False
         self._times_s: deque[float] = deque(maxlen=_N_KEPT)
         self._look = Look()
-        self._step, self._further = 1, 0
+        self._further = 0
         self._n_calm = 0
         self._since_fewer = self._since_more = 0
         self._gap_fewer = 0
@@ -165,8 +165,8 @@ class Pace:
                 self._try(self._more(), has_room=False)
 
     def _fewer(self) -> int:
-        """Return as many as others leave processors; or one fewer, or two, four ... while that helps. Less `_further`."""
-        look, first = self._look, self._n - self._step
+        """Return as many as others leave processors, or one fewer than now; less `_further`."""
+        look, first = self._look, self._n - 1
         if look.others is not None and look.n_processors is not None:
             left = look.n_processors - int(look.others + 0.75)  # they get less than they want
             if 1 <= left < self._n:
@@ -189,7 +189,6 @@ class Pace:
             self._drop(trial)
 
     def _keep(self, trial: _Trial) -> None:
-        is_fewer = trial.n_threads < self._n
         self._trial, self._n = None, trial.n_threads
         self._times_s.clear()
         self._times_s.extend(trial.times_s)
@@ -198,12 +197,11 @@ class Pace:
         self._gap_fewer, self._gap_with_room = 0, 0
         self._gap_more = _GAP_UNTOLD if self._look.idle is None else _GAP_WITHOUT_ROOM
         self._kept_s = _typical(trial.times_s)
-        self._step, self._further = self._step * 2 if is_fewer else 1, 0
+        self._further = 0
 
     def _drop(self, trial: _Trial) -> None:
         is_fewer = trial.n_threads < self._n
         self._trial = None
-        self._step = 1
         if is_fewer:
             self._since_fewer = 0
             self._further = 2 * self._further or 1

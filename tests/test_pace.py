@@ -201,3 +201,72 @@ def test_never_much_slower_than_the_best_number(seed: int) -> None:
     machine = Machine(lambda n, spinners: times[n], n_processors=ceiling, n_spinners=ceiling - best, ceiling=ceiling)
     machine.run(300)
     assert machine.slowness(1000) < 1.05, (ceiling, best)
+
+
+# ---- one rule at a time ----
+
+def contended(pace: Pace, n_threads: int, token_s: float = 1.0, look: Look = Look(waited=1.0)) -> Pace:  # noqa: B008  frozen
+    """Return it at the beginning of a trial with fewer threads."""
+    pace.limit(n_threads)
+    pace.heed(look)
+    for _ in range(3):
+        assert pace.n_threads == n_threads and pace.wants_times
+        pace.note(token_s)
+    assert pace.n_threads < n_threads
+    return pace
+
+
+def test_time_that_cannot_be_is_no_success() -> None:
+    """Two contexts of a model wait for its reads at once: less is left of a token's time than nothing."""
+    pace = contended(Pace(), 2)
+    for _ in range(8):
+        pace.note(-1.0)
+    pace.note(2.0)
+    assert pace.n_threads == 2
+
+
+def test_new_number_ends_a_trial() -> None:
+    pace = contended(Pace(), 4)
+    pace.limit(3)
+    assert pace.n_threads == 3 and not pace.wants_times
+    contended(pace, 2)
+
+
+def test_times_of_another_day_are_not_compared_with() -> None:
+    pace = contended(Pace(), 2, token_s=1.0)
+    pace.note(9.0)
+    for _ in range(20):
+        pace.heed(Look(waited=0.0))
+    contended(pace, 2, token_s=0.1)
+    for _ in range(4):
+        pace.note(0.11)
+    assert pace.n_threads == 2
+
+
+def test_trials_in_vain_are_forgotten_in_calm() -> None:
+    machine = Machine(measured, waited=0.9)
+    machine.run(3000)
+    machine.waited = 0.02
+    machine.run(1000)
+    machine.n_spinners = 1
+    assert share(machine.run(200)[20:], 1) > 0.97
+
+
+def test_look_during_a_trial_is_about_two_numbers() -> None:
+    pace = contended(Pace(), 2)
+    pace.heed(Look(waited=0.0))
+    pace.note(9.0)
+    assert pace.n_threads == 2 and pace.wants_times, "still contended"
+
+
+def test_all_idle_processors_are_taken_at_once() -> None:
+    machine = Machine(crowded, n_processors=8, ceiling=8, n_spinners=3)
+    assert machine.run(300)[-1] == 5
+    machine.n_spinners = 0
+    assert set(machine.run(100)) == {5, 8}
+
+
+@pytest.mark.parametrize(("tells", "n_tokens"), [(lambda look: look, 40), (lambda look: Look(waited=look.waited), 90)])
+def test_far_fewer_are_found(tells: Callable[[Look], Look], n_tokens: int) -> None:
+    machine = Machine(lambda n, spinners: 0.05 * 1.2 ** abs(n - 4), n_processors=16, n_spinners=12, ceiling=16, tells=tells)
+    assert machine.run(n_tokens)[-1] == 4
