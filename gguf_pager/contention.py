@@ -117,35 +117,46 @@ class Adaptation:
     def __init__(self, pager: Pager, read_threads: Callable[[], int], set_threads: Callable[[int], None]) -> None:
         self.pace = Pace()
         self._pager, self._read_threads, self._set_threads = pager, read_threads, set_threads
+        self._lowered: tuple[int, int] | None = None
+        """What the user has set and what the context has instead, while it has."""
         self._counts: Counts | None = None
         self._wait_s = _LOOK_S
         self._ended_s = 0.0
 
     def compute(self, compute: Callable[[], int]) -> int:
         """Return what `compute` returns, which computes a token: 0, or why it did not."""
+        self._restore()
         ceiling = self._read_threads()
         if ceiling < 2:
             return compute()
         self.pace.limit(ceiling)
         n_threads = self.pace.n_threads
         stalled_ns = self._pager.stall_ns() if self.pace.wants_times else None
-        if n_threads != ceiling:
-            self._set_threads(n_threads)
         begun_s = time.monotonic()
         if begun_s - self._ended_s > _PAUSE_S:
             self._counts = None
         try:
+            if n_threads != ceiling:
+                self._lowered = ceiling, n_threads
+                self._set_threads(n_threads)
             result = compute()
         finally:
             self._ended_s = time.monotonic()
-            if n_threads != ceiling and self._read_threads() == n_threads:  # else another thread has set them meanwhile
-                self._set_threads(ceiling)
+            self._restore()
         self._pager.n_threads = n_threads
         if result == 0:
             if stalled_ns is not None:
                 self.pace.note(self._ended_s - begun_s - (self._pager.stall_ns() - stalled_ns) / 1e9)
             self._look(n_threads)
         return result
+
+    def _restore(self) -> None:
+        """Give the context its user's threads; a Ctrl-C may have come in between the last time."""
+        if self._lowered is not None:
+            ceiling, n_threads = self._lowered
+            if self._read_threads() == n_threads:  # else another thread has set them meanwhile
+                self._set_threads(ceiling)
+            self._lowered = None
 
     def _look(self, n_threads: int) -> None:
         """Compare what the system counts with the last look, if that is old enough and about this number of threads."""

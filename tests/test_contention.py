@@ -151,6 +151,27 @@ def test_threads_come_back_when_decoding_fails(paged: Factory, trace_model: Path
     assert threads == [4]
 
 
+def test_threads_come_back_after_an_interrupt_anywhere(paged: Factory, trace_model: Path) -> None:
+    pager, threads, interrupts = paged(trace_model, "60%").pager, [4], []
+
+    def set_threads(n: int) -> None:
+        if n in interrupts:
+            interrupts.remove(n)
+            raise KeyboardInterrupt
+        threads[0] = n
+
+    for at in (1, 4):  # when they are lowered, and when they come back
+        adaptation = Adaptation(pager, lambda: threads[0], set_threads)
+        adaptation.pace.limit(4)
+        adaptation.pace.heed(Look(1.0, 0.0, 3.0, 4))
+        for _ in range(3):
+            adaptation.pace.note(1.0)
+        interrupts.append(at)
+        with pytest.raises(KeyboardInterrupt):
+            adaptation.compute(lambda: 0)
+        assert adaptation.compute(lambda: 0) == 0 and threads == [4]
+
+
 def test_what_another_thread_sets_meanwhile_stays(paged: Factory, trace_model: Path) -> None:
     pager, threads = paged(trace_model, "60%").pager, [4]
 
