@@ -26,6 +26,7 @@ from llama_cpp import llama_cpp as low
 
 from gguf_pager import _native, budget, engine, guard, probe, residency
 from gguf_pager.arguments import take_request
+from gguf_pager.contention import Adaptation, depends_on_threads
 from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.layout import Layout
 from gguf_pager.loading import Loader
@@ -81,6 +82,7 @@ class _Context:
     threads: Threads
     keep: tuple[Any, ...]
     """The user's own callbacks, which must live as long as the context."""
+    adaptation: Adaptation | None
     mutex: _native.Mutex = field(default_factory=_native.Mutex)
     """Held while it computes: llama.cpp's contexts know no threads."""
 
@@ -385,7 +387,8 @@ class _Hooks:
         kept.provide()
         keep = (params, params.cb_eval, params.abort_callback)
         memory = int(low.llama_get_memory(address) or 0)
-        entry = _Context(paged, address, memory, tap, os.getpid(), is_cut, kept, keep)
+        entry = _Context(paged, address, memory, tap, os.getpid(), is_cut, kept, keep,
+                         self._adaptation(paged, params, address))
         paged.contexts[address] = self.contexts[address] = entry
         paged.pager.warm_up()
 
@@ -416,6 +419,13 @@ class _Hooks:
         ours.abort_callback = ctypes.cast(abort_address, type(params.abort_callback))
         ours.abort_callback_data = data
         return tap, self._call("llama_init_from_model", paged.address, ours)
+
+    def _adaptation(self, paged: _Model, params: Any, context: Any) -> Adaptation | None:
+        if not paged.pager.options.adapt_threads or depends_on_threads(params):
+            return None
+        return Adaptation(
+            paged.pager, lambda: int(low.llama_n_threads(context)),
+            lambda n: self._call("llama_set_n_threads", context, n, low.llama_n_threads_batch(context)))
 
     def _forget_context(self, address: int) -> _Context | None:
         entry = self.contexts.pop(address, None)
@@ -477,7 +487,10 @@ class _Hooks:
         failure = residency.find_change(pager.paths, identities)
         if failure is not None:
             raise pager.failure_error(failure)
-        result = int(self._call(name, ctx, *args))
+        # More tokens than one are computed with a number of threads of their own, which is left alone.
+        adaptation = entry.adaptation if getattr(args[-1], "n_tokens", None) == 1 else None
+        compute = partial(self._call, name, ctx, *args)
+        result = int(adaptation.compute(compute) if adaptation else compute())
         entry.tap.idle()
         failure = entry.tap.take_failure() or residency.find_change(pager.paths, identities)
         if failure is not None:

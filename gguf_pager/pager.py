@@ -48,6 +48,8 @@ class Options:
             model itself does.
         profile: keep, from one process to the next, how often each expert of this model was chosen (in the cache folder,
             numbers and nothing else), and read the most used ones while nobody waits for reads.
+        adapt_threads: compute single tokens with fewer threads than the context has while other programs take the
+            processors and that is faster; not with flash attention, where results depend on the number of threads.
     """
 
     policy: str = "lfru"
@@ -58,6 +60,7 @@ class Options:
     lock_dense: Literal["auto", "lock", "copy", "off"] = "auto"
     mirror: Sequence[str | Path] = ()
     profile: bool = True
+    adapt_threads: bool = True
 
     def __post_init__(self) -> None:
         if not _native.policy_exists(self.policy):
@@ -106,7 +109,8 @@ class Stats:
 
     `stall_ns` is the time that decoding waited for reads, `stall_bytes` what arrived meanwhile, of whole sectors;
     `left_alone` the graph nodes that llama.cpp computed from its own mapping because they could not be served: right, but
-    slow. `copies` are the bytes read from the model's own files and from each mirror. `hit_rate` is None before the
+    slow. `copies` are the bytes read from the model's own files and from each mirror. `n_threads` computed the
+    last single token; None where their number is not adapted, and before the first one. `hit_rate` is None before the
     first token.
     """
 
@@ -121,6 +125,7 @@ class Stats:
     arena_bytes: int
     layers: tuple[LayerStats, ...]
     copies: tuple[int, ...] = ()
+    n_threads: int | None = None
 
     @property
     def hit_rate(self) -> float | None:
@@ -173,6 +178,8 @@ class Pager:
         self.n_slots: tuple[int, ...] = ()
         self._native: _native.Pager | None = None
         self._last_stats: Stats | None = None
+        self.n_threads: int | None = None
+        """The threads that have computed the last single token, where they are adapted."""
         self._pid = os.getpid()
         self._in_use = _native.Mutex()
         """Held by what takes long without Python's lock, so that closing waits for it."""
@@ -318,7 +325,13 @@ class Pager:
             arena_bytes=self.arena_bytes,
             layers=layers,
             copies=tuple(native.copies()),
+            n_threads=self.n_threads,
         )
+
+    def stall_ns(self) -> int:
+        """Return for how long decoding has waited for reads; cheap enough to be asked for each token."""
+        with self._at_work() as native:
+            return sum(row[3] for row in native.counters())
 
     def resident_experts(self, layer: int) -> list[int]:
         """Return the experts of a layer (an index into `layout.layers`) that are in slots now."""

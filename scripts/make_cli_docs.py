@@ -36,7 +36,8 @@ reads and stalls, and a line before the text says why.
 
 Keys of the JSON object: `gguf_pager_version`, `llama_cpp_python_version`, `model`, `text`, `finish_reason` (`length`,
 `stop`, `interrupt`), `is_paged`, `not_paged_reason`, `budget`, `policy`, `io`, `n_readers`, `piece_bytes`, `profile`,
-`mirror`, `copies_bytes_read` (from the model's own files and from each mirror, since it was opened), `n_threads`, `n_ctx`,
+`mirror`, `copies_bytes_read` (from the model's own files and from each mirror, since it was opened), `n_threads`,
+`n_threads_last` (with which the last single token was computed: fewer beside busy programs), `n_ctx`,
 `n_batch`, `n_ubatch`, `seed`, `load_s`, `arena_bytes`, `resident_expert_bytes`, `peak_memory_bytes`, and `prompt` and
 `decode`, each with `tokens`, `seconds`, `tokens_per_s`, `hits`, `misses`, `hit_rate`, `bytes_read`,
 `bytes_read_per_token`, `stall_ns`, `stall_bytes`, `stall_share`, `evictions`, `left_alone`. What is not known is null.

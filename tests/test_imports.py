@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "gguf_pager"
 # A module imports from those above it only.
 ORDER = (
     "errors", "_native", "cache", "engine", "layout", "mirror", "budget", "probe", "aftermath", "cap", "profile", "pager",
-    "bandwidth", "device", "residency", "sizing", "loading", "threads", "turns", "wrapping", "guard", "arguments", "hooks",
-    "llama", "doctor", "energy", "bench", "report", "cli", "__main__",
+    "bandwidth", "device", "residency", "sizing", "loading", "threads", "pace", "contention", "turns", "wrapping", "guard",
+    "arguments", "hooks", "llama", "doctor", "energy", "bench", "report", "cli", "__main__",
 )
 
 FOLDERS = ("energy", "bench", "report", "cli")  # rooms of several files, which may import each other

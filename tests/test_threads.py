@@ -76,6 +76,19 @@ def test_more_can_be_asked_for_later(not_kept: None, pair: Factory, logits: Fact
         assert threads_of(ours).n_threads == provided
 
 
+def test_fewer_can_compute(not_kept: None, pair: Factory, logits: Factory, trace_model: Path) -> None:
+    """As beside other programs: those that are left over stay, and come back."""
+    ours, stock = pair(trace_model, "60%", logits_all=True, n_threads=1, n_threads_batch=4)
+    tokens = some_tokens(40)
+    expected = logits(stock, tokens, (16,))
+    ours.eval(tokens[:16])
+    for at in range(16, 40):
+        low.llama_set_n_threads(ours.ctx, (4, 1, 3, 2)[at % 4], 4)
+        ours.eval(tokens[at : at + 1])
+    assert np.array_equal(np.array(ours.scores[:40]), expected)
+    assert threads_of(ours).n_threads == 4
+
+
 def test_fork_closes_without_them(not_kept: None, paged: Factory, trace_model: Path) -> None:
     llm = paged(trace_model, "60%", n_threads=3)
     llm.eval(some_tokens(3))

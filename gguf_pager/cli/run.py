@@ -60,6 +60,7 @@ class _Settings:
     readers: int | None
     mirror: tuple[Path, ...]
     profile: bool
+    adapt_threads: bool
     verbose: bool
     progress: bool | None
     as_json: bool
@@ -108,6 +109,8 @@ def _check_n_predict(_: click.Context, __: click.Parameter, value: int) -> int:
                    "compared by samples when it is opened.")
 @click.option("--profile/--no-profile", default=_DEFAULT.profile, show_default=True,
               help="Keep how often each expert was chosen, and begin with the most used ones next time.")
+@click.option("--adapt-threads/--no-adapt-threads", default=_DEFAULT.adapt_threads, show_default=True,
+              help="Compute with fewer threads while other programs take the processors, where that is faster.")
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's own output, on stderr.")
 @click.option("--progress/--no-progress", default=None,
               help="Say on stderr what takes longer than a second. [default: when stderr is a terminal]")
@@ -179,8 +182,8 @@ def _open(settings: _Settings, prompt: str) -> Llama:
         return Llama(
             str(settings.model), budget=settings.budget, policy=settings.policy, io=settings.io,
             n_readers=settings.readers, mirror=settings.mirror, profile=settings.profile,
-            n_ctx=_context_size(settings, prompt), n_batch=settings.batch_size, n_ubatch=settings.ubatch_size,
-            n_threads=n_threads, n_threads_batch=n_threads, verbose=settings.verbose,
+            adapt_threads=settings.adapt_threads, n_ctx=_context_size(settings, prompt), n_batch=settings.batch_size,
+            n_ubatch=settings.ubatch_size, n_threads=n_threads, n_threads_batch=n_threads, verbose=settings.verbose,
         )
     except ValueError as error:  # what llama_cpp raises for a file or context that llama.cpp refuses
         hint = "" if settings.verbose else ". Run with --verbose to see llama.cpp's reason"
@@ -312,6 +315,7 @@ def _facts(llm: Llama, settings: _Settings, generation: _Generation, load_s: flo
         "mirror": [str(path) for path in settings.mirror],
         "copies_bytes_read": list(pager.stats().copies) if pager else None,
         "n_threads": settings.threads or physical_cores(),
+        "n_threads_last": pager.n_threads if pager else None,
         "n_ctx": llm.n_ctx(),
         "n_batch": llama_cpp.llama_n_batch(llm.ctx),
         "n_ubatch": llama_cpp.llama_n_ubatch(llm.ctx),
