@@ -110,7 +110,7 @@ static void tap_attaches_or_refuses(void) {
         CHECK(k < MAX_TRIES, "the calls come to an end");
         gp_tap *tap = (gp_tap *) &m;
         fake_fail_any(k, -EAGAIN);
-        int error = gp_tap_open(&tap, &graph_ggml, 16, 4096, NULL, NULL, NULL, NULL);
+        int error = gp_tap_open(&tap, &graph_ggml, 16, 4096, ROW_BYTES, NULL, NULL, NULL, NULL);
         CHECK(error == 0 || !tap, "a constructor that fails stores NULL");
         if (error == 0) {
             error = gp_tap_attach(tap, pager);
