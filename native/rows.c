@@ -278,6 +278,7 @@ int gp_rows_attach(gp_rows *rows, gp_tables *tables) {
         n++;
     }
     free(rows->tensors);
+    rows->n_tables = 0;
     rows->tensors = calloc(n + 1, sizeof *rows->tensors);
     if (!rows->tensors) {
         return -ENOMEM;
