@@ -243,6 +243,7 @@ int gp_rows_undo(const gp_rows *rows, ggml_tensor *node) {
     }
     const look_up *l = &rows->look_ups[from_first / sizeof *l];
     if (l->node != node || node->src[0] != &l->rows) {
+        node->op = rows->ggml->op_none;     /* what it points at has another node's shape: it must not be computed */
         return -ENOTRECOVERABLE;
     }
     node->src[0] = l->table;

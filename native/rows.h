@@ -19,7 +19,7 @@ void gp_rows_close(gp_rows *rows);
 int  gp_rows_attach(gp_rows *rows, gp_tables *tables);
 
 /* Makes a node that was served what it was before: first of all, whenever llama.cpp asks about it or has computed it.
- * -ENOTRECOVERABLE: what it was is forgotten. */
+ * -ENOTRECOVERABLE, each time: what it was is forgotten, and it computes nothing any more. */
 int  gp_rows_undo(const gp_rows *rows, ggml_tensor *node);
 /* Whether the node, which is about to be computed, reads rows of a table. */
 bool gp_rows_is_look_up(gp_rows *rows, const ggml_tensor *node);
