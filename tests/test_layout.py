@@ -61,7 +61,7 @@ def test_every_byte_is_expert_dense_or_idle_and_only_one_of_them(zoo_model: Mode
             continue
         first, end = tensor.data_offset, tensor.data_offset + tensor.n_bytes
         if not any(begin <= first and end <= stop for begin, stop, _ in dense):
-            assert tensor.name.startswith("token_embd")
+            assert tensor.name.startswith(("token_embd", "per_layer_token_embd"))
             idle_bytes += tensor.n_bytes
     assert layout.idle_bytes == idle_bytes
     assert layout.expert_bytes == sum(end - first for first, end, _ in experts)

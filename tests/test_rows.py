@@ -59,7 +59,6 @@ from llama_cpp import llama_cpp as low
 from test_install import decode, decode_status, low_level
 path, how, n_tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 whole, status, is_meddling = path.read_bytes(), path.stat(), False
-tables = read_layout(path).tables
 
 def damage():
     if how == "truncated":
