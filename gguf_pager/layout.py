@@ -21,6 +21,10 @@ _LOOKED_UP = re.compile(r"(token_embd|per_layer_token_embd)\.weight")
 """Tables of which a token needs one row; keeping them in RAM would waste the budget."""
 
 
+_MOST_ROWS_PER_TOKEN = 64
+"""LLAMA_MAX_PLE_HEADS of llama-hparams.h: llama.cpp loads no model with more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """One expert tensor: the slices of all its experts, one after the other in one file."""
@@ -263,7 +267,9 @@ def _rows_per_token(header: GgufHeader, architecture: str) -> int:
     """Return how many rows a token looks up in the table of what each layer adds: one, or one per hash of the tokens
     before it (qwen4exp.cpp: ple_n_heads)."""
     longest, per_length = (header.values.get(f"{architecture}.ple.{key}") for key in ("ngram_size", "heads_per_ngram"))
-    return max(1, (longest - 1) * per_length) if isinstance(longest, int) and isinstance(per_length, int) else 1
+    if not isinstance(longest, int) or not isinstance(per_length, int):
+        return 1
+    return min(max(1, (longest - 1) * per_length), _MOST_ROWS_PER_TOKEN)
 
 
 def _find_dense(

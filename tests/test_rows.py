@@ -28,7 +28,7 @@ from llama_cpp import llama_cpp as low
 from test_install import decode, low_level
 
 import gguf_pager
-from gguf_pager import read_layout
+from gguf_pager import budget, read_layout
 
 Model = Callable[..., Path]
 
@@ -353,9 +353,19 @@ def test_contexts_of_one_model_look_up_their_own_rows(zoo_model: Model) -> None:
     assert (ours == steps()).all() and ours.std() > 0
 
 
-@pytest.mark.parametrize(("arch", "rows_per_token"), (("gemma4", 1), ("qwen4exp", 4)))
-def test_second_table_of_a_model_is_known(zoo_model: Model, arch: str, rows_per_token: int) -> None:
-    layout = read_layout(zoo_model(arch))
-    assert [table.name for table in layout.tables] == ["token_embd.weight", "per_layer_token_embd.weight"]
-    assert [table.rows_per_token for table in layout.tables] == [1, rows_per_token]
-    assert layout.idle_bytes == sum(table.row_bytes * table.ne[1] for table in layout.tables)
+@pytest.mark.parametrize("is_enough", (True, False))
+@pytest.mark.parametrize("arch", ("gemma4", "qwen3moe"))
+def test_memory_is_for_a_batch_of_different_tokens_and_no_more(
+    zoo_model: Model, stock: Factory, paged: Factory, monkeypatch: pytest.MonkeyPatch, arch: str, is_enough: bool
+) -> None:
+    """With less, the look-up is left to llama.cpp, with the same bits."""
+    real, tables = budget.row_bytes, read_layout(zoo_model(arch)).tables
+    less = 0 if is_enough else 3 * 64 * len(tables) + tables[-1].row_bytes  # what aligning may cost, and a row
+    monkeypatch.setattr(budget, "row_bytes", lambda *given: real(*given) - less)
+    tokens = list(range(100, 164))
+    ours = paged(zoo_model(arch), "100%", logits_all=True, n_ubatch=64)
+    theirs = stock(zoo_model(arch), logits_all=True, n_ubatch=64)
+    assert (evaluate(ours, tokens, (64,)) == evaluate(theirs, tokens, (64,))).all()
+    stats = ours.pager.stats()
+    assert stats.left_alone == (0 if is_enough else 1)
+    assert stats.rows_read == 64 * (len(tables) - stats.left_alone)
