@@ -2,12 +2,14 @@
 
 import os
 import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
 
 SYSTEM_SOURCES = {"Linux": ["os_linux.c", "os_linux_aio.c"], "Darwin": ["os_macos.c"]}
-SOURCES = ["ahead.c", "arena.c", "compute.c", "copies.c", "fetch.c", "ffn.c", "ffn_batch.c", "ffn_between.c", "ffn_shape.c",
-           "ffn_shares.c", "module.c", "module_mutex.c", "pager.c", "pins.c", "policy.c", "product.c", "slots.c", "tap.c", "warm.c"]
+NATIVE = Path(__file__).parent / "native"
+SOURCES = sorted(path.name for path in NATIVE.glob("*.c") if not path.name.startswith("os_"))
+HEADERS = sorted(path.name for path in NATIVE.glob("*.h"))
 
 system_sources = SYSTEM_SOURCES.get(platform.system())
 if system_sources is None:
@@ -26,9 +28,7 @@ setup(
         Extension(
             "gguf_pager._native",
             sources=[f"native/{name}" for name in SOURCES + system_sources],
-            depends=[f"native/{name}" for name in
-                     ("gguf_pager.h", "module.h", "os.h", "compute.h", "copies.h", "fetch.h", "ffn.h", "ffn_batch.h", "ffn_between.h", "ffn_shape.h",
-                      "ffn_shares.h", "policy.h", "pager.h", "product.h", "slots.h", "ggml_tensor.h")],
+            depends=[f"native/{name}" for name in HEADERS],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,
             extra_compile_args=flags,

@@ -10,14 +10,16 @@ _Slice: TypeAlias = tuple[str, int, tuple[int, int, int], int, int, int, int, in
 """name, ggml type, ne, file, offset_bytes, slice_bytes, data_at, region_at, region_bytes"""
 _Layer: TypeAlias = tuple[int, int, int, Sequence[_Slice]]
 """n_experts, n_used, shape class, slices"""
+_Table: TypeAlias = tuple[str, int, tuple[int, int], int, int, int]
+"""name, ggml type, ne, file, offset_bytes, row_bytes"""
 _Counters: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int]
 """hits, misses, bytes_read, stall_ns, stall_bytes, evictions, left_alone, visits, tokens, resident"""
 _Failure: TypeAlias = tuple[int, int, int]
 """errno, file (of the model's paths, then of each mirror's), offset_bytes"""
-_Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int, tuple[int, ...], int, int, int, int, int, int,
+_Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, tuple[int, ...], int, int, int, int, int, int,
                          tuple[int, ...]]
-"""op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, op_custom, op_add_id; the operations that work row by row
-(row_ops of gp_ggml); type_i32, type_f32; the addresses of ggml_backend_buffer_is_host, ggml_get_type_traits_cpu (0: all
+"""op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, op_custom, op_add_id, op_get_rows; flag_compute; the operations that work row by
+row (row_ops of gp_ggml); type_i32, type_f32; the addresses of ggml_backend_buffer_is_host, ggml_get_type_traits_cpu (0: all
 multiplying is left to ggml), ggml_blck_size, ggml_type_size; those of the functions in gp_graphs (0: no small graphs)"""
 
 class Pager:
@@ -30,6 +32,7 @@ class Pager:
         mirrors: Sequence[tuple[Sequence[str], bool]],
         layers: Sequence[_Layer],
         classes: Sequence[tuple[int, int]],
+        tables: Sequence[_Table],
         policy: str,
         direct: bool,
         read_ahead: bool,
@@ -45,6 +48,8 @@ class Pager:
     def counters(self) -> list[_Counters]: ...
     def copies(self) -> list[int]:
         """Return the bytes read from the model's own files and from each mirror."""
+    def rows(self) -> tuple[int, int, int]:
+        """Return how many rows of tables were read, their bytes, and how many look-ups were left to llama.cpp."""
     def reads_in_background(self) -> bool:
         """Return whether the system reads the model's own files in the background, without reader threads."""
     def resident(self, layer: int, /) -> bytes:
@@ -61,8 +66,8 @@ class Tap:
     """The graph hook of one context. Callbacks are addresses of C functions, 0 for none."""
 
     def __new__(
-        cls, *, ggml: _Ggml, max_ids: int, batch_bytes: int, next_eval: int, next_eval_data: int, next_abort: int,
-        next_abort_data: int
+        cls, *, ggml: _Ggml, max_ids: int, batch_bytes: int, row_bytes: int, next_eval: int, next_eval_data: int,
+        next_abort: int, next_abort_data: int
     ) -> Self: ...
     def attach(self, pager: Pager, /) -> None: ...
     def addresses(self) -> tuple[int, int, int]:

@@ -219,6 +219,19 @@ def format_bytes(n_bytes: float) -> str:
     raise AssertionError
 
 
+_ROW_ALIGN_BYTES, _ROW_PARTS, _ID_BYTES = 64, 3, 8
+"""native/rows.c: what it takes of its memory begins at such an address: the rows, and two numbers per id."""
+
+
+def row_bytes(layout: Layout, n_ubatch: int) -> int:
+    """Return the memory for the rows that a batch of up to n_ubatch tokens looks up in the model's tables."""
+    total = 0
+    for table in layout.tables:
+        n_ids = n_ubatch * table.rows_per_token
+        total += n_ids * _ID_BYTES + min(n_ids, table.ne[1]) * table.row_bytes + _ROW_PARTS * _ROW_ALIGN_BYTES
+    return total
+
+
 def batch_bytes(layout: Layout, n_ubatch: int) -> int:
     """Return the memory for batches of up to n_ubatch tokens that are computed an expert at a time (native/ffn_batch.c).
 

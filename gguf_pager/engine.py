@@ -178,6 +178,7 @@ def _declare(base: ctypes.CDLL) -> None:
         "ggml_clamp": (pointer, [pointer, pointer, ctypes.c_float, ctypes.c_float]),
         "ggml_mul": (pointer, [pointer, pointer, pointer]),
         "ggml_add_id": (pointer, [pointer, pointer, pointer, pointer]),
+        "ggml_get_rows": (pointer, [pointer, pointer, pointer]),
         "ggml_set_name": (pointer, [pointer, text]),
         "ggml_get_name": (text, [pointer]),
         "ggml_get_data": (pointer, [pointer]),
@@ -325,6 +326,7 @@ def ggml_numbers() -> _native._Ggml:
             op(base.ggml_reshape_2d(context, scores, 3, 8)),
             op(base.ggml_custom_4d(context, F32, 4, 1, 1, 1, None, 0, None, _ALL_THREADS, None)),
             op(base.ggml_add_id(context, base.ggml_new_tensor_3d(context, F32, 8, 2, 3), scores, ids)),
+            op(base.ggml_get_rows(context, scores, base.ggml_new_tensor_2d(context, I32, 2, 1))),
         )
         row_operations = (
             op(base.ggml_swiglu_split(context, scores, scores)),
@@ -335,8 +337,25 @@ def ggml_numbers() -> _native._Ggml:
             op(base.ggml_mul(context, scores, scores)),
         )
         traits = _cpu_traits(engine, context)
-    return (*numbers, row_operations, I32, F32, _address(base.ggml_backend_buffer_is_host), traits,
+        is_computed = _compute_flag(base, context)
+    return (*numbers, is_computed, row_operations, I32, F32, _address(base.ggml_backend_buffer_is_host), traits,
             _address(base.ggml_blck_size), _address(base.ggml_type_size), _graph_functions(engine))
+
+
+def _compute_flag(base: ctypes.CDLL, context: int) -> int:
+    """Return the flag of nodes that are to be computed, GGML_TENSOR_FLAG_COMPUTE: what a graph adds to a node that is put
+    into it. 0 where it adds nothing, and all nodes are computed."""
+    if not hasattr(base, "ggml_new_graph_custom") or not hasattr(base, "ggml_build_forward_expand"):
+        return 0
+    new_graph, expand = base.ggml_new_graph_custom, base.ggml_build_forward_expand
+    new_graph.restype, new_graph.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_bool]
+    expand.restype, expand.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]
+    node = base.ggml_sqr(context, base.ggml_new_tensor_2d(context, F32, 8, 3))
+    before = _native.read_tensor(node)["flags"]
+    expand(new_graph(context, 8, False), node)
+    after = _native.read_tensor(node)["flags"]
+    assert isinstance(before, int) and isinstance(after, int)
+    return after & ~before
 
 
 def _graph_functions(engine: Engine) -> tuple[int, ...]:

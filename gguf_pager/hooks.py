@@ -410,6 +410,7 @@ class _Hooks:
         tap = _native.Tap(
             ggml=engine.ggml_numbers(), max_ids=n_ubatch * n_used,
             batch_bytes=budget.batch_bytes(paged.pager.layout, n_ubatch),
+            row_bytes=budget.row_bytes(paged.pager.layout, n_ubatch),
             next_eval=_address(params.cb_eval), next_eval_data=params.cb_eval_user_data or 0,
             next_abort=_address(params.abort_callback), next_abort_data=params.abort_callback_data or 0,
         )

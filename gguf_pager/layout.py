@@ -21,6 +21,10 @@ _LOOKED_UP = re.compile(r"(token_embd|per_layer_token_embd)\.weight")
 """Tables of which a token needs one row; keeping them in RAM would waste the budget."""
 
 
+_MOST_ROWS_PER_TOKEN = 64
+"""LLAMA_MAX_PLE_HEADS of llama-hparams.h: llama.cpp loads no model with more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """One expert tensor: the slices of all its experts, one after the other in one file."""
@@ -56,6 +60,19 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """A tensor that is looked up: a token needs `rows_per_token` of its ne[1] rows of `row_bytes` each."""
+
+    name: str
+    type: int
+    ne: tuple[int, int]
+    file: int
+    offset_bytes: int
+    row_bytes: int
+    rows_per_token: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Range:
     """Bytes of one file."""
 
@@ -70,7 +87,7 @@ class Layout:
 
     `layers` leaves out blocks for multi-token prediction, which llama.cpp does not load by default. `shapes` lists the distinct shapes of layers, in order of first appearance: the shape classes. `dense` are the bytes
     that every token needs, `idle_bytes` those of embedding tables, of which a token needs a row, and of blocks that are
-    not loaded. `header_bytes` is what each file has before the data of its first tensor.
+    not loaded. `tables` are the former. `header_bytes` is what each file has before the data of its first tensor.
     """
 
     paths: tuple[Path, ...]
@@ -83,6 +100,7 @@ class Layout:
     idle_bytes: int
     n_vocab: int
     header_bytes: tuple[int, ...] = ()
+    tables: tuple[Table, ...] = ()
 
     @property
     def expert_bytes(self) -> int:
@@ -155,6 +173,7 @@ def read_layout(path: str | Path) -> Layout:
         idle_bytes=idle_bytes,
         n_vocab=_count_vocabulary(first, architecture),
         header_bytes=tuple(header.data_offset_bytes for header in headers),
+        tables=_find_tables(headers, architecture),
     )
 
 
@@ -225,21 +244,48 @@ def _check_types(layers: Iterable[Layer]) -> None:
                 )
 
 
+def _has_output(headers: list[GgufHeader]) -> bool:
+    """Return whether the output matrix is a tensor of its own; else it is the table of embeddings, needed whole."""
+    return any(tensor.name == "output.weight" for header in headers for tensor in header.tensors)
+
+
+def _is_looked_up(tensor: TensorInfo, has_output: bool) -> bool:
+    return bool(_LOOKED_UP.fullmatch(tensor.name)) and (has_output or tensor.name != "token_embd.weight")
+
+
+def _find_tables(headers: list[GgufHeader], architecture: str) -> tuple[Table, ...]:
+    has_output = _has_output(headers)
+    return tuple(
+        Table(tensor.name, tensor.type, tensor.ne[:2], file, tensor.offset_bytes, tensor.n_bytes // tensor.ne[1],
+              _rows_per_token(headers[0], architecture) if tensor.name.startswith("per_layer") else 1)
+        for file, header in enumerate(headers) for tensor in header.tensors
+        if _is_looked_up(tensor, has_output) and tensor.n_bytes and tensor.ne[2:] == (1, 1)
+    )
+
+
+def _rows_per_token(header: GgufHeader, architecture: str) -> int:
+    """Return how many rows a token looks up in the table of what each layer adds: one, or one per hash of the tokens
+    before it (qwen4exp.cpp: ple_n_heads)."""
+    longest, per_length = (header.values.get(f"{architecture}.ple.{key}") for key in ("ngram_size", "heads_per_ngram"))
+    if not isinstance(longest, int) or not isinstance(per_length, int):
+        return 1
+    return min(max(1, (longest - 1) * per_length), _MOST_ROWS_PER_TOKEN)
+
+
 def _find_dense(
     headers: list[GgufHeader], expert_names: set[str], n_blocks: int
 ) -> tuple[tuple[Range, ...], int]:
     """Return the ranges that every token needs, neighbours joined, and the bytes that no token needs whole."""
-    has_output = any(tensor.name == "output.weight" for header in headers for tensor in header.tensors)
+    has_output = _has_output(headers)
     ranges: list[Range] = []
     idle_bytes = 0
     for file, header in enumerate(headers):
         for tensor in sorted(header.tensors, key=lambda item: item.offset_bytes):
             if tensor.name in expert_names or not tensor.n_bytes:
                 continue
-            is_tied = tensor.name == "token_embd.weight" and not has_output  # then it is the output matrix, too
             block = re.match(r"blk\.(\d+)\.", tensor.name)
             is_unused = block is not None and int(block[1]) >= n_blocks
-            if is_unused or (_LOOKED_UP.fullmatch(tensor.name) and not is_tied):
+            if is_unused or _is_looked_up(tensor, has_output):
                 idle_bytes += tensor.n_bytes
                 continue
             last = ranges[-1] if ranges else None

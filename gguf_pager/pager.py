@@ -109,9 +109,9 @@ class Stats:
 
     `stall_ns` is the time that decoding waited for reads, `stall_bytes` what arrived meanwhile, of whole sectors;
     `left_alone` the graph nodes that llama.cpp computed from its own mapping because they could not be served: right, but
-    slow. `copies` are the bytes read from the model's own files and from each mirror. `n_threads` computed the
-    last single token; None where their number is not adapted, and before the first one. `hit_rate` is None before the
-    first token.
+    slow. `copies` are the bytes read from the model's own files and from each mirror, of experts; `rows_read` and
+    `row_bytes_read` the rows of embedding tables, which come through the page cache. `n_threads` computed the last single
+    token; None where their number is not adapted, and before the first one. `hit_rate` is None before the first token.
     """
 
     hits: int
@@ -126,6 +126,8 @@ class Stats:
     layers: tuple[LayerStats, ...]
     copies: tuple[int, ...] = ()
     n_threads: int | None = None
+    rows_read: int = 0
+    row_bytes_read: int = 0
 
     @property
     def hit_rate(self) -> float | None:
@@ -225,6 +227,8 @@ class Pager:
                 for piece, room in zip(layer.slices, rooms, strict=True)
             ]
             layers.append((layer.n_experts, layer.n_used, self.layout.class_of(layer), slices))
+        tables = [(table.name, table.type, table.ne, table.file, table.offset_bytes, table.row_bytes)
+                  for table in self.layout.tables]
         classes = [(need.stride_bytes, n) for need, n in zip(self.needs, n_slots, strict=True)]
         try:
             self._native = _native.Pager(
@@ -233,6 +237,7 @@ class Pager:
                          for copy, is_direct in zip(self._copies[1:], self._are_direct[1:], strict=True)],
                 layers=layers,
                 classes=classes,
+                tables=tables,
                 policy=self.options.policy,
                 direct=self.is_direct,
                 read_ahead=self.options.read_ahead,
@@ -313,6 +318,7 @@ class Pager:
             LayerStats(layer.block, *row, resident_bytes=row[-1] * layer.expert_bytes)
             for layer, row in zip(self.layout.layers, native.counters(), strict=True)
         )
+        rows_read, row_bytes_read, rows_left_alone = native.rows()
         return Stats(
             hits=sum(layer.hits for layer in layers),
             misses=sum(layer.misses for layer in layers),
@@ -320,12 +326,14 @@ class Pager:
             stall_ns=sum(layer.stall_ns for layer in layers),
             stall_bytes=sum(layer.stall_bytes for layer in layers),
             evictions=sum(layer.evictions for layer in layers),
-            left_alone=sum(layer.left_alone for layer in layers),
+            left_alone=sum(layer.left_alone for layer in layers) + rows_left_alone,
             resident_bytes=sum(layer.resident_bytes for layer in layers),
             arena_bytes=self.arena_bytes,
             layers=layers,
             copies=tuple(native.copies()),
             n_threads=self.n_threads,
+            rows_read=rows_read,
+            row_bytes_read=row_bytes_read,
         )
 
     def stall_ns(self) -> int:

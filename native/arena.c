@@ -17,6 +17,7 @@ enum { ARENA_ALIGN = 4096, ANY_SLOT = 1 << 20, MAX_SLOTS = INT32_MAX / GP_MAX_SL
 enum { POPULATE_BYTES = 4 << 20 };
 
 #define MAX_ARENA_BYTES (UINT64_C(1) << 47)    /* addresses a process has */
+#define MAX_TABLE_ROW_BYTES (UINT64_C(1) << 30)     /* INT32_MAX such rows have a size that 64 bits hold */
 
 /* Slots are placed for direct reads where any copy is read so; buffered ones need nothing of it. */
 static bool is_any_direct(const gp_config *config) {
@@ -59,6 +60,12 @@ static int check_slice(const gp_config *config, const gp_layer_spec *layer, cons
     return 0;
 }
 
+static int check_table(const gp_config *config, const gp_table_spec *table) {
+    return table->file >= config->n_paths || table->row_bytes == 0 || table->row_bytes > MAX_TABLE_ROW_BYTES
+        || table->ne[0] <= 0 || table->ne[1] <= 0 || table->ne[1] > INT32_MAX
+        || table->offset_bytes > INT64_MAX - (uint64_t) table->ne[1] * table->row_bytes ? -EINVAL : 0;
+}
+
 static int check_config(const gp_config *config) {
     if (config->n_layers == 0 || config->n_classes == 0 || config->n_paths == 0 || config->n_mirrors >= GP_MAX_COPIES) {
         return -EINVAL;
@@ -94,6 +101,12 @@ static int check_config(const gp_config *config) {
             if (error != 0) {
                 return error;
             }
+        }
+    }
+    for (uint32_t i = 0; i < config->n_tables; i++) {
+        const int error = check_table(config, &config->tables[i]);
+        if (error != 0) {
+            return error;
         }
     }
     return 0;
@@ -246,6 +259,7 @@ int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config) {
     pthread_cond_init(&p->released, NULL);
     if ((error = open_arena(p)) != 0 || (error = open_layers(p)) != 0
         || (error = gp_copies_open(&p->copies, os, config)) != 0
+        || (error = gp_tables_open(&p->tables, os, config, p->copies)) != 0
         || (error = os->thread_start(&p->populating, populate, p)) != 0) {
         goto fail;
     }
@@ -255,6 +269,7 @@ int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config) {
     p->config.mirrors = NULL;
     p->config.layers = NULL;
     p->config.classes = NULL;
+    p->config.tables = NULL;
     p->config.policy = policy->name;
     *out = p;
     return 0;
@@ -283,6 +298,7 @@ void gp_pager_close(gp_pager *p) {
     if (!p) {
         return;
     }
+    gp_tables_close(p->tables);
     if (getpid() == p->pid) {
         atomic_store(&p->is_closing, true);
         wait_for_reads(p);

@@ -165,6 +165,10 @@ int gp_copies_check(const gp_copies *copies, uint32_t file, uint32_t *changed_fi
     return 0;
 }
 
+const gp_file_id *gp_copies_file(const gp_copies *copies, uint32_t file) {
+    return &copies->copies[0].ids[file];
+}
+
 static int open_copy(gp_copies *copies, copy *c, const gp_config *config, const char *const *paths, bool direct) {
     c->fds = calloc(copies->n_files, sizeof *c->fds);
     c->ids = calloc(copies->n_files, sizeof *c->ids);

@@ -34,6 +34,9 @@ void gp_copies_note(gp_copies *copies, const gp_read *read, int error);
 /* Whether one of the model's files is in each copy still the one that was opened: 0, or -errno and which is not. */
 int  gp_copies_check(const gp_copies *copies, uint32_t file, uint32_t *changed_file);
 
+/* What one of the model's own files was when it was opened. */
+const gp_file_id *gp_copies_file(const gp_copies *copies, uint32_t file);
+
 /* bytes_read: one number per copy. Takes no lock. */
 void gp_copies_bytes_read(const gp_copies *copies, uint64_t *bytes_read);
 

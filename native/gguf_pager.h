@@ -54,6 +54,16 @@ typedef struct {
     uint32_t shape_class;   /* index into gp_config.classes */
 } gp_layer_spec;
 
+/* A table of which a token needs a row or a few. Its rows are read when a graph looks them up. */
+typedef struct {
+    char     name[GP_MAX_NAME];
+    int32_t  type;          /* ggml_type */
+    int64_t  ne[2];         /* elements of a row, rows */
+    uint32_t file;          /* index into gp_config.paths */
+    uint64_t offset_bytes;  /* of row 0, from the start of that file */
+    uint64_t row_bytes;
+} gp_table_spec;
+
 /* A run of slots with one stride, for all layers whose slices have equal sizes. */
 typedef struct {
     uint64_t stride_bytes;
@@ -75,6 +85,8 @@ typedef struct {
     uint32_t             n_layers;
     const gp_class_spec *classes;
     uint32_t             n_classes;
+    const gp_table_spec *tables;
+    uint32_t             n_tables;
     const char          *policy;            /* a name that gp_policy_find knows */
     bool                 direct;            /* O_DIRECT or its like; the caller has asked gp_os.file_alignment first */
     bool                 read_ahead;        /* in batches, read what the next layer will probably want */
@@ -97,6 +109,12 @@ typedef struct {
     uint32_t resident;          /* experts in slots now */
 } gp_counters;
 
+/* Of tables. Each distinct row that a node looks up counts once. */
+typedef struct {
+    uint64_t rows_read, bytes_read;
+    uint64_t left_alone;        /* nodes that llama.cpp computed from its own mapping */
+} gp_row_counters;
+
 typedef struct {
     int      error;             /* -errno; 0: none */
     uint32_t file;              /* index into gp_config.paths, followed by those of each mirror */
@@ -114,6 +132,8 @@ void gp_pager_wait_present(gp_pager *pager);
 
 /* counters: one per layer, n_layers of them. */
 void gp_pager_counters(gp_pager *pager, gp_counters *counters);
+
+void gp_pager_row_counters(const gp_pager *pager, gp_row_counters *counters);
 
 /* bytes_read: one number for the model's own files and one per mirror, n_mirrors + 1 of them. */
 void gp_pager_copies(const gp_pager *pager, uint64_t *bytes_read);
@@ -177,7 +197,8 @@ enum { GP_ROW_OPS = 6 };
 /* What the tap needs of the ggml that computes; addresses of its functions and numbers of its enums. */
 typedef struct {
     int32_t op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, op_custom;
-    int32_t op_add_id;
+    int32_t op_add_id, op_get_rows;
+    int32_t flag_compute;                   /* what a node is not computed without; 0: all are */
     int32_t row_ops[GP_ROW_OPS];            /* a row of their result depends on the same rows of their sources alone */
     int32_t type_i32, type_f32;
     bool  (*buffer_is_host)(void *buffer);
@@ -200,9 +221,10 @@ typedef bool (*gp_eval_callback)(void *tensor, bool ask, void *data);
 typedef bool (*gp_abort_callback)(void *data);
 
 /* max_ids: the most ids one router result can hold, n_ubatch * n_used of the widest layer. batch_bytes: memory for batches
- * that are computed an expert at a time; larger ones are left to ggml.
+ * that are computed an expert at a time; larger ones are left to ggml. row_bytes: memory for the rows of tables that one
+ * piece of graph looks up, and eight bytes for each id; what does not fit is left to ggml.
  * The next_* callbacks are the caller's own, called as llama.cpp would have called them; may be NULL. */
-int  gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids, size_t batch_bytes,
+int  gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids, size_t batch_bytes, size_t row_bytes,
                  gp_eval_callback next_eval, void *next_eval_data,
                  gp_abort_callback next_abort, void *next_abort_data);
 /* Until then every node is left as it is: the context must exist before the arena can be sized. Once. */

@@ -92,6 +92,24 @@ static bool parse_layer(PyObject *item, gp_layer_spec *layer) {
     return true;
 }
 
+static bool parse_table(PyObject *item, gp_table_spec *table) {
+    const char *name;
+    int type;
+    long long ne[2];
+    unsigned int file;
+    unsigned long long offset, bytes;
+    if (!PyArg_ParseTuple(item, "si(LL)IKK", &name, &type, &ne[0], &ne[1], &file, &offset, &bytes)) {
+        return false;
+    }
+    if (strlen(name) >= GP_MAX_NAME) {
+        PyErr_Format(PyExc_ValueError, "tensor name too long: %s", name);
+        return false;
+    }
+    *table = (gp_table_spec) { .type = type, .ne = { ne[0], ne[1] }, .file = file, .offset_bytes = offset, .row_bytes = bytes };
+    strcpy(table->name, name);
+    return true;
+}
+
 static bool parse_class(PyObject *item, gp_class_spec *class) {
     unsigned long long stride_bytes;
     if (!PyArg_ParseTuple(item, "KI", &stride_bytes, &class->n_slots)) {
@@ -144,7 +162,8 @@ typedef struct {
     gp_mirror_spec mirrors[GP_MAX_COPIES];
     gp_layer_spec *layers;
     gp_class_spec *classes;
-    Py_ssize_t     n_mirrors, n_layers, n_classes;
+    gp_table_spec *tables;
+    Py_ssize_t     n_mirrors, n_layers, n_classes, n_tables;
 } config_arrays;
 
 static void free_arrays(config_arrays *arrays) {
@@ -154,6 +173,7 @@ static void free_arrays(config_arrays *arrays) {
     }
     free(arrays->layers);
     free(arrays->classes);
+    free(arrays->tables);
 }
 
 static bool parse_mirrors(config_arrays *arrays, PyObject *sequence) {
@@ -180,18 +200,21 @@ static bool parse_mirrors(config_arrays *arrays, PyObject *sequence) {
     return arrays->n_mirrors >= 0;
 }
 
-static bool parse_arrays(config_arrays *arrays, PyObject *paths, PyObject *mirrors, PyObject *layers, PyObject *classes) {
+static bool parse_arrays(config_arrays *arrays, PyObject *paths, PyObject *mirrors, PyObject *layers, PyObject *classes,
+                         PyObject *tables) {
     if (!parse_paths(&arrays->files, paths) || !parse_mirrors(arrays, mirrors)) {
         return false;
     }
     arrays->n_layers = PySequence_Size(layers);
     arrays->n_classes = PySequence_Size(classes);
-    if (arrays->n_layers < 0 || arrays->n_classes < 0) {
+    arrays->n_tables = PySequence_Size(tables);
+    if (arrays->n_layers < 0 || arrays->n_classes < 0 || arrays->n_tables < 0) {
         return false;
     }
     arrays->layers = calloc((size_t) arrays->n_layers + 1, sizeof *arrays->layers);
     arrays->classes = calloc((size_t) arrays->n_classes + 1, sizeof *arrays->classes);
-    if (!arrays->layers || !arrays->classes) {
+    arrays->tables = calloc((size_t) arrays->n_tables + 1, sizeof *arrays->tables);
+    if (!arrays->layers || !arrays->classes || !arrays->tables) {
         PyErr_NoMemory();
         return false;
     }
@@ -211,27 +234,35 @@ static bool parse_arrays(config_arrays *arrays, PyObject *paths, PyObject *mirro
             return false;
         }
     }
+    for (Py_ssize_t i = 0; i < arrays->n_tables; i++) {
+        PyObject *item = PySequence_GetItem(tables, i);
+        const bool is_parsed = item && parse_table(item, &arrays->tables[i]);
+        Py_XDECREF(item);
+        if (!is_parsed) {
+            return false;
+        }
+    }
     return true;
 }
 
 /* ---- Pager ------------------------------------------------------------------------------------------------------ */
 
 static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = { "paths", "mirrors", "layers", "classes", "policy", "direct", "read_ahead", "offset_align",
+    static char *names[] = { "paths", "mirrors", "layers", "classes", "tables", "policy", "direct", "read_ahead", "offset_align",
                              "memory_align", "n_readers", "piece_bytes", NULL };
-    PyObject *paths, *mirrors, *layers, *classes;
+    PyObject *paths, *mirrors, *layers, *classes, *tables;
     int direct, read_ahead;
     unsigned long long piece_bytes;
     gp_config config = { 0 };
     config_arrays arrays = { 0 };
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOsppIIIK", names, &paths, &mirrors, &layers, &classes,
-                                     &config.policy, &direct, &read_ahead, &config.offset_align, &config.memory_align,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOsppIIIK", names, &paths, &mirrors, &layers, &classes,
+                                     &tables, &config.policy, &direct, &read_ahead, &config.offset_align, &config.memory_align,
                                      &config.n_readers, &piece_bytes)) {
         return NULL;
     }
     PagerObject *self = NULL;
     uint32_t *n_experts = NULL;
-    if (!parse_arrays(&arrays, paths, mirrors, layers, classes)) {
+    if (!parse_arrays(&arrays, paths, mirrors, layers, classes, tables)) {
         goto fail;
     }
     config.direct = direct;
@@ -245,6 +276,8 @@ static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     config.n_layers = (uint32_t) arrays.n_layers;
     config.classes = arrays.classes;
     config.n_classes = (uint32_t) arrays.n_classes;
+    config.tables = arrays.tables;
+    config.n_tables = (uint32_t) arrays.n_tables;
     n_experts = calloc((size_t) arrays.n_layers + 1, sizeof *n_experts);
     allocfunc allocate = (allocfunc) PyType_GetSlot(type, Py_tp_alloc);
     self = n_experts ? (PagerObject *) allocate(type, 0) : (PagerObject *) PyErr_NoMemory();
@@ -357,6 +390,17 @@ static PyObject *pager_copies(PyObject *object, PyObject *unused) {
         }
     }
     return list;
+}
+
+static PyObject *pager_rows(PyObject *object, PyObject *unused) {
+    (void) unused;
+    const gp_pager *pager = opened((PagerObject *) object);
+    if (!pager) {
+        return NULL;
+    }
+    gp_row_counters counters;
+    gp_pager_row_counters(pager, &counters);
+    return Py_BuildValue("KKK", counters.rows_read, counters.bytes_read, counters.left_alone);
 }
 
 static PyObject *pager_reads_in_background(PyObject *object, PyObject *unused) {
@@ -524,6 +568,7 @@ static PyMethodDef pager_methods[] = {
     { "wait_present", pager_wait_present, METH_NOARGS, NULL },
     { "counters", pager_counters, METH_NOARGS, NULL },
     { "copies", pager_copies, METH_NOARGS, NULL },
+    { "rows", pager_rows, METH_NOARGS, NULL },
     { "reads_in_background", pager_reads_in_background, METH_NOARGS, NULL },
     { "resident", pager_resident, METH_VARARGS, NULL },
     { "chosen", pager_chosen, METH_VARARGS, NULL },
@@ -548,20 +593,20 @@ static PyType_Spec pager_spec = {
 /* ---- Tap -------------------------------------------------------------------------------------------------------- */
 
 static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = { "ggml", "max_ids", "batch_bytes", "next_eval", "next_eval_data", "next_abort",
+    static char *names[] = { "ggml", "max_ids", "batch_bytes", "row_bytes", "next_eval", "next_eval_data", "next_abort",
                              "next_abort_data", NULL };
     gp_ggml ggml;
     unsigned int max_ids;
     unsigned long long is_host, traits, block_size, type_size, next_eval, next_eval_data, next_abort, next_abort_data;
-    unsigned long long g[11], batch_bytes;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiii(iiiiii)iiKKKK(KKKKKKKKKKK))IKKKKK", names,
+    unsigned long long g[11], batch_bytes, row_bytes;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiiiii(iiiiii)iiKKKK(KKKKKKKKKKK))IKKKKKK", names,
                                      &ggml.op_none, &ggml.op_mul_mat_id, &ggml.op_argsort, &ggml.op_top_k, &ggml.op_view,
-                                     &ggml.op_reshape, &ggml.op_custom, &ggml.op_add_id, &ggml.row_ops[0],
-                                     &ggml.row_ops[1], &ggml.row_ops[2], &ggml.row_ops[3], &ggml.row_ops[4],
+                                     &ggml.op_reshape, &ggml.op_custom, &ggml.op_add_id, &ggml.op_get_rows,
+                                     &ggml.flag_compute, &ggml.row_ops[0], &ggml.row_ops[1], &ggml.row_ops[2], &ggml.row_ops[3], &ggml.row_ops[4],
                                      &ggml.row_ops[5], &ggml.type_i32, &ggml.type_f32, &is_host, &traits, &block_size,
                                      &type_size, &g[0], &g[1], &g[2], &g[3], &g[4], &g[5], &g[6], &g[7], &g[8], &g[9],
                                      &g[10],
-                                     &max_ids, &batch_bytes, &next_eval, &next_eval_data, &next_abort, &next_abort_data)) {
+                                     &max_ids, &batch_bytes, &row_bytes, &next_eval, &next_eval_data, &next_abort, &next_abort_data)) {
         return NULL;
     }
     ggml.buffer_is_host = (bool (*)(void *)) (uintptr_t) is_host;
@@ -586,7 +631,7 @@ static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     if (!self) {
         return NULL;
     }
-    const int error = gp_tap_open(&self->tap, &ggml, max_ids, (size_t) batch_bytes,
+    const int error = gp_tap_open(&self->tap, &ggml, max_ids, (size_t) batch_bytes, (size_t) row_bytes,
                                   (gp_eval_callback) (uintptr_t) next_eval, (void *) (uintptr_t) next_eval_data,
                                   (gp_abort_callback) (uintptr_t) next_abort, (void *) (uintptr_t) next_abort_data);
     if (error != 0) {
@@ -816,11 +861,11 @@ static PyObject *read_tensor(PyObject *module, PyObject *args) {
     gp_custom custom;
     memcpy(&custom, t->op_params, sizeof custom);
     return Py_BuildValue(
-        "{s:n,s:i,s:K,s:(LLLL),s:(KKKK),s:i,s:(KiK),s:(KKK),s:K,s:K,s:K,s:s}", "struct_bytes", (Py_ssize_t) sizeof *t,
+        "{s:n,s:i,s:K,s:(LLLL),s:(KKKK),s:i,s:i,s:(KiK),s:(KKK),s:K,s:K,s:K,s:s}", "struct_bytes", (Py_ssize_t) sizeof *t,
         "type", t->type, "buffer", (unsigned long long) (uintptr_t) t->buffer,
         "ne", t->ne[0], t->ne[1], t->ne[2], t->ne[3],
         "nb", (unsigned long long) t->nb[0], (unsigned long long) t->nb[1], (unsigned long long) t->nb[2],
-        (unsigned long long) t->nb[3], "op", t->op,
+        (unsigned long long) t->nb[3], "op", t->op, "flags", t->flags,
         "custom", (unsigned long long) (uintptr_t) custom.compute, custom.n_tasks,
         (unsigned long long) (uintptr_t) custom.data,
         "src", (unsigned long long) (uintptr_t) t->src[0], (unsigned long long) (uintptr_t) t->src[1],

@@ -55,6 +55,8 @@ typedef struct gp_os {
     int     (*file_alignment)(const char *path, uint32_t *offset_align, uint32_t *memory_align);
     /* Bytes read, which may be fewer than asked; 0 at the end of the file. */
     int64_t (*file_read)(int fd, void *into, size_t bytes, uint64_t offset_bytes);
+    /* These bytes will be read soon, through the cache: a wish. */
+    void    (*file_expect)(int fd, size_t bytes, uint64_t offset_bytes);
     /* Anonymous memory, page-aligned, not present yet; huge pages where they can be had. */
     int     (*memory_open)(void **out, size_t bytes);
     /* Makes whole pages of it present, keeping what others write meanwhile. */

@@ -47,6 +47,10 @@ static int64_t file_read(int fd, void *into, size_t bytes, uint64_t offset_bytes
     return got >= 0 ? got : -errno;
 }
 
+static void file_expect(int fd, size_t bytes, uint64_t offset_bytes) {
+    (void) posix_fadvise(fd, (off_t) offset_bytes, (off_t) bytes, POSIX_FADV_WILLNEED);
+}
+
 #ifndef STATX_DIOALIGN
 #define STATX_DIOALIGN 0x2000U
 #endif
@@ -187,6 +191,7 @@ const gp_os gp_os_system = {
     .file_identify = file_identify,
     .file_alignment = file_alignment,
     .file_read = file_read,
+    .file_expect = file_expect,
     .memory_open = memory_open,
     .memory_populate = memory_populate,
     .memory_prefer = memory_prefer,

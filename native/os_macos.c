@@ -55,6 +55,11 @@ static int64_t file_read(int fd, void *into, size_t bytes, uint64_t offset_bytes
     return got >= 0 ? got : -errno;
 }
 
+static void file_expect(int fd, size_t bytes, uint64_t offset_bytes) {
+    struct radvisory range = { .ra_offset = (off_t) offset_bytes, .ra_count = (int) bytes };
+    (void) fcntl(fd, F_RDADVISE, &range);
+}
+
 /* F_NOCACHE demands no alignment. But only a read whose place in the file and address in memory are multiples of the
  * device's block goes straight to memory; any other goes page by page through the cache and is copied (xnu,
  * bsd/vfs/vfs_cluster.c: cluster_read_direct, `misaligned`). Blocks of Apple's SSDs have 4,096 bytes. A wrong guess
@@ -133,6 +138,7 @@ const gp_os gp_os_system = {
     .file_identify = file_identify,
     .file_alignment = file_alignment,
     .file_read = file_read,
+    .file_expect = file_expect,
     .memory_open = memory_open,
     .memory_populate = memory_populate,
     .memory_prefer = memory_prefer,

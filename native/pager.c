@@ -449,6 +449,10 @@ const gp_layer_spec *gp_pager_layer(const gp_pager *p, uint32_t layer_index) {
     return layer_index < p->config.n_layers ? &p->layers[layer_index].spec : NULL;
 }
 
+gp_tables *gp_pager_tables(const gp_pager *p) {
+    return p->tables;
+}
+
 uint32_t gp_pager_n_taps(gp_pager *p) {
     uint32_t n = 0;
     const bool has_entered = gp_pager_enter(p);
@@ -473,6 +477,10 @@ void gp_pager_counters(gp_pager *p, gp_counters *counters) {
         counters[i] = p->layers[i].counters;
     }
     gp_pager_leave(p, has_entered);
+}
+
+void gp_pager_row_counters(const gp_pager *p, gp_row_counters *counters) {
+    gp_tables_counters(p->tables, counters);
 }
 
 bool gp_pager_reads_in_background(const gp_pager *p) {

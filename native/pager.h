@@ -4,6 +4,7 @@
 
 #include "fetch.h"
 #include "gguf_pager.h"
+#include "tables.h"
 
 /* Slots one context computes with. Zeroed by gp_hold_open. */
 typedef struct {
@@ -59,6 +60,7 @@ void gp_pager_count_left_alone(gp_pager *pager, uint32_t layer);
 
 const gp_layer_spec *gp_pager_layer(const gp_pager *pager, uint32_t layer);     /* NULL past the last */
 uint32_t         gp_pager_n_taps(gp_pager *pager);
+gp_tables       *gp_pager_tables(const gp_pager *pager);
 /* The address, number and distance of the slots of a class. */
 char            *gp_pager_slots(const gp_pager *pager, uint32_t shape_class, uint32_t *n_slots, uint64_t *stride_bytes);
 

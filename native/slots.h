@@ -9,6 +9,7 @@
 #include "copies.h"
 #include "pager.h"
 #include "policy.h"
+#include "tables.h"
 
 typedef enum { FREE, READING, READY, LEAVING } gp_slot_state;
 
@@ -62,6 +63,7 @@ struct gp_pager {
     const gp_policy *policy;
     pid_t            pid;
     gp_copies       *copies;            /* the files, and who reads them */
+    gp_tables       *tables;
     char            *arena;
     size_t           arena_bytes;
     pthread_t        populating;        /* the thread that makes the arena present */

@@ -13,6 +13,7 @@
  *      MUL_MAT_ID that needs slices which are still on their way the piece of graph ends, and the slots are kept over that end.
  *   5. After a failure the node still points at slots, any slots: what it computes is thrown away by the abort, and the
  *      mapping, whose file may have lost its end, is not touched.
+ *   6. Nodes that look up rows of tables are rows.h's.
  */
 #include <assert.h>
 #include <errno.h>
@@ -22,6 +23,7 @@
 #include "compute.h"
 #include "ggml_tensor.h"
 #include "pager.h"
+#include "rows.h"
 
 /* One expert tensor as this context sees it. */
 typedef struct {
@@ -75,6 +77,7 @@ struct gp_tap {
     bool              is_layer_open;    /* in this piece, slots of latest_view's layer were taken */
     const ggml_tensor *pause_at;        /* this piece ends here, in the middle of it */
     gp_compute       *compute;
+    gp_rows          *rows;
     gp_failure        failure;
     gp_eval_callback  next_eval;
     void             *next_eval_data;
@@ -362,7 +365,11 @@ static void point_at_slots(const gp_tap *tap, slice_view *v, routing *r, ggml_te
     }
 }
 
-static void undo(const gp_tap *tap, ggml_tensor *node) {
+static void undo(gp_tap *tap, ggml_tensor *node) {
+    const int error = gp_rows_undo(tap->rows, node);
+    if (error != 0 && tap->failure.error == 0) {
+        tap->failure = (gp_failure) { .error = error };
+    }
     const uintptr_t from_first = (uintptr_t) node->src[0] - (uintptr_t) tap->views;
     if (node->op == tap->ggml.op_custom && tap->pager && from_first < tap->n_views * sizeof *tap->views) {
         gp_compute_undo(tap->compute, node);
@@ -423,6 +430,7 @@ static void piece_computed(gp_tap *tap) {
     tap->is_layer_open = false;
     tap->pause_at = NULL;
     gp_compute_reset(tap->compute);
+    gp_rows_release(tap->rows);
     gp_pager_release(tap->pager, &tap->hold);
     tap->piece++;
 }
@@ -473,6 +481,8 @@ bool gp_tap_eval(void *tensor, bool ask, void *data) {
         tap->clock += wants;
     } else if (tap->pager && node->op == tap->ggml.op_mul_mat_id) {
         wants = serve(tap, node);
+    } else if (tap->pager && gp_rows_is_look_up(tap->rows, node)) {
+        gp_rows_serve(tap->rows, node, node->src[1] && is_computed(tap, node->src[1]), &tap->failure);
     } else if (tap->pager && !tap->next_wants && is_worth_computing_to(tap, node)) {
         wants = true;
         tap->pause_at = node;
@@ -555,7 +565,7 @@ static void free_tables(gp_tap *tap) {
     tap->n_layers = tap->n_views = 0;
 }
 
-int gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids, size_t batch_bytes,
+int gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids, size_t batch_bytes, size_t row_bytes,
                 gp_eval_callback next_eval, void *next_eval_data,
                 gp_abort_callback next_abort, void *next_abort_data) {
     *out = NULL;
@@ -570,8 +580,12 @@ int gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids, size_t batc
     tap->next_eval_data = next_eval_data;
     tap->next_abort = next_abort;
     tap->next_abort_data = next_abort_data;
-    const int error = gp_compute_open(&tap->compute, &tap->ggml, batch_bytes);
+    int error = gp_compute_open(&tap->compute, &tap->ggml, batch_bytes);
+    if (error == 0) {
+        error = gp_rows_open(&tap->rows, &tap->ggml, row_bytes);
+    }
     if (error != 0) {
+        gp_compute_close(tap->compute);
         free(tap);
         return error;
     }
@@ -583,6 +597,9 @@ int gp_tap_attach(gp_tap *tap, gp_pager *pager) {
     assert(!tap->pager);
     tap->pager = pager;
     int error = open_tables(tap);
+    if (error == 0) {
+        error = gp_rows_attach(tap->rows, gp_pager_tables(pager));
+    }
     if (error == 0) {
         error = gp_hold_open(&tap->hold, pager, tap->max_ids);
     }
@@ -607,6 +624,7 @@ void gp_tap_close(gp_tap *tap) {
         gp_hold_close(&tap->hold, tap->pager);
         free_tables(tap);
     }
+    gp_rows_close(tap->rows);
     gp_compute_close(tap->compute);
     free(tap);
 }

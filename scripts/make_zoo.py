@@ -34,6 +34,7 @@ from zoo_metadata import (
     ARCHITECTURES,
     N_LAYER,
     UNBUILDABLE,
+    WIDE_ARRAYS,
     WITHOUT_DECODE,
     Arch,
     Keys,
@@ -324,6 +325,8 @@ def new_writer(path: Path, metadata: Mapping[str, Value]) -> gguf.GGUFWriter:
             writer.add_uint32(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
+        elif key.endswith(WIDE_ARRAYS):
+            writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT64)
         elif isinstance(value, list):
             writer.add_array(key, value)
         elif key != "general.architecture":

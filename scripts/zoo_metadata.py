@@ -188,7 +188,8 @@ ARCHITECTURES: dict[str, Arch] = {
             "attention.key_length_swa": 32,
             "attention.value_length_swa": 32,
             "rope.dimension_count_swa": 32,
-            "embedding_length_per_layer_input": 0,
+            # Each layer adds what it looks up in a table of its own.
+            "embedding_length_per_layer_input": 32,
         },
         is_fused=True,
         has_expert_scales=True,
@@ -296,12 +297,25 @@ ARCHITECTURES: dict[str, Arch] = {
             "attention.compress_ratios": [4, 4, 4],
             "hyper_connection.count": 4,
             "hyper_connection.low_rank": 8,
+            # The first layer adds what it looks up by hashes of the last two and three tokens, two rows by each.
+            "ple.layers": [0],
+            "ple.ngram_size": 3,
+            "ple.heads_per_ngram": 2,
+            "ple.conv_kernel": 4,
+            "ple.eos_token_id": 2,
+            "ple.layer_multipliers": [1, 1009, 2003],
+            "ple.head_offsets": [0, 97, 198, 301],
+            "ple.head_vocab_sizes": [97, 101, 103, 107],
+            "embedding_length_per_layer_input": 32,
         }
     ),
     "rnd1": Arch(),
     "smallthinker": Arch(),
     "step35": Arch(),
 }
+
+# Arrays that llama.cpp reads as 64-bit numbers; it takes no others for them.
+WIDE_ARRAYS: tuple[str, ...] = ("ple.layer_multipliers", "ple.head_offsets", "ple.head_vocab_sizes")
 
 # Models `llama_cpp.Llama.eval` gets no logits from; they are made and loaded like the others.
 WITHOUT_DECODE: dict[str, str] = {

@@ -61,7 +61,7 @@ def test_every_byte_is_expert_dense_or_idle_and_only_one_of_them(zoo_model: Mode
             continue
         first, end = tensor.data_offset, tensor.data_offset + tensor.n_bytes
         if not any(begin <= first and end <= stop for begin, stop, _ in dense):
-            assert tensor.name.startswith("token_embd")
+            assert tensor.name.startswith(("token_embd", "per_layer_token_embd"))
             idle_bytes += tensor.n_bytes
     assert layout.idle_bytes == idle_bytes
     assert layout.expert_bytes == sum(end - first for first, end, _ in experts)
@@ -109,6 +109,47 @@ def test_blocks_for_multi_token_prediction_are_idle(zoo_model: Model) -> None:
     assert unused > 0 and layout.idle_bytes == unused + table
 
 
+@pytest.mark.parametrize(("arch", "rows_per_token"), (("gemma4", 1), ("qwen4exp", 4)))
+@pytest.mark.parametrize("parts", (1, 5))
+def test_every_row_of_a_table_is_where_the_layout_says(
+    zoo_model: Model, tmp_path: Path, arch: str, rows_per_token: int, parts: int
+) -> None:
+    path = zoo_model(arch)
+    layout = read_layout(path if parts == 1 else make_zoo.make_split(path, tmp_path, parts))
+    tensors = tensors_of(layout)
+    assert {table.name: table.rows_per_token for table in layout.tables} == {
+        "token_embd.weight": 1, "per_layer_token_embd.weight": rows_per_token
+    }
+    for table in layout.tables:
+        tensor = tensors[table.name]
+        assert table.ne == tuple(tensor.shape) and table.type == tensor.tensor_type
+        with open(layout.paths[table.file], "rb") as file:
+            for row in (0, 1, table.ne[1] - 1):
+                file.seek(table.offset_bytes + row * table.row_bytes)
+                assert file.read(table.row_bytes) == tensor.data[row].tobytes()
+    assert layout.idle_bytes == sum(table.row_bytes * table.ne[1] for table in layout.tables)
+
+
+@pytest.mark.parametrize(("value", "rows"), (("many", 1), ([3], 1), (1 << 31, 64), (0, 1), (3, 4)))
+def test_rows_per_token_stay_possible_whatever_the_file_says(
+    zoo_model: Model, tmp_path: Path, value: object, rows: int
+) -> None:
+    from test_errors import keep
+
+    reader = gguf.GGUFReader(zoo_model("qwen4exp"))
+    key, path = "qwen4exp.ple.ngram_size", tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "qwen4exp")
+    reader.fields.pop(key)
+    make_zoo.copy_fields(reader, writer)
+    kind = {str: gguf.GGUFValueType.STRING, list: gguf.GGUFValueType.ARRAY}.get(type(value), gguf.GGUFValueType.UINT32)
+    writer.add_key_value(key, value, kind, gguf.GGUFValueType.UINT32 if isinstance(value, list) else None)
+    for tensor in reader.tensors:
+        keep(writer, tensor)
+    make_zoo.finish(writer)
+    (_, table) = read_layout(path).tables
+    assert table.rows_per_token == rows
+
+
 def test_tied_embedding_is_dense(zoo_model: Model, tmp_path: Path) -> None:
     """Without an output matrix the table is the output matrix, which every token multiplies with whole."""
     from test_errors import keep, rewrite
@@ -121,7 +162,7 @@ def test_tied_embedding_is_dense(zoo_model: Model, tmp_path: Path) -> None:
     untied = read_layout(zoo_model("qwen3moe"))
     table = tensors_of(untied)["token_embd.weight"].n_bytes
     assert untied.idle_bytes == table
-    assert tied.idle_bytes == 0
+    assert tied.idle_bytes == 0 and tied.tables == ()
     assert abs(tied.dense_bytes - untied.dense_bytes) < 4096, "one matrix of that size went, the other came"
 
 

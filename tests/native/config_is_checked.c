@@ -1,6 +1,7 @@
 /* A config that cannot work is refused with -EINVAL before anything is opened: no crash, no slot of one expert that
  * overlaps with another's. */
 #include <errno.h>
+#include <string.h>
 
 #include "check.h"
 #include "fake_os.h"
@@ -25,18 +26,21 @@ static void refuses(const char *what, const gp_config *config) {
         gp_config c = good.config;          \
         gp_layer_spec l[MODEL_LAYERS];      \
         gp_class_spec k[MODEL_CLASSES];     \
-        copy(&c, l, k);                     \
+        gp_table_spec t[MODEL_TABLES];      \
+        copy(&c, l, k, t);                   \
         change;                             \
         refuses(what, &c);                  \
     }
 
-static void copy(gp_config *config, gp_layer_spec *layers, gp_class_spec *classes) {
+static void copy(gp_config *config, gp_layer_spec *layers, gp_class_spec *classes, gp_table_spec *tables) {
     for (uint32_t i = 0; i < good.config.n_layers; i++) {
         layers[i] = good.layers[i];
     }
     for (uint32_t i = 0; i < good.config.n_classes; i++) {
         classes[i] = good.classes[i];
     }
+    memcpy(tables, good.tables, sizeof good.tables);
+    config->tables = tables;
     config->layers = layers;
     config->classes = classes;
 }
@@ -60,6 +64,16 @@ static void counts_are_checked(void) {
     REFUSES("fewer slots than one token needs", k[0].n_slots = l[0].n_used - 1);
     REFUSES("another number of experts in the tensor", l[1].slices[1].ne[2]--);
     REFUSES("a slice of no size", l[1].slices[1].slice_bytes = 0);
+}
+
+static void tables_are_checked(void) {
+    REFUSES("no such file for a table", t[1].file = 1);
+    REFUSES("a table without rows", t[1].ne[1] = 0);
+    REFUSES("more rows than there are numbers for", t[1].ne[1] = INT32_MAX + INT64_C(1));
+    REFUSES("rows without elements", t[0].ne[0] = -1);
+    REFUSES("rows of no size", t[0].row_bytes = 0);
+    REFUSES("rows whose bytes cannot be counted", t[0].row_bytes = UINT64_MAX / 3);
+    REFUSES("a table that ends nowhere", t[0].offset_bytes = INT64_MAX - 5);
 }
 
 static void addresses_are_checked(void) {
@@ -90,9 +104,10 @@ static void good_config_opens(void) {
 
 int main(void) {
     check_begin();
-    model_make(&good, (model_shape) { 0 });
+    model_make(&good, (model_shape) { .n_tables = MODEL_TABLES });
     good_config_opens();
     counts_are_checked();
+    tables_are_checked();
     addresses_are_checked();
     model_end(&good);
 

@@ -21,11 +21,13 @@ typedef struct {
     _Atomic uint64_t bad_at;
     atomic_int       bad_error;
     atomic_uint      delay_us;
-    bool             refuses_direct;
+    bool             refuses_direct, is_replaced_next;
+    uint64_t         n_replaced;
 } fake_file;
 
 typedef struct {
     fake_file  *file;
+    uint64_t    n_replaced;     /* before it was opened */
     bool        is_direct;
     atomic_bool is_open;
 } descriptor;
@@ -37,6 +39,7 @@ static struct {
     unsigned        n_descriptors;
     atomic_uint     calls[FAKE_CALLS];
     _Atomic uint64_t bytes_read;
+    atomic_uint     expected;
     atomic_uint     fail_in[FAKE_CALLS];
     atomic_int      fail_with[FAKE_CALLS];
     atomic_uint     fail_any_in;
@@ -102,6 +105,10 @@ void fake_fail_any(unsigned nth, int error) {
 
 uint64_t fake_bytes_read(void) {
     return atomic_load(&fake.bytes_read);
+}
+
+unsigned fake_expected(void) {
+    return atomic_load(&fake.expected);
 }
 
 bool fake_is_armed(void) {
@@ -215,6 +222,10 @@ void fake_file_refuse_direct(const char *path) {
     find_file(path)->refuses_direct = true;
 }
 
+void fake_replace_after_open(const char *path) {
+    find_file(path)->is_replaced_next = true;
+}
+
 void fake_file_slow_down(const char *path, unsigned delay_us) {
     atomic_store(&find_file(path)->delay_us, delay_us);
 }
@@ -233,6 +244,9 @@ static int file_open(const char *path, bool direct, int *fd) {
     descriptor *d = &fake.descriptors[fake.n_descriptors];
     d->file = file;
     d->is_direct = direct;
+    d->n_replaced = file->n_replaced;
+    file->n_replaced += file->is_replaced_next;
+    file->is_replaced_next = false;
     atomic_store(&d->is_open, true);
     *fd = FIRST_DESCRIPTOR + (int) fake.n_descriptors++;
     return 0;
@@ -255,8 +269,9 @@ static int file_identify(int fd, gp_file_id *id) {
     if (error != 0) {
         return error;
     }
-    fake_file *file = find_descriptor(fd)->file;
-    *id = (gp_file_id) { .device = 1, .inode = (uint64_t) (file - fake.files) + 1,
+    const descriptor *d = find_descriptor(fd);
+    fake_file *file = d->file;
+    *id = (gp_file_id) { .device = 1, .inode = (uint64_t) (file - fake.files) + 1 + MAX_FILES * d->n_replaced,
                          .size_bytes = atomic_load_explicit(&file->size_bytes, RELAXED),
                          .modified_ns = atomic_load_explicit(&file->modified_ns, RELAXED) };
     return 0;
@@ -321,6 +336,12 @@ static int64_t file_read(int fd, void *into, size_t bytes, uint64_t offset_bytes
     memcpy(into, d->file->bytes + offset_bytes, got);
     atomic_fetch_add_explicit(&fake.bytes_read, got, RELAXED);
     return (int64_t) got;
+}
+
+static void file_expect(int fd, size_t bytes, uint64_t offset_bytes) {
+    const descriptor *d = find_descriptor(fd);
+    CHECK(!d->is_direct && bytes > 0 && offset_bytes < INT64_MAX, "the cache is told of bytes in a file");
+    atomic_fetch_add(&fake.expected, 1);
 }
 
 /* ---- reads in the background -------------------------------------------------------------------------------------
@@ -555,6 +576,7 @@ const gp_os fake_os = {
     .file_identify = file_identify,
     .file_alignment = file_alignment,
     .file_read = file_read,
+    .file_expect = file_expect,
     .memory_open = memory_open,
     .memory_populate = memory_populate,
     .memory_prefer = memory_prefer,
@@ -629,6 +651,7 @@ void fake_reset(void) {
         atomic_store(&fake.files[i].bad_error, 0);
         atomic_store(&fake.files[i].delay_us, 0);
         fake.files[i].refuses_direct = false;
+        fake.files[i].n_replaced = 0;
     }
     fake.n_files = fake.n_descriptors = 0;
     for (int i = 0; i < FAKE_CALLS; i++) {
@@ -637,6 +660,7 @@ void fake_reset(void) {
     }
     atomic_store(&fake.fail_any_in, 0);
     atomic_store(&fake.bytes_read, 0);
+    atomic_store(&fake.expected, 0);
     fake_set_weather((fake_weather) { 0 });
     fake_pages_take(0, 0);
     fake.present_bytes[false] = fake.present_bytes[true] = 0;

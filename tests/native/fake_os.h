@@ -26,6 +26,7 @@ uint8_t *fake_file_add(const char *path, uint64_t size_bytes);
 void     fake_file_truncate(const char *path, uint64_t size_bytes);
 void     fake_file_touch(const char *path);      /* its time of modification moves on */
 void     fake_file_refuse_direct(const char *path);     /* -EINVAL, as from a file system without direct reads */
+void     fake_replace_after_open(const char *path);      /* its next opening is of the last of this file */
 void     fake_file_slow_down(const char *path, unsigned delay_us);     /* each read of it takes so much longer */
 
 /* The nth call from now on (1: the next) returns `error`, once. */
@@ -36,6 +37,7 @@ void     fake_fail_any(unsigned nth, int error);
 void     fake_fail_at(const char *path, uint64_t offset_bytes, int error);
 unsigned fake_count(fake_call call);
 uint64_t fake_bytes_read(void);
+unsigned fake_expected(void);      /* ranges that somebody said would be read soon */
 /* Whether a fault that was ordered has not struck yet. */
 bool     fake_is_armed(void);
 

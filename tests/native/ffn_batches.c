@@ -22,7 +22,7 @@ static void begin(bool is_right, size_t batch_bytes) {
     model_make(&m, (model_shape) { .n_used = N_USED, .n_slots = 16 });
     weights_map(&w, &m);
     pager = model_open(&m);
-    CHECK(gp_tap_open(&tap, &graph_ggml, 64, batch_bytes, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+    CHECK(gp_tap_open(&tap, &graph_ggml, 64, batch_bytes, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
     CHECK(gp_tap_attach(tap, pager) == 0, "a tap is attached");
     g.has_glu = true;
     graph_build(&g, &w, N_TOKENS, TOP_K_VIEW);

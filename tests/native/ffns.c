@@ -22,7 +22,7 @@ static void begin_with(gp_eval_callback eval) {
     model_make(&m, (model_shape) { .n_used = N_USED, .n_slots = 9 });
     weights_map(&w, &m);
     pager = model_open(&m);
-    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 0, eval, NULL, NULL, NULL) == 0, "a tap opens");
+    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 0, ROW_BYTES, eval, NULL, NULL, NULL) == 0, "a tap opens");
     CHECK(gp_tap_attach(tap, pager) == 0, "a tap is attached");
     g.has_glu = true;
     graph_build(&g, &w, 1, TOP_K_VIEW);

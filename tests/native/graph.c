@@ -18,7 +18,7 @@ static bool is_host(void *buffer) {
 gp_ggml graph_ggml = {
     .op_none = OP_NONE, .op_mul_mat_id = OP_MUL_MAT_ID, .op_argsort = OP_ARGSORT, .op_top_k = OP_TOP_K,
     .op_view = OP_VIEW, .op_reshape = OP_RESHAPE, .op_custom = OP_CUSTOM, .type_i32 = TYPE_I32, .type_f32 = TYPE_F32,
-    .buffer_is_host = is_host, .op_add_id = OP_ADD_ID,
+    .buffer_is_host = is_host, .op_add_id = OP_ADD_ID, .op_get_rows = OP_GET_ROWS, .flag_compute = FLAG_COMPUTE,
     .row_ops = { OP_GLU, OP_GLU, OP_GLU, OP_GLU, OP_GLU, OP_GLU },
 };
 
@@ -290,6 +290,9 @@ void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source) {
     g->source = source;
     g->n_nodes = 0;
     g->split_at = 0;
+    for (uint32_t i = 0; i < g->n_before; i++) {
+        add(g, g->before[i]);
+    }
     for (uint32_t i = 0; i < w->m->shape.n_layers; i++) {
         graph_layer *l = graph_layer_of(g, i);
         build_ids(g, i);
@@ -484,6 +487,11 @@ static void multiply(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
 }
 
 static void compute(graph *g, ggml_tensor *node, gp_tap *tap) {
+    for (uint32_t i = 0; i < g->n_before; i++) {
+        if (node == g->before[i]) {
+            g->compute_before(node, tap && gp_tap_abort(tap));
+        }
+    }
     for (uint32_t i = 0; i < g->w->m->shape.n_layers; i++) {
         graph_layer *l = graph_layer_of(g, i);
         if (node == &l->ranking) {

@@ -10,11 +10,12 @@
 #include "ggml_tensor.h"
 #include "model.h"
 
-enum { GRAPH_TOKENS = 8, GRAPH_EXPERTS = 16, GRAPH_NODES = 96, GRAPH_COLUMNS = 32, GRAPH_ROWS = 128, GRAPH_THREADS = 3 };
+enum { GRAPH_TOKENS = 8, GRAPH_EXPERTS = 16, GRAPH_NODES = 96, GRAPH_COLUMNS = 32, GRAPH_ROWS = 128, GRAPH_THREADS = 3, ROW_BYTES = 4096 };
 
 /* Numbers unlike ggml's, so that nothing rests on them. */
 enum { OP_NONE = 40, OP_MUL_MAT_ID, OP_ARGSORT, OP_TOP_K, OP_VIEW, OP_RESHAPE, OP_CUSTOM, OP_CAST, OP_OTHER, OP_GLU,
-       OP_ADD_ID };
+       OP_ADD_ID, OP_GET_ROWS };
+enum { FLAG_COMPUTE = 64 };
 enum { TYPE_F32 = 3, TYPE_BYTES = 7, TYPE_WEIGHTS = 12, TYPE_I32 = 26 };
 
 extern gp_ggml graph_ggml;
@@ -58,12 +59,16 @@ typedef struct {
     int32_t     chosen[GRAPH_TOKENS][GRAPH_EXPERTS];    /* by the router, this time */
 } graph_layer;
 
-typedef struct {
+typedef struct graph graph;
+struct graph {
     weights     *w;
     uint32_t     n_tokens;
     id_source    source;
     bool         has_glu;           /* set before building: the last matrix' input is made of the others' results */
     uint32_t     shift;             /* set before building: layer l lies in layers[l + shift], its slices likewise */
+    ggml_tensor *const *before;     /* set before building: nodes that come first, n_before of them, and who computes them */
+    uint32_t     n_before;
+    void       (*compute_before)(ggml_tensor *node, bool is_void);
     graph_layer  layers[MODEL_LAYERS];
     ggml_tensor *nodes[GRAPH_NODES];
     uint32_t     n_nodes;
@@ -72,7 +77,7 @@ typedef struct {
     /* What the last run did. */
     uint32_t     n_from_slots, n_from_mapping, n_callbacks;
     uint32_t     n_products;        /* of those from slots */
-} graph;
+};
 
 graph_layer *graph_layer_of(graph *g, uint32_t layer);
 ggml_tensor *graph_matmul(graph *g, uint32_t layer, uint32_t slice);

@@ -96,6 +96,18 @@ void model_make(model *m, model_shape wanted) {
         c->stride_bytes = place_slices(layer, align);
         c->n_slots = shape.n_slots;
     }
+    for (uint32_t t = 0; t < shape.n_tables; t++) {
+        const uint32_t file = t % shape.n_files;
+        gp_table_spec *table = &m->tables[t];
+        snprintf(table->name, sizeof table->name, "%stoken_embd.weight", t ? "per_layer_" : "");
+        table->type = 12;           /* TYPE_WEIGHTS */
+        table->ne[0] = 96 + 40 * t;
+        table->ne[1] = 50 + t;
+        table->file = file;
+        table->offset_bytes = ends[file];
+        table->row_bytes = (uint64_t) table->ne[0];
+        ends[file] += round_up(table->row_bytes * (uint64_t) table->ne[1], 32);
+    }
     fake_direct_align(is_direct ? shape.offset_align : 1, is_direct ? shape.memory_align : 1);
     for (uint32_t f = 0; f < shape.n_files; f++) {
         m->paths[f] = paths[f];
@@ -115,7 +127,7 @@ void model_make(model *m, model_shape wanted) {
     m->config = (gp_config) {
         .paths = m->paths, .n_paths = shape.n_files, .mirrors = m->mirrors, .n_mirrors = shape.n_mirrors,
         .layers = m->layers, .n_layers = shape.n_layers,
-        .classes = m->classes, .n_classes = shape.n_classes, .policy = shape.policy, .direct = is_direct,
+        .classes = m->classes, .n_classes = shape.n_classes, .tables = m->tables, .n_tables = shape.n_tables, .policy = shape.policy, .direct = is_direct,
         .read_ahead = shape.read_ahead, .offset_align = is_direct ? shape.offset_align : 1,
         .memory_align = is_direct ? shape.memory_align : 1, .n_readers = shape.n_readers,
         .piece_bytes = shape.piece_bytes,
@@ -142,6 +154,11 @@ uint64_t model_offset(const model *m, uint32_t layer, uint32_t slice, int32_t ex
 
 const uint8_t *model_truth(const model *m, uint32_t layer, uint32_t slice, int32_t expert) {
     return m->truth[m->layers[layer].slices[slice].file] + model_offset(m, layer, slice, expert);
+}
+
+const uint8_t *model_row(const model *m, uint32_t table, int32_t row) {
+    const gp_table_spec *spec = &m->tables[table];
+    return m->truth[spec->file] + spec->offset_bytes + (uint64_t) row * spec->row_bytes;
 }
 
 bool model_slot_holds(const model *m, const gp_pager *pager, uint32_t slot, uint32_t layer, int32_t expert) {

@@ -9,7 +9,7 @@
 #include "pager.h"
 #include "slots.h"
 
-enum { MODEL_LAYERS = 8, MODEL_FILES = 2, MODEL_CLASSES = 2, MODEL_MIRRORS = 2 };
+enum { MODEL_LAYERS = 8, MODEL_FILES = 2, MODEL_CLASSES = 2, MODEL_MIRRORS = 2, MODEL_TABLES = 2 };
 
 /* What is not said is taken from model_shape_default. */
 typedef struct {
@@ -19,6 +19,7 @@ typedef struct {
     uint32_t    n_files;            /* a layer's slices go round the files */
     uint32_t    n_mirrors;
     uint32_t    n_classes;          /* layers go round the classes; n_slots each */
+    uint32_t    n_tables;           /* they go round the files, too */
     uint32_t    n_readers;
     uint64_t    piece_bytes;
     uint32_t    offset_align, memory_align;     /* 0: buffered */
@@ -31,6 +32,7 @@ typedef struct {
     gp_config     config;
     gp_layer_spec layers[MODEL_LAYERS];
     gp_class_spec classes[MODEL_CLASSES];
+    gp_table_spec tables[MODEL_TABLES];
     const char   *paths[MODEL_FILES];
     uint8_t      *files[MODEL_FILES];       /* what the fake OS reads from */
     uint8_t      *truth[MODEL_FILES];       /* what was in them at first */
@@ -50,6 +52,9 @@ gp_pager *model_open(const model *m);
 const uint8_t *model_truth(const model *m, uint32_t layer, uint32_t slice, int32_t expert);
 /* Where it lies in the file. */
 uint64_t model_offset(const model *m, uint32_t layer, uint32_t slice, int32_t expert);
+
+/* The bytes of a table's row, in the file as it was at first. */
+const uint8_t *model_row(const model *m, uint32_t table, int32_t row);
 
 /* Whether a slot, numbered within its class, holds an expert's bytes. */
 bool model_slot_holds(const model *m, const gp_pager *pager, uint32_t slot, uint32_t layer, int32_t expert);

@@ -11,7 +11,8 @@ enum { MAX_TRIES = 200 };
 
 static void pager_opens_or_refuses(uint32_t n_mirrors) {
     model m;
-    model_make(&m, (model_shape) { .n_files = 2, .n_classes = 2, .n_readers = 4, .n_mirrors = n_mirrors });
+    model_make(&m, (model_shape) { .n_files = 2, .n_classes = 2, .n_readers = 4, .n_mirrors = n_mirrors,
+                                   .n_tables = MODEL_TABLES });
     unsigned k = 1;
     for (;; k++) {
         CHECK(k < MAX_TRIES, "the calls come to an end");
@@ -47,6 +48,17 @@ static void each_kind_of_call_is_made(void) {
     gp_pager_wait_present(pager);       /* twice is fine */
     gp_pager_close(pager);
     gp_pager_close(NULL);
+    model_end(&m);
+}
+
+/* Experts would be read from the one, rows from the other. */
+static void file_replaced_while_it_is_opened(void) {
+    model m;
+    model_make(&m, (model_shape) { .n_tables = 1 });
+    gp_pager *pager;
+    fake_replace_after_open(m.paths[0]);
+    CHECK(gp_pager_open(&pager, &fake_os, &m.config) == -ESTALE && !pager, "a file replaced meanwhile is refused");
+    gp_pager_close(model_open(&m));
     model_end(&m);
 }
 
@@ -110,7 +122,7 @@ static void tap_attaches_or_refuses(void) {
         CHECK(k < MAX_TRIES, "the calls come to an end");
         gp_tap *tap = (gp_tap *) &m;
         fake_fail_any(k, -EAGAIN);
-        int error = gp_tap_open(&tap, &graph_ggml, 16, 4096, NULL, NULL, NULL, NULL);
+        int error = gp_tap_open(&tap, &graph_ggml, 16, 4096, ROW_BYTES, NULL, NULL, NULL, NULL);
         CHECK(error == 0 || !tap, "a constructor that fails stores NULL");
         if (error == 0) {
             error = gp_tap_attach(tap, pager);
@@ -191,6 +203,7 @@ int main(void) {
     pager_opens_or_refuses(0);
     pager_opens_or_refuses(1);
     each_kind_of_call_is_made();
+    file_replaced_while_it_is_opened();
     arena_that_may_not_be_locked();
     arena_that_cannot_be_made_present();
     pages_that_are_cheaper_are_taken();

@@ -19,7 +19,7 @@ static void begin(graph_kernels kernels, uint32_t n_tokens) {
     model_make(&m, (model_shape) { .n_used = 4, .n_slots = 9 });
     weights_map(&w, &m);
     pager = model_open(&m);
-    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 0, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 0, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
     CHECK(gp_tap_attach(tap, pager) == 0, "a tap is attached");
     graph_build(&g, &w, n_tokens, TOP_K_VIEW);
 }
@@ -99,7 +99,7 @@ static void more_experts_than_foreseen_are_left_to_ggml(void) {
         m.layers[l].n_used = 3;
     }
     pager = model_open(&m);
-    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 0, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 0, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
     CHECK(gp_tap_attach(tap, pager) == 0, "a tap is attached");
     graph_build(&g, &w, 1, TOP_K_VIEW);
     CHECK(n_products() == 0 && n_products() == 0, "four experts are more than three");

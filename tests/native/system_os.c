@@ -31,6 +31,10 @@ static void buffered_files(const char *path) {
     CHECK(os->file_read(fd, buffer, 100, FILE_BYTES - 40) == 40, "the end cuts it short");
     CHECK(is_right(FILE_BYTES - 40, 40), "what there is comes");
     CHECK(os->file_read(fd, buffer, 100, FILE_BYTES) == 0, "behind the end there is nothing");
+    os->file_expect(fd, 100, 77);
+    os->file_expect(fd, 100, FILE_BYTES - 40);
+    os->file_expect(fd, 100, 2 * FILE_BYTES);
+    CHECK(os->file_read(fd, buffer, 100, 77) == 100 && is_right(77, 100), "what is expected, also in vain, changes nothing");
     gp_file_id id;
     CHECK(os->file_identify(fd, &id) == 0, "a file has an identity");
     struct stat status;

@@ -28,7 +28,7 @@ static void begin(model_shape shape) {
     pager = model_open(&m);
     for (int i = 0; i < 2; i++) {
         contexts[i].n_from_mapping = 0;
-        CHECK(gp_tap_open(&contexts[i].tap, &graph_ggml, 64, 0, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+        CHECK(gp_tap_open(&contexts[i].tap, &graph_ggml, 64, 0, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
         CHECK(gp_tap_attach(contexts[i].tap, pager) == 0, "a tap is attached");
     }
 }

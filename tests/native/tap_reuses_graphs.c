@@ -15,7 +15,7 @@ static void begin(void) {
     model_make(&m, (model_shape) { .n_slots = 9, .n_used = 3 });
     weights_map(&w, &m);
     pager = model_open(&m);
-    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 0, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 0, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
     CHECK(gp_tap_attach(tap, pager) == 0, "a tap is attached");
 }
 

@@ -16,7 +16,7 @@ static void begin_with(model_shape shape, uint32_t max_ids) {
     model_make(&m, shape);
     weights_map(&w, &m);
     pager = model_open(&m);
-    CHECK(gp_tap_open(&tap, &graph_ggml, max_ids, 0, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+    CHECK(gp_tap_open(&tap, &graph_ggml, max_ids, 0, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
     CHECK(gp_tap_attach(tap, pager) == 0, "a tap is attached");
 }
 
@@ -333,7 +333,7 @@ static void that_are_computed(ggml_tensor *t)  { t->op = OP_OTHER; }
 static void before_the_pager_is_there(void) {
     model_make(&m, (model_shape) { .n_slots = 9, .n_used = 3 });
     weights_map(&w, &m);
-    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 0, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 0, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
     build(2, TOP_K_VIEW);
     CHECK(graph_run(&g, tap) == 0 && g.n_from_mapping == n_matmuls(), "without a pager every node is left as it is");
     gp_tap_idle(tap);
