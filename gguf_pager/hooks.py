@@ -16,6 +16,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -548,6 +549,7 @@ class _Hooks:
         def construct(llm: Any, *args: Any, **kwargs: Any) -> None:
             if _constructing.get() is not None or not self.installed:
                 return init(llm, *args, **kwargs)
+            llm._stack = ExitStack()  # stock's destructor closes it, also where this is as far as it comes
             request = take_request(kwargs, self.installed[-1])
             return self.construct(request, init, llm, *args, **kwargs)
 
