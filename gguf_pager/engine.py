@@ -75,13 +75,16 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a GGUF file says of itself. `values` holds scalars, strings and the lengths of string arrays."""
+    """What a GGUF file says of itself. `values` holds scalars, strings, arrays of numbers, and of other arrays the lengths;
+    `kinds` how each is stored: "u32", "string", "array of i32".
+    """
 
     path: Path
     file_bytes: int
     data_offset_bytes: int
     values: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
+    kinds: dict[str, str]
 
 
 def _library(folder: Path, name: str) -> Path:
@@ -364,7 +367,14 @@ _SCALARS: dict[int, Any] = {
     6: ctypes.c_float, 7: ctypes.c_bool, 10: ctypes.c_uint64, 11: ctypes.c_int64, 12: ctypes.c_double,
 }
 _STRING, _ARRAY = 8, 9
+_KINDS = {0: "u8", 1: "i8", 2: "u16", 3: "i16", 4: "u32", 5: "i32", 6: "f32", 7: "bool", _STRING: "string", 10: "u64",
+          11: "i64", 12: "f64"}
 """Numbers of the value types in a GGUF file, from its specification (ggml/docs/gguf.md)."""
+
+
+def _read_kind(base: ctypes.CDLL, gguf: int, index: int) -> str:
+    kind = base.gguf_get_kv_type(gguf, index)
+    return f"array of {_KINDS[base.gguf_get_arr_type(gguf, index)]}" if kind == _ARRAY else _KINDS[kind]
 
 
 def _read_value(base: ctypes.CDLL, gguf: int, index: int) -> Any:
@@ -399,10 +409,9 @@ def read_header(path: Path) -> GgufHeader:
     if not gguf:
         raise LayoutError(f"{path} is not a complete GGUF file: ggml cannot read its header. Download it again.")
     try:
-        values = {
-            base.gguf_get_key(gguf, i).decode("utf-8", "replace"): _read_value(base, gguf, i)
-            for i in range(base.gguf_get_n_kv(gguf))
-        }
+        keys = [base.gguf_get_key(gguf, i).decode("utf-8", "replace") for i in range(base.gguf_get_n_kv(gguf))]
+        values = {key: _read_value(base, gguf, i) for i, key in enumerate(keys)}
+        kinds = {key: _read_kind(base, gguf, i) for i, key in enumerate(keys)}
         data_offset = base.gguf_get_data_offset(gguf)
         tensors = []
         for i in range(base.gguf_get_n_tensors(gguf)):
@@ -420,4 +429,4 @@ def read_header(path: Path) -> GgufHeader:
             )
     finally:
         base.gguf_free(gguf)
-    return GgufHeader(path, file_bytes, data_offset, values, tuple(tensors))
+    return GgufHeader(path, file_bytes, data_offset, values, tuple(tensors), kinds)

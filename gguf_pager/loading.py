@@ -13,7 +13,8 @@ from typing import Any
 from llama_cpp import llama_cpp as low
 
 from gguf_pager import _native, budget, device, engine, probe, residency
-from gguf_pager.layout import Layout, override_n_used, read_layout
+from gguf_pager.layout import Layout, read_layout
+from gguf_pager.metadata import Override
 from gguf_pager.mirror import find_mirrors
 from gguf_pager.pager import Pager
 from gguf_pager.residency import FileIdentity, Residency
@@ -47,7 +48,7 @@ class Loader:
             BudgetError, PagerIOError: see `residency.keep_dense`.
         """
         path = Path(os.fsdecode(path_model))
-        layout = _apply_overrides(read_layout(path), params)
+        layout = read_layout(path, _read_overrides(params))
         reason = _reason_to_step_aside(layout, request)
         request.reason = reason
         if reason is not None:
@@ -102,14 +103,21 @@ def _reason_to_step_aside(layout: Layout, request: Request) -> str | None:
     return None
 
 
-def _apply_overrides(layout: Layout, params: Any) -> Layout:
-    """Return the layout with the number of experts per token that the caller has set over the file's."""
-    key = f"{layout.architecture}.expert_used_count"
-    if params.kv_overrides and not isinstance(layout.values.get(key), list):  # llama.cpp overrides single values only
-        at = 0
-        while params.kv_overrides[at].key:
-            entry = params.kv_overrides[at]
-            if entry.key == key.encode() and entry.tag == low.LLAMA_KV_OVERRIDE_TYPE_INT:
-                layout = override_n_used(layout, int(entry.value.val_i64))
-            at += 1
-    return layout
+def _read_overrides(params: Any) -> dict[str, Override]:
+    """Return what the caller sets over the metadata, which llama.cpp is handed as an array that ends with an empty key."""
+    found: dict[str, Override] = {}
+    at = 0
+    while params.kv_overrides and params.kv_overrides[at].key:
+        entry = params.kv_overrides[at]
+        value: Override
+        if entry.tag == low.LLAMA_KV_OVERRIDE_TYPE_INT:
+            value = int(entry.value.val_i64)
+        elif entry.tag == low.LLAMA_KV_OVERRIDE_TYPE_FLOAT:
+            value = float(entry.value.val_f64)
+        elif entry.tag == low.LLAMA_KV_OVERRIDE_TYPE_BOOL:
+            value = bool(entry.value.val_bool)
+        else:
+            value = entry.value.val_str.decode("utf-8", "replace")
+        found.setdefault(entry.key.decode("utf-8", "replace"), value)  # of a key that is there twice llama.cpp takes the first
+        at += 1
+    return found

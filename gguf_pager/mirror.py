@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gguf_pager.errors import LayoutError, PagerIOError
-from gguf_pager.layout import Layout, split_paths
+from gguf_pager.layout import Layout
+from gguf_pager.metadata import split_paths
 
 log = logging.getLogger("gguf_pager")
 
