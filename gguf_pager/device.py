@@ -105,8 +105,11 @@ def _recall_way(io: Io, value: Any) -> tuple[Way, float] | None:
     if value is None:
         return None
     way, rate = Way(io, value["n_readers"], value["piece_bytes"]), value["bytes_per_s"]
-    if not all(type(number) is int for number in (way.n_readers, way.piece_bytes)) or not 0 < float(rate) < 1e15:
+    if not all(type(number) is int for number in (way.n_readers, way.piece_bytes)) or (
+            type(rate) not in (int, float) or not 0 < rate < 1e15):
         raise ValueError
+    if way.n_readers > bandwidth.MOST_READERS or way.piece_bytes > bandwidth.MOST_PIECE_BYTES:
+        raise ValueError  # no measurement of ours finds that
     Options(n_readers=way.n_readers, piece_bytes=way.piece_bytes)  # raises if they would not do
     return way, float(rate)
 

@@ -288,6 +288,7 @@ class _Hooks:
             raise pager.failure_error(failure)
         result = int(self._call(name, ctx, batch))
         entry.tap.idle()
+        pager.note_use()
         failure = entry.tap.take_failure() or residency.find_change(pager.paths, identities)
         if failure is not None:
             raise pager.failure_error(failure)

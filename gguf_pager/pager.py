@@ -66,10 +66,11 @@ class Options:
             raise PagerError(f"io {self.io!r} does not exist: choose 'auto', 'direct' or 'buffered'.")
         if self.lock_dense not in ("auto", "lock", "copy", "off"):
             raise PagerError(f"lock_dense {self.lock_dense!r} does not exist: choose 'auto', 'lock', 'copy' or 'off'.")
-        if self.n_readers is not None and not 1 <= self.n_readers <= 256:
-            raise PagerError(f"n_readers must lie between 1 and 256, not {self.n_readers}.")
-        if self.piece_bytes is not None and (self.piece_bytes < 4096 or self.piece_bytes % 4096):
-            raise PagerError(f"piece_bytes must be a multiple of 4096, not {self.piece_bytes}.")
+        if self.n_readers is not None and not (type(self.n_readers) is int and 1 <= self.n_readers <= 256):
+            raise PagerError(f"n_readers must lie between 1 and 256, not {self.n_readers!r}.")
+        if self.piece_bytes is not None and not (
+                type(self.piece_bytes) is int and 4096 <= self.piece_bytes <= 1 << 30 and self.piece_bytes % 4096 == 0):
+            raise PagerError(f"piece_bytes must be a multiple of 4096, at most 1 GiB, not {self.piece_bytes!r}.")
         object.__setattr__(self, "mirror", _mirror_paths(self.mirror))
 
 
@@ -174,7 +175,8 @@ class Pager:
         self._native: _native.Pager | None = None
         self._last_stats: Stats | None = None
         self._pid = os.getpid()
-        self._is_warmed = self._is_profile_kept = False
+        self._is_warmed = False
+        self._keeper: profile.Keeper | None = None
 
     @property
     def is_direct(self) -> bool:
@@ -237,6 +239,9 @@ class Pager:
                 errno=error.errno or 0, path=str(self.layout.paths[0]), offset_bytes=0,
             ) from None
         self.n_slots = tuple(n_slots)
+        if self.options.profile:
+            with contextlib.suppress(OSError):  # a file is gone that has just been opened: it would have no name
+                self._keeper = profile.Keeper(self.layout, self._count_choices)
 
     def wait_present(self) -> None:
         """Wait until all of the arena is resident; a thread sees to it since `open`. One caller at a time."""
@@ -253,12 +258,18 @@ class Pager:
             with contextlib.suppress(OSError):  # no memory for a list: the model works as well without
                 self.native().warm_up(profile.most_used(self.layout, known, self.n_slots))
 
+    def note_use(self) -> None:
+        """Take note that tokens were computed just now: what they chose will be added to the model's profile."""
+        if self._keeper is not None:
+            self._keeper.note_use()
+
     def keep_profile(self) -> None:
-        """Add what was chosen since `open` to the model's profile; once, at close or when the program ends."""
-        if self._native is None or not self.options.profile or self._is_profile_kept or os.getpid() != self._pid:
-            return
-        self._is_profile_kept = True
-        profile.write(self.layout, [self.times_chosen(i) for i in range(len(self.layout.layers))])
+        """Add to the model's profile what was chosen since it was last added; when the program ends."""
+        if self._keeper is not None and self._native is not None:
+            self._keeper.keep()
+
+    def _count_choices(self) -> list[list[int]]:
+        return [self.times_chosen(i) for i in range(len(self.layout.layers))]
 
     def native(self) -> _native.Pager:
         """Return the C side, for hooks.py.
@@ -355,6 +366,7 @@ class Pager:
             self._native = native
             if os.getpid() == self._pid:
                 self._last_stats = self.stats()
-                self.keep_profile()
+                if self._keeper is not None:
+                    self._keeper.close()
             self._native = None
             native.close()

@@ -331,6 +331,7 @@ def test_unknown_argument_is_refused_with_a_suggestion(zoo_model: Model, name: s
 @pytest.mark.parametrize("option", (
     {"policy": "best"}, {"policy": ""}, {"io": "fast"}, {"lock_dense": "yes"}, {"n_readers": 0}, {"n_readers": 257},
     {"n_readers": -1}, {"piece_bytes": 0}, {"piece_bytes": 4095}, {"piece_bytes": 5000}, {"piece_bytes": -4096},
+    {"piece_bytes": 1 << 31}, {"piece_bytes": 1 << 70}, {"piece_bytes": "4096"}, {"n_readers": 2.5}, {"n_readers": True},
 ), ids=str)
 def test_option_that_does_not_exist_is_refused(zoo_model: Model, option: dict[str, Any]) -> None:
     path, (name, value) = zoo_model("qwen3moe"), next(iter(option.items()))
