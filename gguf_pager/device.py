@@ -15,7 +15,7 @@ import psutil
 
 from gguf_pager import bandwidth, cache
 from gguf_pager.bandwidth import Findings, Io, Way
-from gguf_pager.errors import PagerError
+from gguf_pager.errors import PagerError, printable
 from gguf_pager.layout import Layout
 from gguf_pager.pager import DEFAULT_PIECE_BYTES, DEFAULT_READERS, Options
 
@@ -132,17 +132,17 @@ def meet(device: Device, layout: Layout) -> Findings | None:
     What cannot be remembered is not measured: it would be done for every model that is opened.
     """
     if not remember(device, None):
-        log.info("%s is not measured, because %s cannot be written: set GGUF_PAGER_CACHE", device.name,
-                 cache.cache_folder() or "the cache folder")
+        log.info("%s is not measured, because %s cannot be written: set GGUF_PAGER_CACHE", printable(device.name),
+                 printable(cache.cache_folder() or "the cache folder"))
         return None
     begun = time.monotonic()
     try:
         findings = bandwidth.measure(layout)
     except (PagerError, OSError) as error:
-        log.info("%s could not be measured: %s", device.name, error)
+        log.info("%s could not be measured: %s", printable(device.name), error)
         return None
     remember(device, findings)
-    log.info("%s, measured in %.1f s: %s", device.name, time.monotonic() - begun, findings)
+    log.info("%s, measured in %.1f s: %s", printable(device.name), time.monotonic() - begun, findings)
     return findings
 
 

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -389,6 +390,16 @@ def _read_value(base: ctypes.CDLL, gguf: int, index: int) -> Any:
     return _SCALARS[kind].from_address(base.gguf_get_val_data(gguf, index)).value
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that has come into the file's place must not make it wait
+
+
+def _check_kind(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        kind = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(status.st_mode), "a device")
+        raise LayoutError(f"{path} is {kind}, and a model is read at many places at once: put it into a file.")
+
+
 def read_header(path: Path) -> GgufHeader:
     """Read a GGUF file's header with ggml's own reader, so that both sides see the same file.
 
@@ -398,7 +409,9 @@ def read_header(path: Path) -> GgufHeader:
     """
     base = load().base
     try:
-        with open(path, "rb") as file:
+        _check_kind(path, os.stat(path))  # opening some devices does something
+        with open(path, "rb", opener=_open_at_once) as file:
+            _check_kind(path, os.fstat(file.fileno()))
             magic = file.read(4)
             file_bytes = os.fstat(file.fileno()).st_size
     except OSError as error:

@@ -83,6 +83,7 @@ class Layout:
     dense: tuple[Range, ...]
     idle_bytes: int
     n_vocab: int
+    n_blocks: int | None = None
     header_bytes: tuple[int, ...] = ()
 
     @property
@@ -149,6 +150,7 @@ def read_layout(path: str | Path, overrides: Mapping[str, Override] | None = Non
         dense=dense,
         idle_bytes=idle_bytes,
         n_vocab=_count_vocabulary(values, architecture),
+        n_blocks=counts.n_all,
         header_bytes=tuple(header.data_offset_bytes for header in headers),
     )
 
@@ -185,7 +187,7 @@ def _make_layers(found: Mapping[tuple[int, str], Sequence[Slice]], counts: Count
     layers = []
     for (block, kind), slices in sorted(found.items()):
         if block < counts.n_blocks:
-            n_experts, n_used = slices[0].ne[2], counts.n_used[block]
+            n_experts, n_used = slices[0].ne[2], counts.n_used[block] if counts.n_used else 1
             layers.append(Layer(block, kind, tuple(slices), n_experts, max(1, min(n_used, n_experts))))
     return tuple(layers)
 

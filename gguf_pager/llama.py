@@ -13,6 +13,7 @@ import llama_cpp
 from gguf_pager.budget import parse_budget
 from gguf_pager.errors import EngineError, PagerError
 from gguf_pager.hooks import hooks
+from gguf_pager.loading import can_take_tokens_back
 from gguf_pager.pager import Options, Pager
 from gguf_pager.sizing import Request
 
@@ -78,6 +79,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         try:
             with hooks.constructing(request):
                 super().__init__(model_path=model_path, **kwargs)
+            if kwargs.get("draft_model") is not None and not can_take_tokens_back(self._model.model):
+                raise EngineError("A draft model cannot be used with this model: tokens that were guessed wrongly have to be "
+                                  "taken back, and its recurrent state cannot. Leave out draft_model.")
         except BaseException:
             self.close()
             raise

@@ -13,6 +13,7 @@ from typing import Any
 from llama_cpp import llama_cpp as low
 
 from gguf_pager import _native, budget, device, engine, probe, residency
+from gguf_pager.errors import printable
 from gguf_pager.layout import Layout, read_layout
 from gguf_pager.metadata import Override
 from gguf_pager.mirror import find_mirrors
@@ -52,7 +53,7 @@ class Loader:
         reason = _reason_to_step_aside(layout, request)
         request.reason = reason
         if reason is not None:
-            log.info("%s runs as stock llama.cpp: %s", path, reason)
+            log.info("%s runs as stock llama.cpp: %s", printable(path), reason)
             return Opened(self._call("llama_model_load_from_file", path_model, params))
         mirrors = find_mirrors(layout, request.options.mirror, is_any_model=request.is_any_model)
         with self._measuring:  # who comes second finds remembered what the first has measured undisturbed
@@ -89,6 +90,11 @@ class Loader:
         finally:
             _native.lazy_load_end()
         return int(address) if address else None
+
+
+def can_take_tokens_back(model: Any) -> bool:
+    """Return whether a model can forget its last tokens: one with a recurrent state cannot, of that there is the last only."""
+    return not low.llama_model_is_recurrent(model) and not low.llama_model_is_hybrid(model)
 
 
 def _reason_to_step_aside(layout: Layout, request: Request) -> str | None:

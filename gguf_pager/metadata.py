@@ -40,9 +40,11 @@ Override = int | bool | float | str
 class Counts:
     """What a header says, and nothing contradicts: blocks that compute a token, experts of a block and those that a token uses.
 
-    `n_used` is per block of the file, those for multi-token prediction among them.
+    `n_all` are all blocks of the file, those for multi-token prediction among them; `n_used` is per block of these. None
+    where the header does not say.
     """
 
+    n_all: int | None
     n_blocks: int
     n_experts: int
     n_used: tuple[int, ...]
@@ -229,8 +231,9 @@ def check_counts(said: Said, architecture: str, tensors: Sequence[TensorInfo], e
         LayoutError: something contradicts something.
     """
     key = f"{architecture}.%s"
-    if key % "block_count" not in said.kinds and not expert_blocks:
-        return Counts(1 << 30, 0, ())  # an architecture of something else than llama.cpp, which will refuse it
+    if key % "block_count" not in said.kinds and not (
+            expert_blocks and any(name.startswith(f"{architecture}.") for name in said.kinds)):
+        return Counts(None, 1 << 30, 0, ())  # an architecture of something else than llama.cpp, which will refuse it
     n_all = said.number(key % "block_count")
     if not 1 <= n_all <= MOST_BLOCKS:
         raise said.refuse(f"it has {n_all} blocks ({key % 'block_count'}), but llama.cpp computes 1 to {MOST_BLOCKS}")
@@ -247,7 +250,7 @@ def check_counts(said: Said, architecture: str, tensors: Sequence[TensorInfo], e
     if n_experts and not max(used):
         raise said.refuse(f"it has {n_experts} experts, and a token uses none of them ({key % 'expert_used_count'})")
     _check_groups(said, key, n_experts)
-    counts = Counts(n_all - n_extra, n_experts, used)
+    counts = Counts(n_all, n_all - n_extra, n_experts, used)
     if expert_blocks:
         _check_blocks(said, key, tensors, n_all)
         _check_expert_blocks(said, key, counts, expert_blocks)

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from conftest import ARGUMENTS, Factory, Logits, evaluate, footprint_of, some_tokens, stated_minimum
 from llama_cpp import llama_cpp as low
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from test_install import decode, decode_status, low_level
 
 import gguf_pager
@@ -582,3 +584,56 @@ def test_stock_goes_on_beside_a_paged_model_that_failed(working: tuple[Path, lis
     llm.close()
     assert (evaluate(theirs, tokens) == expected).all()
     assert isinstance(theirs, llama_cpp.Llama)
+
+
+# ---- what is no file ----
+
+def as_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def as_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def as_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(path.parent):
+        made.bind(path.name)
+
+
+@pytest.mark.parametrize(("make", "what"), ((as_pipe, "a pipe"), (as_device, "a device"), (as_socket, "a socket")))
+def test_pipe_or_device_as_model_part_or_mirror_is_refused_at_once(
+    zoo_model: Model, tmp_path: Path, make: Callable[[Path], None], what: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    make(path)
+    whole = tmp_path / "whole.gguf"
+    shutil.copy(zoo_model("qwen3moe"), whole)
+    first = make_zoo.make_split(zoo_model("qwen3moe"), tmp_path, 3)
+    part = tmp_path / first.name.replace("00001-of", "00002-of")
+    part.unlink()
+    make(part)
+    with leaving_nothing(tmp_path):
+        with pytest.raises(LayoutError, match=f"model.gguf is {what}, .*: put it into a file"):
+            open_paged(path)
+        with pytest.raises(LayoutError, match=f"{part.name} is {what}"):
+            open_paged(first)
+        with pytest.raises(LayoutError, match=r"is no file|cannot be read|No such device"):
+            open_paged(whole, mirror=[path])
+
+
+# ---- drafts ----
+
+@pytest.mark.parametrize("arch", ("jamba", "qwen3next", "granitehybrid"))
+def test_draft_for_a_model_that_cannot_take_tokens_back_is_refused(zoo_model: Model, arch: str) -> None:
+    path = zoo_model(arch)
+    draft = LlamaPromptLookupDecoding(num_pred_tokens=4)
+    with leaving_nothing(path.parent), pytest.raises(EngineError, match=r"recurrent state cannot. Leave out draft_model\."):
+        open_paged(path, draft_model=draft)
+
+
+def test_draft_for_a_model_that_can_is_taken(zoo_model: Model, pair: Factory) -> None:
+    draft = LlamaPromptLookupDecoding(num_pred_tokens=4)
+    texts = [llm("the the the the", max_tokens=6, temperature=0)["choices"][0]["text"]
+             for llm in pair(zoo_model("qwen3moe"), "100%", draft_model=draft)]
+    assert texts[0] == texts[1]

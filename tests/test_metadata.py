@@ -66,6 +66,7 @@ CONTRADICTIONS: list[tuple[str, str, Any, str]] = [
     ("qwen3moe", "block_count", 2, "2 blocks .* tensors of block 2, counted from 0"),
     ("qwen3moe", "block_count", 4, "4 blocks .* no tensor of block 3"),
     ("qwen3moe", "block_count", 0, "0 blocks"),
+    ("qwen3moe", "embedding_length", None, "tokens have 0 values"),
     ("qwen3moe", "block_count", 2**31, "2147483648 blocks"),
     ("qwen3moe", "block_count", None, "0 blocks"),
     ("qwen3moe", "block_count", ("3", Kind.STRING), "of type string"),

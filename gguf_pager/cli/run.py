@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import logging
@@ -18,7 +19,7 @@ import click
 from gguf_pager import __version__, probe
 from gguf_pager.budget import format_bytes
 from gguf_pager.doctor import physical_cores
-from gguf_pager.errors import PagerError
+from gguf_pager.errors import PagerError, printable
 from gguf_pager.pager import Options, Stats
 from gguf_pager.report import generation as shown
 
@@ -71,7 +72,20 @@ def _check_n_predict(_: click.Context, __: click.Parameter, value: int) -> int:
     return value
 
 
-@click.command()
+class _Run(click.Command):
+    """Says what to do about a prompt that the shell has taken apart."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            if "unexpected extra argument" not in error.message:
+                raise
+            raise click.UsageError(f"{error.message} A prompt of several words is one argument: put it into straight "
+                                   'quotes, "like this".', ctx) from None
+
+
+@click.command(cls=_Run)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
 @click.option("-f", "--file", metavar="FILE", type=click.File("rb"),
@@ -129,7 +143,7 @@ def run(**given: Any) -> None:
         logging.getLogger("gguf_pager").setLevel(logging.INFO)
     seed = settings.seed if settings.seed >= 0 else random.randrange(1 << 32)
     begun = time.monotonic()
-    with progress.during(lambda: f"opening {settings.model.name}: "
+    with progress.during(lambda: f"opening {printable(settings.model.name)}: "
                                  f"{format_bytes(probe.process_memory().resident_bytes)} in memory"):
         llm = _open(settings, prompt)
     try:
@@ -152,7 +166,10 @@ def run(**given: Any) -> None:
 def _read_prompt(settings: _Settings) -> str:
     if (settings.prompt is None) == (settings.file is None):
         raise click.UsageError("Give the prompt, either with -p or with -f.")
-    raw = settings.file.read().removesuffix(b"\n") if settings.file else os.fsencode(settings.prompt or "")
+    try:
+        raw = settings.file.read().removesuffix(b"\n") if settings.file else os.fsencode(settings.prompt or "")
+    except OSError as error:
+        raise PagerError(f"The prompt cannot be read: {error.strerror}.") from None
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -172,8 +189,11 @@ def _context_size(settings: _Settings, prompt: str) -> int:
 def _open(settings: _Settings, prompt: str) -> Llama:
     from gguf_pager import Llama
 
-    if not settings.model.exists():
-        raise PagerError(f"{settings.model} does not exist.")
+    try:
+        settings.model.stat()
+    except OSError as error:
+        missing = "does not exist" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
+        raise PagerError(f"{settings.model} {missing}.") from None
     n_threads = settings.threads or physical_cores()
     try:
         return Llama(
@@ -182,6 +202,9 @@ def _open(settings: _Settings, prompt: str) -> Llama:
             n_ctx=_context_size(settings, prompt), n_batch=settings.batch_size, n_ubatch=settings.ubatch_size,
             n_threads=n_threads, n_threads_batch=n_threads, verbose=settings.verbose,
         )
+    except UnicodeEncodeError:
+        raise PagerError(f"{settings.model} has a name that is no UTF-8, which llama-cpp-python cannot open: rename it, or "
+                         "make a link to it.") from None
     except ValueError as error:  # what llama_cpp raises for a file or context that llama.cpp refuses
         hint = "" if settings.verbose else ". Run with --verbose to see llama.cpp's reason"
         raise PagerError(f"{error}{hint}.") from error

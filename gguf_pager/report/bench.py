@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gguf_pager.bench.cases import budget_label
+from gguf_pager.errors import printable
 from gguf_pager.report import number
 
 Row = Mapping[str, Any]
@@ -118,11 +119,11 @@ class Table(Printer):
 
 def _heading(row: Row) -> str:
     size = row["model_size"]
-    parts = [row["model_type"] or row["model_filename"]]
+    parts = [printable(row["model_type"] or row["model_filename"])]
     if size is not None:
         parts.append(f"{size / 1e9:.2f} GB, {row['model_n_params'] / 1e9:.2f} B parameters")
     bandwidth = row["device_bytes_per_s"]
-    parts += [f"{row['n_threads']} threads", f"tokens: {row['tokens']}", f"page cache: {row['cache']}",
+    parts += [f"{row['n_threads']} threads", f"tokens: {printable(row['tokens'])}", f"page cache: {row['cache']}",
               f"device {bandwidth / 1e9:.2f} GB/s at best" if bandwidth is not None else "device not measured",
               f"median of {row['n_rounds']}" + (" with its range" if row["n_rounds"] > 1 else "")]
     return "; ".join(parts)
@@ -157,7 +158,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes += [f"tokens: {row['tokens']} has fewer than needed and repeats" for row in rows if row["tokens_repeat"]]
     notes += [f"energy is {row['energy_status']}: {_short(row['energy_reason'] or row['energy_scope'])}" for row in rows
               if row["energy_status"] != "measured" and row["samples_ts"]]
-    return [f"- {note}" for note in dict.fromkeys(notes)] + ([""] if notes else [])
+    return [f"- {printable(note)}" for note in dict.fromkeys(notes)] + ([""] if notes else [])
 
 
 def _short(text: str) -> str:
@@ -218,9 +219,17 @@ class JsonLines(Printer):
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    """Return what fits into a table: as llama-bench does it without samples, and nested values as JSON."""
-    return {name: json.dumps(value) if isinstance(value, dict | list) else value for name, value in row.items()
-            if not name.startswith("samples_")}
+    """Return what fits into a table: as llama-bench does it without samples, and nested values as JSON.
+
+    It may be shown in a terminal; JSON alone can hold what would steer one.
+    """
+    return {name: _cell(value) for name, value in row.items() if not name.startswith("samples_")}
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, dict | list):
+        return json.dumps(value)
+    return printable(value) if isinstance(value, str) else value
 
 
 class Csv(Printer):
