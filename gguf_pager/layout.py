@@ -126,7 +126,7 @@ def read_layout(path: str | Path, overrides: Mapping[str, Override] | None = Non
     headers = [first, *(engine.read_header(other) for other in paths[1:])]
     metadata.check_parts(headers)
     for header in headers:
-        _check_complete(header)
+        metadata.check_tensors(header)
     said = Said(first.path, first.values, first.kinds, overrides or {})
     values = said.in_force()
     architecture = str(values["general.architecture"])
@@ -155,16 +155,6 @@ def read_layout(path: str | Path, overrides: Mapping[str, Override] | None = Non
     )
 
 
-def _check_complete(header: GgufHeader) -> None:
-    for tensor in header.tensors:
-        missing = tensor.offset_bytes + tensor.n_bytes - header.file_bytes
-        if missing > 0:
-            raise LayoutError(
-                f"{header.path} is truncated: tensor {tensor.name} ends {missing:,} bytes behind the end of the file. "
-                "Download it again."
-            )
-
-
 def _find_experts(headers: Sequence[GgufHeader]) -> dict[tuple[int, str], list[Slice]]:
     """Return the expert tensors of each block and kind, in the order of their roles."""
     found: dict[tuple[int, str], list[Slice]] = {}
@@ -172,6 +162,9 @@ def _find_experts(headers: Sequence[GgufHeader]) -> dict[tuple[int, str], list[S
         for tensor in header.tensors:
             match = _EXPERT_TENSOR.fullmatch(tensor.name)
             if match and tensor.ne[2] > 1:
+                if tensor.ne[3] != 1 or not tensor.n_bytes:
+                    raise LayoutError(f"{header.path} is damaged: {tensor.name} is {' x '.join(map(str, tensor.ne))}, and no "
+                                      "matrix for each expert.")
                 found.setdefault((int(match[1]), match[3]), []).append(_slice(tensor, file))
     for (block, _), slices in found.items():
         slices.sort(key=lambda piece: _ROLE_ORDER[_role(piece)])

@@ -54,6 +54,7 @@ class Counts:
 
 _OTHER_FILES = {
     "adapter": "an adapter (LoRA): open the model it was made for, and give this file as lora_path",
+    "controlvector": "a control vector: open the model it was made for",
     "imatrix": "an importance matrix, which llama-quantize reads: it holds no model",
     "mmproj": "a projector (mmproj), which turns images or sound into a model's input: open the model it belongs to",
     "vocab": "a vocabulary without a model: open the model's own file",
@@ -69,11 +70,13 @@ def check_file(header: GgufHeader) -> None:
     values = header.values
     architecture, said = values.get("general.architecture"), values.get("general.type")
     kind = {"adapter": "adapter", "imatrix": "imatrix", "mmproj": "mmproj", "projector": "mmproj"}.get(str(said))
-    if architecture == "clip" or any(key.startswith("clip.") for key in values):
+    if architecture == "clip" or architecture is None and any(key.startswith("clip.") for key in values):
         kind = "mmproj"
     elif kind is None and any(key.startswith("adapter.") for key in values):
         kind = "adapter"
-    elif kind is None and any(key.startswith("imatrix.") for key in values):
+    elif kind is None and architecture == "controlvector":
+        kind = "controlvector"
+    elif kind is None and architecture is None and any(key.startswith("imatrix.") for key in values):
         kind = "imatrix"
     elif kind is None and not header.tensors and "tokenizer.ggml.tokens" in values and "split.count" not in values:
         kind = "vocab"
@@ -319,6 +322,30 @@ def _check_routing(said: Said, key: str, architecture: str, n_experts: int) -> N
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------
+
+_MAPPED_ALIGN_BYTES = 32
+"""TENSOR_ALIGNMENT of ggml-impl.h: where a mapping's tensors begin elsewhere, ggml_backend_cpu_buffer_from_ptr ends the process."""
+
+
+def check_tensors(header: GgufHeader) -> None:
+    """Refuse a file that ends before its tensors do, and one whose tensors llama.cpp cannot map.
+
+    Names that occur twice, and tensors that lie over each other or in another order, ggml's reader does not let through.
+
+    Raises:
+        LayoutError: it is one.
+    """
+    for tensor in header.tensors:
+        missing = tensor.offset_bytes + tensor.n_bytes - header.file_bytes
+        if missing > 0:
+            raise LayoutError(
+                f"{header.path} is truncated: tensor {tensor.name} ends {missing:,} bytes behind the end of the file. "
+                "Download it again."
+            )
+    if header.tensors and header.data_offset_bytes % _MAPPED_ALIGN_BYTES:
+        raise LayoutError(f"{header.path} cannot be mapped: its tensors begin at byte {header.data_offset_bytes:,}, no multiple of "
+                          f"{_MAPPED_ALIGN_BYTES}. Have it made anew, with a general.alignment of 32.")
+
 
 def check_shapes(path: Path, block: int, shapes: Mapping[str, tuple[int, int, int]]) -> None:
     """Refuse matrices of one block's experts that cannot be multiplied one after the other; `shapes` by role.

@@ -14,6 +14,7 @@ from typing import Any
 import fuzz_metadata
 import gguf
 import make_zoo
+import numpy as np
 import pytest
 from conftest import ARGUMENTS, Factory, evaluate, some_tokens
 from fuzz_metadata import Change
@@ -195,6 +196,7 @@ def other_file(path: Path, architecture: str | None, keys: dict[str, Any], n_ten
     ("qwen3moe", {"adapter.type": "lora"}, 1, r"is an adapter"),
     (None, {"general.type": "imatrix", "imatrix.chunk_count": 3}, 1, "is an importance matrix, .* it holds no model"),
     (None, {"imatrix.chunk_count": 3}, 1, "is an importance matrix"),
+    ("controlvector", {"controlvector.model_hint": "qwen3moe"}, 1, "is a control vector"),
     (None, {"general.name": "nothing"}, 1, r"names no architecture \(general.architecture\)"),
     (None, {}, 0, r"names no architecture"),
     ("qwen3moe", {"general.name": "nothing"}, 0, "has a header but no tensors"),
@@ -276,6 +278,42 @@ def test_matrices_that_do_not_fit_together_are_refused(zoo_model: Model, tmp_pat
         path = rewrite(zoo_model("qwen3moe"), tmp_path / f"{change.__name__}.gguf", change)
         with pytest.raises(LayoutError, match=message):
             read_layout(path)
+
+
+@pytest.mark.parametrize("shape", ((10, 256, 0), (2, 5, 256, 256), (10, 0, 256)))
+def test_expert_tensor_that_is_no_matrix_per_expert_is_refused(zoo_model: Model, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    from test_errors import keep, rewrite
+
+    def change(writer: gguf.GGUFWriter, tensor: gguf.ReaderTensor) -> None:
+        if tensor.name == "blk.1.ffn_up_exps.weight":
+            writer.add_tensor(tensor.name, np.zeros(shape, np.float32))
+        else:
+            keep(writer, tensor)
+
+    path = rewrite(zoo_model("qwen3moe"), tmp_path / "model.gguf", change)
+    with pytest.raises(LayoutError, match=r"ffn_up_exps.weight is .* and no matrix for each expert|do not belong together"):
+        read_layout(path)
+
+
+@pytest.mark.parametrize("align", (8, 64, 4096))
+def test_tensors_lie_where_llama_cpp_can_map_them_or_the_file_is_refused(
+    zoo_model: Model, tmp_path: Path, pair: Factory, align: int
+) -> None:
+    """With stock, an alignment of 8 ends the process."""
+    source, path = zoo_model("qwen3moe"), tmp_path / "model.gguf"
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_custom_alignment(align)
+    make_zoo.copy_fields(reader, writer)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    make_zoo.finish(writer)
+    if align < 32:
+        with pytest.raises(LayoutError, match="cannot be mapped: its tensors begin at byte .*, no multiple of 32"):
+            read_layout(path)
+        return
+    ours, stock = pair(path, "100%", logits_all=True)
+    assert (evaluate(ours, some_tokens(6)) == evaluate(stock, some_tokens(6))).all()
 
 
 # ---- what a file holds is shown, and steers nothing ----

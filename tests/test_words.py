@@ -10,7 +10,7 @@ import pytest
 
 from gguf_pager import BudgetError, Options, PagerError
 from gguf_pager.budget import parse_budget
-from gguf_pager.cli.words import OPTIONS, as_options
+from gguf_pager.report.words import OPTIONS, as_options
 
 PACKAGE = Path(__file__).parent.parent / "gguf_pager"
 

@@ -8,8 +8,8 @@ import importlib.metadata
 import click
 
 from gguf_pager import __version__
-from gguf_pager.cli.words import as_options
 from gguf_pager.errors import PagerError
+from gguf_pager.report.words import as_options
 
 _COMMANDS = ("run", "bench", "inspect", "doctor", "energy")
 """In the order of the help. Each is a module of this package with a command of the same name."""

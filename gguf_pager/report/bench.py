@@ -12,6 +12,7 @@ from typing import Any
 from gguf_pager.bench.cases import budget_label
 from gguf_pager.errors import printable
 from gguf_pager.report import number
+from gguf_pager.report.words import as_options
 
 Row = Mapping[str, Any]
 
@@ -147,7 +148,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     """Return what must be said beside the numbers, each thing once."""
-    notes = [f"{_full_name(row)}, {test_name(row)}: {row['status']}: {row['status_reason']}"
+    notes = [f"{_full_name(row)}, {test_name(row)}: {row['status']}: {as_options(row['status_reason'] or '')}"
              for row in rows if row["status"] != "ok"]
     notes += [f"cap: none, {row['cap_reason']}" for row in rows
               if row["cap"] == "none" and row["cap_reason"] and row["mode"] != "resident"]
