@@ -104,9 +104,9 @@ def write_json(name: str, value: Any) -> bool:
 
 @contextlib.contextmanager
 def locked(patience_s: float) -> Iterator[bool]:
-    """Keep out, meanwhile, other processes that ask the same way; yield whether that was possible in this time.
+    """Keep out, meanwhile, other processes that ask the same way; yield False where one of them held on for all this time.
 
-    It is not where another process stands still while it holds the lock, nor on file systems without locks.
+    Where there is no lock to be had, as on some remote file systems, nobody is kept out: the last writer counts.
     """
     folder = cache_folder()
     fd = None
@@ -116,7 +116,7 @@ def locked(patience_s: float) -> Iterator[bool]:
                 folder.mkdir(parents=True, exist_ok=True)
                 fd = os.open(folder / _LOCK_NAME,
                              os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, 0o600)
-        yield fd is not None and _lock(fd, time.monotonic() + patience_s)
+        yield fd is None or _lock(fd, time.monotonic() + patience_s)
     finally:
         if fd is not None:
             os.close(fd)
@@ -132,4 +132,4 @@ def _lock(fd: int, until: float) -> bool:
                 return False
             time.sleep(_LOCK_STEP_S)
         except OSError:
-            return False
+            return True

@@ -155,6 +155,30 @@ def read_layout(path: str | Path, overrides: Mapping[str, Override] | None = Non
     )
 
 
+def explain_refusal(layout: Layout) -> LayoutError | None:
+    """Return why llama.cpp has probably refused a model: what only some architectures ask for, and is not so here."""
+    blocks = {layer.block for layer in layout.layers}
+    for layer in layout.layers:
+        if layer.kind == "exps":
+            down = next(piece for piece in layer.slices if _role(piece) == "down")
+            key = f"{layout.architecture}.expert_feed_forward_length"
+            said = layout.values.get(key)
+            width = said[layer.block] if isinstance(said, list) and layer.block < len(said) else said
+            if type(width) is int and width not in (0, down.ne[0]):
+                return _contradiction(layout, f"the experts of block {layer.block} are to be {width} wide ({key}), and their "
+                                              f"tensors are {down.ne[0]} wide")
+    n_dense = layout.values.get(f"{layout.architecture}.leading_dense_block_count")
+    if blocks and type(n_dense) is int and n_dense != min(blocks):
+        return _contradiction(layout, f"its first {n_dense} blocks are to be without experts ({layout.architecture}."
+                                      f"leading_dense_block_count), but the first with experts is block {min(blocks)}, "
+                                      "counted from 0")
+    return None
+
+
+def _contradiction(layout: Layout, why: str) -> LayoutError:
+    return LayoutError(f"{layout.paths[0]} contradicts itself: {why}. Download it again, or ask who made it.")
+
+
 def _find_experts(headers: Sequence[GgufHeader]) -> dict[tuple[int, str], list[Slice]]:
     """Return the expert tensors of each block and kind, in the order of their roles."""
     found: dict[tuple[int, str], list[Slice]] = {}

@@ -14,7 +14,7 @@ from llama_cpp import llama_cpp as low
 
 from gguf_pager import _native, budget, device, engine, probe, residency
 from gguf_pager.errors import printable
-from gguf_pager.layout import Layout, read_layout
+from gguf_pager.layout import Layout, explain_refusal, read_layout
 from gguf_pager.metadata import Override
 from gguf_pager.mirror import find_mirrors
 from gguf_pager.pager import Pager
@@ -66,6 +66,9 @@ class Loader:
         params.load_mode = low.LLAMA_LOAD_MODE_MMAP  # LoRA and use_mlock would read or lock the whole file
         address = self._load_unread(path_model, params, layout)
         if not address:
+            contradiction = explain_refusal(layout)
+            if contradiction is not None:
+                raise contradiction
             return Opened(None)
         try:
             # A budget that cannot be kept is refused by llama_init_from_model, which knows all of what is needed.

@@ -47,7 +47,8 @@ class Options:
             (`gguf_pager.mirror`), not every byte. A mirror that cannot be read, or changes, makes decoding fail as the
             model itself does.
         profile: keep, from one process to the next, how often each expert of this model was chosen (in the cache folder,
-            numbers and nothing else), and read the most used ones while nobody waits for reads.
+            numbers and nothing else), and read the most used ones while nobody waits for reads. It is written every
+            minute, ten seconds after the last token, and when the model is closed.
     """
 
     policy: str = "lfru"

@@ -140,6 +140,32 @@ def test_overrides_end_no_process_and_give_no_wrong_token() -> None:
     assert seen["refused by gguf_pager"] > 5 and seen["equal to stock"] > 5, seen
 
 
+@pytest.mark.parametrize(("arch", "key", "value", "message"), (
+    ("qwen3moe", "expert_feed_forward_length", 288, r"block 0 are to be 288 wide \(qwen3moe.expert_feed_forward_length\), and"),
+    ("nemotron_h_moe", "expert_feed_forward_length", many([0, 0, 96, 96]), "block 3 are to be 96 wide .* tensors are 160 wide"),
+    ("deepseek2", "leading_dense_block_count", 2, "first 2 blocks are to be without experts .* block 1, counted from 0"),
+    ("glm4moe", "leading_dense_block_count", 0, "first 0 blocks are to be without experts"),
+))
+def test_what_only_llama_cpp_can_tell_is_explained_when_it_refuses(
+    zoo_model: Model, tmp_path: Path, arch: str, key: str, value: Any, message: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    fuzz_metadata.write(zoo_model(arch), path, [change_of(arch, key, value)])
+    read_layout(path)
+    with leaving_nothing(tmp_path), pytest.raises(LayoutError, match=message):
+        gguf_pager.Llama(str(path), budget="min", **ARGUMENTS)
+
+
+@pytest.mark.parametrize(("arch", "key"), (("olmoe", "expert_feed_forward_length"), ("qwen3moe", "leading_dense_block_count")))
+def test_key_that_an_architecture_ignores_may_say_anything(
+    zoo_model: Model, tmp_path: Path, pair: Factory, arch: str, key: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    fuzz_metadata.write(zoo_model(arch), path, [change_of(arch, key, 7)])
+    ours, stock = pair(path, "100%", logits_all=True)
+    assert (evaluate(ours, some_tokens(6)) == evaluate(stock, some_tokens(6))).all()
+
+
 # ---- kv_overrides ----
 
 @pytest.mark.parametrize(("key", "value", "message"), (
