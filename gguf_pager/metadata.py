@@ -19,6 +19,12 @@ from gguf_pager.errors import LayoutError
 MOST_BLOCKS, MOST_EXPERTS = 512, 1024
 """LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS of llama-hparams.h: more end the process."""
 
+MOST_WIDE = 1 << 16
+"""Values of a head, and heads: no model has nearly as many. With some such numbers llama.cpp computes for minutes."""
+
+_WIDTHS = ("attention.key_length", "attention.value_length", "attention.head_count", "rope.dimension_count")
+"""How the names of keys begin that say so, of all layers or of some."""
+
 _GATING_FUNCTIONS = (0, 1, 2, 3, 4)
 """llama_expert_gating_func_type of llama-hparams.h; 0 lets an architecture take its own."""
 
@@ -258,6 +264,7 @@ def check_counts(said: Said, architecture: str, tensors: Sequence[TensorInfo], e
         _check_blocks(said, key, tensors, n_all)
         _check_expert_blocks(said, key, counts, expert_blocks)
         _check_routing(said, key, architecture, n_experts)
+        _check_widths(said, key)
     return counts
 
 
@@ -319,6 +326,13 @@ def _check_routing(said: Said, key: str, architecture: str, n_experts: int) -> N
         if not n_together or n_experts % n_together:
             raise said.refuse(f"its {n_experts} experts do not divide into groups of {n_together} "
                               f"({key % 'experts_per_group'})")
+
+
+def _check_widths(said: Said, key: str) -> None:
+    beginnings = tuple(key % width for width in _WIDTHS)
+    for name, value in said.in_force().items():
+        if name.startswith(beginnings) and type(value) is int and value > MOST_WIDE:
+            raise said.refuse(f"{name} is {value}, and {MOST_WIDE} would be too much for any model")
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------

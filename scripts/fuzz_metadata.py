@@ -97,9 +97,9 @@ def some_change(rng: random.Random, keys: list[str], fields: dict[str, gguf.Read
     return Change(key, [some_value(rng, item, now) for _ in range(length)], GGUFValueType.ARRAY, item)
 
 
-def write(source: Path, path: Path, changes: list[Change]) -> None:
+def write(source: Path | gguf.GGUFReader, path: Path, changes: list[Change]) -> None:
     """Write a model again with these changes."""
-    reader = gguf.GGUFReader(source)
+    reader = gguf.GGUFReader(source) if isinstance(source, Path) else source
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     new = {change.key: change for change in changes}
     for field in reader.fields.values():
@@ -179,13 +179,15 @@ def fuzz(rounds: int, seed: int, archs: list[str], *, is_all: bool = False, with
     """Do so many rounds, print each fault, and return how often each outcome came."""
     rng = random.Random(seed)
     seen: Counter[str] = Counter()
+    readers: dict[str, gguf.GGUFReader] = {}
     with tempfile.TemporaryDirectory(prefix="gguf_pager-fuzz-") as folder:
         for at in range(rounds):
             arch = rng.choice(archs)
             source = Path(folder, f"{arch}.gguf")
             if not source.exists():
-                make_zoo.make(arch, source, file_type="f32" if arch == "olmoe" else "")
-            fields = gguf.GGUFReader(source).fields
+                make_zoo.make(arch, source)
+                readers[arch] = gguf.GGUFReader(source)
+            fields = readers[arch].fields
             keys = [f"{arch}.{key}" for key in COUNTS] + ["split.count", "split.no"]
             if is_all:
                 keys = [name for name in fields if name.startswith(f"{arch}.")]
@@ -199,7 +201,7 @@ def fuzz(rounds: int, seed: int, archs: list[str], *, is_all: bool = False, with
             else:
                 changes = [some_change(rng, keys, fields) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
                 what = changes
-                write(source, path, changes)
+                write(readers[arch], path, changes)
                 found = outcome(path)
                 path.unlink()
             seen[found] += 1

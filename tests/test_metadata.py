@@ -76,6 +76,8 @@ CONTRADICTIONS: list[tuple[str, str, Any, str]] = [
     ("glm4moe", "nextn_predict_layers", 2**32 - 1, "4294967295 of its 4 blocks"),
     ("glm4moe", "nextn_predict_layers", (-1, I32), "of type i32"),
     ("qwen3moe", "embedding_length", 128, "tokens have 128 values .* 256 in token_embd.weight"),
+    ("qwen3moe", "rope.dimension_count", 2**32 - 2, "rope.dimension_count is 4294967294, and 65536 would be too much"),
+    ("gemma4", "rope.dimension_count_swa", 2**31, "would be too much"),
     ("grovemoe", "experts_per_group", 0, "do not divide into groups of 0"),
     ("grovemoe", "experts_per_group", 3, "do not divide into groups of 3"),
     ("ernie4_5-moe", "interleave_moe_layer_step", 0, "every 0th block"),
@@ -130,13 +132,13 @@ def fuzzed(rounds: int, seed: int, archs: tuple[str, ...], *, overrides: bool = 
 
 
 def test_changed_headers_end_no_process_and_give_no_wrong_token() -> None:
-    """A hundred of them; `python scripts/fuzz_metadata.py` tries as many as one likes."""
-    seen = fuzzed(100, 5, ("qwen3moe", "deepseek2", "grovemoe", "llama4", "glm4moe", "nemotron_h_moe", "ernie4_5-moe"))
-    assert seen["refused by gguf_pager"] > 20 and seen["equal to stock"] > 20, seen
+    """Sixty of them; `python scripts/fuzz_metadata.py` tries as many as one likes."""
+    seen = fuzzed(60, 5, ("qwen3moe", "deepseek2", "grovemoe", "llama4", "glm4moe", "nemotron_h_moe", "ernie4_5-moe"))
+    assert seen["refused by gguf_pager"] > 15 and seen["equal to stock"] > 10, seen
 
 
 def test_overrides_end_no_process_and_give_no_wrong_token() -> None:
-    seen = fuzzed(40, 6, ("qwen3moe", "deepseek2", "grovemoe", "glm4moe"), overrides=True)
+    seen = fuzzed(25, 6, ("qwen3moe", "deepseek2", "grovemoe", "glm4moe"), overrides=True)
     assert seen["refused by gguf_pager"] > 5 and seen["equal to stock"] > 5, seen
 
 
