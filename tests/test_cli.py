@@ -450,6 +450,23 @@ def test_prompt_that_cannot_be_read_is_an_error_of_one_line(models: Path, prompt
     assert message in said("run", models / "tiny.gguf", *prompt)
 
 
+@pytest.mark.parametrize(("arguments", "message"), (
+    (("-c", "1000000000000"), "1000000000000 is not in the range"), (("-t", "1000000000"), "is not in the range 1<=x<=512"),
+    (("-b", "1000000000000"), "is not in the range"), (("-ub", "1000000000000"), "is not in the range"),
+    (("-b", "2000000000"), "no memory for a context of that size|Failed to create"),
+))
+def test_numbers_beyond_llama_cpps_are_refused(models: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = call("run", models / "tiny.gguf", "-p", "x", "--budget", "50%", *arguments)
+    assert done.returncode in (1, 2) and b"Traceback" not in done.stderr
+    assert re.search(message, " ".join(done.stderr.decode().split()))
+
+
+def test_prompt_from_a_stdin_that_is_closed_is_an_error_of_one_line(models: Path) -> None:
+    command = f'"{sys.executable}" -m gguf_pager run "{models / "tiny.gguf"}" -f - <&-'
+    done = subprocess.run(command, shell=True, check=False, capture_output=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr == b"Error: The prompt is to come from stdin, but that is closed.\n"
+
+
 def test_empty_prompt_begins_a_text_or_is_refused_in_a_sentence(models: Path) -> None:
     """A model that begins every text with a token of its own needs no other."""
     done = call("run", models / "mixed.gguf", "-p", "", "-n", "3", "--budget", "50%", "-t", "1")

@@ -32,6 +32,12 @@ DEFAULT_CTX = 4096
 CTX_STEP = 256
 """llama.cpp rounds a context up to this, llama_cpp goes on with the number it was given: so they are kept equal."""
 
+MOST_TOKENS = 2**31 - CTX_STEP
+"""llama.cpp counts in 32 bits: more would be taken for a small number."""
+
+MOST_THREADS = 512
+"""GGML_MAX_N_THREADS of ggml.h."""
+
 _SPECIAL_TOKENS = 16
 """Room for tokens that stand for no byte of the prompt, such as the begin token."""
 
@@ -78,6 +84,10 @@ class _Run(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
+        except RuntimeError as error:  # what click makes of '-' where the shell has closed stdin
+            if sys.stdin is not None:
+                raise
+            raise PagerError("The prompt is to come from stdin, but that is closed.") from error
         except click.UsageError as error:
             if "unexpected extra argument" not in error.message:
                 raise
@@ -92,14 +102,14 @@ class _Run(click.Command):
               help="Read the prompt from a file, '-' for stdin; one newline at its end is dropped.")
 @click.option("-n", "--n-predict", metavar="N", type=int, default=128, show_default=True, callback=_check_n_predict,
               help="Tokens to generate; -1 for as many as the context holds.")
-@click.option("-c", "--ctx-size", metavar="N", type=click.IntRange(min=0),
+@click.option("-c", "--ctx-size", metavar="N", type=click.IntRange(0, MOST_TOKENS),
               help=f"Context in tokens, in steps of {CTX_STEP}; 0 takes the model's own. "
                    f"[default: what the prompt and -n need, at most {DEFAULT_CTX}]")
-@click.option("-t", "--threads", metavar="N", type=click.IntRange(min=1),
+@click.option("-t", "--threads", metavar="N", type=click.IntRange(1, MOST_THREADS),
               help="Threads that compute. [default: physical cores]")
-@click.option("-b", "--batch-size", metavar="N", type=click.IntRange(min=1), default=512, show_default=True,
+@click.option("-b", "--batch-size", metavar="N", type=click.IntRange(1, MOST_TOKENS), default=512, show_default=True,
               help="Prompt tokens per call of llama.cpp.")
-@click.option("-ub", "--ubatch-size", metavar="N", type=click.IntRange(min=1), default=512, show_default=True,
+@click.option("-ub", "--ubatch-size", metavar="N", type=click.IntRange(1, MOST_TOKENS), default=512, show_default=True,
               help="Prompt tokens computed at once; less where the budget has no room.")
 @click.option("--temp", metavar="X", type=float, default=0.8, show_default=True,
               help="Temperature; 0 takes the likeliest token.")
@@ -202,6 +212,8 @@ def _open(settings: _Settings, prompt: str) -> Llama:
             n_ctx=_context_size(settings, prompt), n_batch=settings.batch_size, n_ubatch=settings.ubatch_size,
             n_threads=n_threads, n_threads_batch=n_threads, verbose=settings.verbose,
         )
+    except MemoryError:
+        raise PagerError("There is no memory for a context of that size: give a smaller -c or -b.") from None
     except UnicodeEncodeError:
         raise PagerError(f"{settings.model} has a name that is no UTF-8, which llama-cpp-python cannot open: rename it, or "
                          "make a link to it.") from None
