@@ -58,7 +58,7 @@ no longer (benchmarks/LOG.md, 2026-11-26)."""
 _PIECES = (128 << 10, DEFAULT_PIECE_BYTES, 1 << 20)
 """Sizes of which the others are tried, with as many bytes in flight."""
 
-_MOST_READERS = 32
+MOST_READERS, MOST_PIECE_BYTES = 32, max(_PIECES)
 
 
 def ladder(io: Io, *, in_background: bool = False) -> list[Way]:
@@ -72,7 +72,7 @@ def other_pieces(way: Way) -> list[Way]:
     """Return ways with as much in flight, in pieces of other sizes."""
     ways = [Way(way.io, way.in_flight_bytes // piece_bytes, piece_bytes) for piece_bytes in _PIECES
             if piece_bytes != way.piece_bytes]
-    return [other for other in ways if 1 <= other.n_readers <= _MOST_READERS]
+    return [other for other in ways if 1 <= other.n_readers <= MOST_READERS]
 
 
 def least_in_flight(rates: Mapping[Way, float]) -> Way:

@@ -15,7 +15,7 @@ import psutil
 
 from gguf_pager import bandwidth, cache
 from gguf_pager.bandwidth import Findings, Io, Way
-from gguf_pager.errors import PagerError
+from gguf_pager.errors import PagerError, printable
 from gguf_pager.layout import Layout
 from gguf_pager.pager import DEFAULT_PIECE_BYTES, DEFAULT_READERS, Options
 
@@ -105,8 +105,11 @@ def _recall_way(io: Io, value: Any) -> tuple[Way, float] | None:
     if value is None:
         return None
     way, rate = Way(io, value["n_readers"], value["piece_bytes"]), value["bytes_per_s"]
-    if not all(type(number) is int for number in (way.n_readers, way.piece_bytes)) or not 0 < float(rate) < 1e15:
+    if not all(type(number) is int for number in (way.n_readers, way.piece_bytes)) or (
+            type(rate) not in (int, float) or not 0 < rate < 1e15):
         raise ValueError
+    if way.n_readers > bandwidth.MOST_READERS or way.piece_bytes > bandwidth.MOST_PIECE_BYTES:
+        raise ValueError  # no measurement of ours finds that
     Options(n_readers=way.n_readers, piece_bytes=way.piece_bytes)  # raises if they would not do
     return way, float(rate)
 
@@ -129,17 +132,17 @@ def meet(device: Device, layout: Layout) -> Findings | None:
     What cannot be remembered is not measured: it would be done for every model that is opened.
     """
     if not remember(device, None):
-        log.info("%s is not measured, because %s cannot be written: set GGUF_PAGER_CACHE", device.name,
-                 cache.cache_folder() or "the cache folder")
+        log.info("%s is not measured, because %s cannot be written: set GGUF_PAGER_CACHE", printable(device.name),
+                 printable(cache.cache_folder() or "the cache folder"))
         return None
     begun = time.monotonic()
     try:
         findings = bandwidth.measure(layout)
     except (PagerError, OSError) as error:
-        log.info("%s could not be measured: %s", device.name, error)
+        log.info("%s could not be measured: %s", printable(device.name), error)
         return None
     remember(device, findings)
-    log.info("%s, measured in %.1f s: %s", device.name, time.monotonic() - begun, findings)
+    log.info("%s, measured in %.1f s: %s", printable(device.name), time.monotonic() - begun, findings)
     return findings
 
 

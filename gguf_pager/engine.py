@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,13 +76,16 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a GGUF file says of itself. `values` holds scalars, strings and the lengths of string arrays."""
+    """What a GGUF file says of itself. `values` holds scalars, strings, arrays of numbers, and of other arrays the lengths;
+    `kinds` how each is stored: "u32", "string", "array of i32".
+    """
 
     path: Path
     file_bytes: int
     data_offset_bytes: int
     values: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
+    kinds: dict[str, str]
 
 
 def _library(folder: Path, name: str) -> Path:
@@ -383,7 +387,14 @@ _SCALARS: dict[int, Any] = {
     6: ctypes.c_float, 7: ctypes.c_bool, 10: ctypes.c_uint64, 11: ctypes.c_int64, 12: ctypes.c_double,
 }
 _STRING, _ARRAY = 8, 9
+_KINDS = {0: "u8", 1: "i8", 2: "u16", 3: "i16", 4: "u32", 5: "i32", 6: "f32", 7: "bool", _STRING: "string", 10: "u64",
+          11: "i64", 12: "f64"}
 """Numbers of the value types in a GGUF file, from its specification (ggml/docs/gguf.md)."""
+
+
+def _read_kind(base: ctypes.CDLL, gguf: int, index: int) -> str:
+    kind = base.gguf_get_kv_type(gguf, index)
+    return f"array of {_KINDS[base.gguf_get_arr_type(gguf, index)]}" if kind == _ARRAY else _KINDS[kind]
 
 
 def _read_value(base: ctypes.CDLL, gguf: int, index: int) -> Any:
@@ -398,6 +409,16 @@ def _read_value(base: ctypes.CDLL, gguf: int, index: int) -> Any:
     return _SCALARS[kind].from_address(base.gguf_get_val_data(gguf, index)).value
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that has come into the file's place must not make it wait
+
+
+def _check_kind(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        kind = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(status.st_mode), "a device")
+        raise LayoutError(f"{path} is {kind}, and a model is read at many places at once: put it into a file.")
+
+
 def read_header(path: Path) -> GgufHeader:
     """Read a GGUF file's header with ggml's own reader, so that both sides see the same file.
 
@@ -407,7 +428,9 @@ def read_header(path: Path) -> GgufHeader:
     """
     base = load().base
     try:
-        with open(path, "rb") as file:
+        _check_kind(path, os.stat(path))  # opening some devices does something
+        with open(path, "rb", opener=_open_at_once) as file:
+            _check_kind(path, os.fstat(file.fileno()))
             magic = file.read(4)
             file_bytes = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -418,10 +441,9 @@ def read_header(path: Path) -> GgufHeader:
     if not gguf:
         raise LayoutError(f"{path} is not a complete GGUF file: ggml cannot read its header. Download it again.")
     try:
-        values = {
-            base.gguf_get_key(gguf, i).decode("utf-8", "replace"): _read_value(base, gguf, i)
-            for i in range(base.gguf_get_n_kv(gguf))
-        }
+        keys = [base.gguf_get_key(gguf, i).decode("utf-8", "replace") for i in range(base.gguf_get_n_kv(gguf))]
+        values = {key: _read_value(base, gguf, i) for i, key in enumerate(keys)}
+        kinds = {key: _read_kind(base, gguf, i) for i, key in enumerate(keys)}
         data_offset = base.gguf_get_data_offset(gguf)
         tensors = []
         for i in range(base.gguf_get_n_tensors(gguf)):
@@ -439,4 +461,4 @@ def read_header(path: Path) -> GgufHeader:
             )
     finally:
         base.gguf_free(gguf)
-    return GgufHeader(path, file_bytes, data_offset, values, tuple(tensors))
+    return GgufHeader(path, file_bytes, data_offset, values, tuple(tensors), kinds)

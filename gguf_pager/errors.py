@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import unicodedata
+
+_UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode's categories of what steers a terminal or a line instead of being seen: control characters, marks of direction,
+bytes that were no UTF-8, separators of lines."""
+
+_JOINERS = "\u200c\u200d"
+"""Of category Cf, too, but part of the spelling of many languages and of emoji."""
+
+
+def printable(text: object) -> str:
+    """Return a text that came from a file, or a file's name, as it can be shown: what would steer the terminal is replaced."""
+    return "".join("\ufffd" if unicodedata.category(letter) in _UNPRINTABLE and letter not in _JOINERS else letter
+                   for letter in str(text))
+
 
 class PagerError(Exception):
-    """Any failure of gguf_pager; its message says what to do."""
+    """Any failure of gguf_pager; its message says what to do, and can be shown as it is."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class LayoutError(PagerError):

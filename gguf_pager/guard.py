@@ -16,6 +16,7 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp as low
 
 from gguf_pager.errors import EngineError
+from gguf_pager.loading import can_take_tokens_back
 from gguf_pager.turns import Doubt, Stream, Turn
 
 Method = Callable[..., Any]
@@ -31,6 +32,13 @@ def check_open(llm: Any) -> None:
     """Raise EngineError if this Llama was closed: stock methods reach for freed memory then."""
     if llm.__dict__.get("_is_closed"):
         raise EngineError("This Llama is closed: make a new one.")
+
+
+def check_draft(llm: Any) -> None:
+    """Raise EngineError if a Llama has a draft model that it cannot use; stock would answer llama_decode returned -1."""
+    if getattr(llm, "draft_model", None) is not None and not can_take_tokens_back(llm._model.model):
+        raise EngineError("A draft model cannot be used with this model: tokens that were guessed wrongly have to be "
+                          "taken back, and its recurrent state cannot. Leave out draft_model.")
 
 
 def while_open(method: Method) -> Method:

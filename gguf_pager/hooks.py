@@ -494,6 +494,7 @@ class _Hooks:
         compute = partial(self._call, name, ctx, *args)
         result = int(adaptation.compute(compute) if adaptation else compute())
         entry.tap.idle()
+        pager.note_use()
         failure = entry.tap.take_failure() or residency.find_change(pager.paths, identities)
         if failure is not None:
             raise pager.failure_error(failure)
@@ -551,7 +552,12 @@ class _Hooks:
                 return init(llm, *args, **kwargs)
             llm._stack = ExitStack()  # stock's destructor closes it, also where this is as far as it comes
             request = take_request(kwargs, self.installed[-1])
-            return self.construct(request, init, llm, *args, **kwargs)
+            self.construct(request, init, llm, *args, **kwargs)
+            try:
+                guard.check_draft(llm)
+            except EngineError:
+                llm.close()
+                raise
 
         return construct
 

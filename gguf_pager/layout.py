@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf_pager import engine
+from gguf_pager import engine, metadata
 from gguf_pager.engine import GgufHeader, TensorInfo
-from gguf_pager.errors import LayoutError
+from gguf_pager.errors import LayoutError, printable
+from gguf_pager.metadata import Counts, Override, Said
 
 MAX_SLICES = 4
 """GP_MAX_SLICES in native/gguf_pager.h."""
@@ -99,6 +100,7 @@ class Layout:
     dense: tuple[Range, ...]
     idle_bytes: int
     n_vocab: int
+    n_blocks: int | None = None
     header_bytes: tuple[int, ...] = ()
     tables: tuple[Table, ...] = ()
 
@@ -127,110 +129,114 @@ class Layout:
         return self.shapes.index(layer.shape)
 
 
-def split_paths(first: Path, n_files: int) -> list[Path]:
-    """Return the files of a split model from the first one's name, as llama.cpp forms them.
-
-    Raises:
-        LayoutError: the name is not that of a first file.
-    """
-    suffix = f"-00001-of-{n_files:05d}.gguf"
-    if not first.name.endswith(suffix):
-        raise LayoutError(f"{first} is part of a split model: open the file that ends with {suffix}.")
-    stem = first.name[: -len(suffix)]
-    return [first.with_name(f"{stem}-{i + 1:05d}-of-{n_files:05d}.gguf") for i in range(n_files)]
-
-
-def read_layout(path: str | Path) -> Layout:
+def read_layout(path: str | Path, overrides: Mapping[str, Override] | None = None) -> Layout:
     """Read where a model's experts lie. All files of a split model are read; open the first.
 
-    A model without experts has no `layers`.
+    A model without experts has no `layers`. `overrides` are what the caller sets over the metadata (llama.cpp's kv_overrides).
 
     Raises:
-        LayoutError: not a GGUF model, damaged, truncated, or with experts that cannot be multiplied.
+        LayoutError: not a GGUF model, damaged, truncated, contradicting itself, or with experts that cannot be multiplied.
         EngineError: llama-cpp-python is not usable.
     """
     first = engine.read_header(Path(path))
-    n_files = int(first.values.get("split.count", 1) or 1)
-    paths = [first.path] if n_files == 1 else split_paths(first.path, n_files)
+    metadata.check_file(first)
+    paths = metadata.find_parts(first)
     headers = [first, *(engine.read_header(other) for other in paths[1:])]
+    metadata.check_parts(headers)
     for header in headers:
-        _check_complete(header)
-    architecture = str(first.values.get("general.architecture", ""))
-    if not architecture or not any(header.tensors for header in headers):
+        metadata.check_tensors(header)
+    said = Said(first.path, first.values, first.kinds, overrides or {})
+    values = said.in_force()
+    architecture = str(values["general.architecture"])
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    if not tensors:
         raise LayoutError(f"{path} holds no model weights: it has a header but no tensors.")
-    layers = _find_layers(headers, architecture)
+    found = _find_experts(headers)
+    counts = metadata.check_counts(said, architecture, tensors, {
+        block: slices[0].ne[2] for (block, kind), slices in found.items() if kind == "exps"})
+    layers = _make_layers(found, counts)
     _check_types(layers)
     expert_names = {piece.name for layer in layers for piece in layer.slices}
-    dense, idle_bytes = _find_dense(headers, expert_names, _n_blocks(first, architecture))
+    dense, idle_bytes = _find_dense(headers, expert_names, counts.n_blocks)
     return Layout(
         paths=tuple(paths),
         architecture=architecture,
-        name=str(first.values.get("general.name", Path(path).stem)),
-        values=first.values,
+        name=printable(values.get("general.name") or Path(path).stem),
+        values=values,
         layers=layers,
         shapes=tuple(dict.fromkeys(layer.shape for layer in layers)),
         dense=dense,
         idle_bytes=idle_bytes,
-        n_vocab=_count_vocabulary(first, architecture),
+        n_vocab=_count_vocabulary(values, architecture),
+        n_blocks=counts.n_all,
         header_bytes=tuple(header.data_offset_bytes for header in headers),
         tables=_find_tables(headers, architecture),
     )
 
 
-def override_n_used(layout: Layout, n_used: int) -> Layout:
-    """Return a layout whose layers use `n_used` experts per token, instead of what the file says."""
-    layers = tuple(replace(layer, n_used=max(1, min(n_used, layer.n_experts))) for layer in layout.layers)
-    return replace(layout, layers=layers)
+def explain_refusal(layout: Layout) -> LayoutError | None:
+    """Return why llama.cpp has probably refused a model: what only some architectures ask for, and is not so here."""
+    blocks = {layer.block for layer in layout.layers}
+    for layer in layout.layers:
+        if layer.kind == "exps":
+            down = next(piece for piece in layer.slices if _role(piece) == "down")
+            key = f"{layout.architecture}.expert_feed_forward_length"
+            said = layout.values.get(key)
+            width = said[layer.block] if isinstance(said, list) and layer.block < len(said) else said
+            if type(width) is int and width not in (0, down.ne[0]):
+                return _contradiction(layout, f"the experts of block {layer.block} are to be {width} wide ({key}), and their "
+                                              f"tensors are {down.ne[0]} wide")
+    n_dense = layout.values.get(f"{layout.architecture}.leading_dense_block_count")
+    if blocks and type(n_dense) is int and n_dense != min(blocks):
+        return _contradiction(layout, f"its first {n_dense} blocks are to be without experts ({layout.architecture}."
+                                      f"leading_dense_block_count), but the first with experts is block {min(blocks)}, "
+                                      "counted from 0")
+    return None
 
 
-def _check_complete(header: GgufHeader) -> None:
-    for tensor in header.tensors:
-        missing = tensor.offset_bytes + tensor.n_bytes - header.file_bytes
-        if missing > 0:
-            raise LayoutError(
-                f"{header.path} is truncated: tensor {tensor.name} ends {missing:,} bytes behind the end of the file. "
-                "Download it again."
-            )
+def _contradiction(layout: Layout, why: str) -> LayoutError:
+    return LayoutError(f"{layout.paths[0]} contradicts itself: {why}. Download it again, or ask who made it.")
 
 
-def _find_layers(headers: list[GgufHeader], architecture: str) -> tuple[Layer, ...]:
+def _find_experts(headers: Sequence[GgufHeader]) -> dict[tuple[int, str], list[Slice]]:
+    """Return the expert tensors of each block and kind, in the order of their roles."""
     found: dict[tuple[int, str], list[Slice]] = {}
     for file, header in enumerate(headers):
         for tensor in header.tensors:
             match = _EXPERT_TENSOR.fullmatch(tensor.name)
             if match and tensor.ne[2] > 1:
+                if tensor.ne[3] != 1 or not tensor.n_bytes:
+                    raise LayoutError(f"{header.path} is damaged: {tensor.name} is {' x '.join(map(str, tensor.ne))}, and no "
+                                      "matrix for each expert.")
                 found.setdefault((int(match[1]), match[3]), []).append(_slice(tensor, file))
-    layers = []
-    for (block, kind), slices in sorted(found.items()):
-        if block >= _n_blocks(headers[0], architecture):
-            continue
-        slices.sort(key=lambda piece: _ROLE_ORDER[_EXPERT_TENSOR.fullmatch(piece.name)[2]])  # type: ignore[index]
+    for (block, _), slices in found.items():
+        slices.sort(key=lambda piece: _ROLE_ORDER[_role(piece)])
         n_experts = {piece.ne[2] for piece in slices}
         if len(n_experts) > 1 or len(slices) > MAX_SLICES:
             raise LayoutError(f"The expert tensors of block {block} do not belong together: they hold "
                               f"{', '.join(map(str, sorted(n_experts)))} experts. The file is damaged.")
-        count = n_experts.pop()
-        layers.append(Layer(block, kind, tuple(slices), count, min(_n_used(headers[0], architecture, block), count)))
+        metadata.check_shapes(headers[0].path, block, {_role(piece): piece.ne for piece in slices})
+    return found
+
+
+def _make_layers(found: Mapping[tuple[int, str], Sequence[Slice]], counts: Counts) -> tuple[Layer, ...]:
+    layers = []
+    for (block, kind), slices in sorted(found.items()):
+        if block < counts.n_blocks:
+            n_experts, n_used = slices[0].ne[2], counts.n_used[block] if counts.n_used else 1
+            layers.append(Layer(block, kind, tuple(slices), n_experts, max(1, min(n_used, n_experts))))
     return tuple(layers)
 
 
-def _n_blocks(header: GgufHeader, architecture: str) -> int:
-    """Return the number of blocks that compute a token: the file may end with more, for multi-token prediction."""
-    n_blocks = int(header.values.get(f"{architecture}.block_count", 1 << 30))
-    return n_blocks - int(header.values.get(f"{architecture}.nextn_predict_layers", 0) or 0)
+def _role(piece: Slice) -> str:
+    match = _EXPERT_TENSOR.fullmatch(piece.name)
+    assert match is not None
+    return match[2]
 
 
 def _slice(tensor: TensorInfo, file: int) -> Slice:
     return Slice(tensor.name, tensor.type, tensor.type_name, tensor.ne[:3], file, tensor.offset_bytes,
                  tensor.n_bytes // tensor.ne[2])
-
-
-def _n_used(header: GgufHeader, architecture: str, block: int) -> int:
-    """Return how many experts of a block a token uses; some architectures store one number per block."""
-    value = header.values.get(f"{architecture}.expert_used_count", 1)
-    if isinstance(value, list):
-        value = value[block] if block < len(value) else max(value, default=1)
-    return max(1, int(value))
 
 
 def _check_types(layers: Iterable[Layer]) -> None:
@@ -244,7 +250,7 @@ def _check_types(layers: Iterable[Layer]) -> None:
                 )
 
 
-def _has_output(headers: list[GgufHeader]) -> bool:
+def _has_output(headers: Sequence[GgufHeader]) -> bool:
     """Return whether the output matrix is a tensor of its own; else it is the table of embeddings, needed whole."""
     return any(tensor.name == "output.weight" for header in headers for tensor in header.tensors)
 
@@ -273,7 +279,7 @@ def _rows_per_token(header: GgufHeader, architecture: str) -> int:
 
 
 def _find_dense(
-    headers: list[GgufHeader], expert_names: set[str], n_blocks: int
+    headers: Sequence[GgufHeader], expert_names: set[str], n_blocks: int
 ) -> tuple[tuple[Range, ...], int]:
     """Return the ranges that every token needs, neighbours joined, and the bytes that no token needs whole."""
     has_output = _has_output(headers)
@@ -297,7 +303,7 @@ def _find_dense(
     return tuple(ranges), idle_bytes
 
 
-def _count_vocabulary(header: GgufHeader, architecture: str) -> int:
-    tokens = header.values.get("tokenizer.ggml.tokens")
-    n_vocab = len(tokens) if isinstance(tokens, list) else tokens
-    return int(n_vocab or header.values.get(f"{architecture}.vocab_size", 0) or 0)
+def _count_vocabulary(values: Mapping[str, Any], architecture: str) -> int:
+    tokens = values.get("tokenizer.ggml.tokens")
+    n_vocab = len(tokens) if isinstance(tokens, list) else tokens or values.get(f"{architecture}.vocab_size")
+    return n_vocab if type(n_vocab) is int else 0

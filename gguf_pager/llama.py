@@ -60,6 +60,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
             if not request.opened and request.reason is None:
                 raise EngineError("This model was opened past gguf_pager: some other package has replaced llama_cpp's functions "
                                   "for good. Import gguf_pager before it, or do without it.")
+            guard.check_draft(self)
         except BaseException:
             self.close()
             raise

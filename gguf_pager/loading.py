@@ -12,7 +12,9 @@ from typing import Any
 from llama_cpp import llama_cpp as low
 
 from gguf_pager import _native, budget, device, engine, probe, residency
-from gguf_pager.layout import Layout, override_n_used, read_layout
+from gguf_pager.errors import printable
+from gguf_pager.layout import Layout, explain_refusal, read_layout
+from gguf_pager.metadata import Override
 from gguf_pager.mirror import find_mirrors
 from gguf_pager.pager import Pager
 from gguf_pager.residency import FileIdentity, Residency
@@ -45,11 +47,11 @@ class Loader:
             BudgetError, PagerIOError: see `residency.keep_dense`.
         """
         path = Path(os.fsdecode(path_model))
-        layout = _apply_overrides(read_layout(path), params)
+        layout = read_layout(path, _read_overrides(params))
         reason = _reason_to_step_aside(layout, request)
         request.reason = reason
         if reason is not None:
-            log.info("%s runs as stock llama.cpp: %s", path, reason)
+            log.info("%s runs as stock llama.cpp: %s", printable(path), reason)
             return Opened(self._call("llama_model_load_from_file", path_model, params))
         mirrors = find_mirrors(layout, request.options.mirror, is_any_model=request.is_any_model)
         options = device.fill(layout, request.options)
@@ -61,6 +63,9 @@ class Loader:
         params.load_mode = low.LLAMA_LOAD_MODE_MMAP  # LoRA and use_mlock would read or lock the whole file
         address = self._load_unread(path_model, params, layout)
         if not address:
+            contradiction = explain_refusal(layout)
+            if contradiction is not None:
+                raise contradiction
             return Opened(None)
         try:
             # A budget that cannot be kept is refused by llama_init_from_model, which knows all of what is needed.
@@ -87,6 +92,11 @@ class Loader:
         return int(address) if address else None
 
 
+def can_take_tokens_back(model: Any) -> bool:
+    """Return whether a model can forget its last tokens: one with a recurrent state cannot, of that there is the last only."""
+    return not low.llama_model_is_recurrent(model) and not low.llama_model_is_hybrid(model)
+
+
 def _reason_to_step_aside(layout: Layout, request: Request) -> str | None:
     if not layout.layers:
         return "it has no experts to page"
@@ -99,14 +109,21 @@ def _reason_to_step_aside(layout: Layout, request: Request) -> str | None:
     return None
 
 
-def _apply_overrides(layout: Layout, params: Any) -> Layout:
-    """Return the layout with the number of experts per token that the caller has set over the file's."""
-    key = f"{layout.architecture}.expert_used_count"
-    if params.kv_overrides and not isinstance(layout.values.get(key), list):  # llama.cpp overrides single values only
-        at = 0
-        while params.kv_overrides[at].key:
-            entry = params.kv_overrides[at]
-            if entry.key == key.encode() and entry.tag == low.LLAMA_KV_OVERRIDE_TYPE_INT:
-                layout = override_n_used(layout, int(entry.value.val_i64))
-            at += 1
-    return layout
+def _read_overrides(params: Any) -> dict[str, Override]:
+    """Return what the caller sets over the metadata, which llama.cpp is handed as an array that ends with an empty key."""
+    found: dict[str, Override] = {}
+    at = 0
+    while params.kv_overrides and params.kv_overrides[at].key:
+        entry = params.kv_overrides[at]
+        value: Override
+        if entry.tag == low.LLAMA_KV_OVERRIDE_TYPE_INT:
+            value = int(entry.value.val_i64)
+        elif entry.tag == low.LLAMA_KV_OVERRIDE_TYPE_FLOAT:
+            value = float(entry.value.val_f64)
+        elif entry.tag == low.LLAMA_KV_OVERRIDE_TYPE_BOOL:
+            value = bool(entry.value.val_bool)
+        else:
+            value = entry.value.val_str.decode("utf-8", "replace")
+        found.setdefault(entry.key.decode("utf-8", "replace"), value)  # of a key that is there twice llama.cpp takes the first
+        at += 1
+    return found

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gguf_pager.errors import LayoutError, PagerIOError
-from gguf_pager.layout import Layout, split_paths
+from gguf_pager.errors import LayoutError, PagerIOError, printable
+from gguf_pager.layout import Layout
+from gguf_pager.metadata import split_paths
 
 log = logging.getLogger("gguf_pager")
 
@@ -38,7 +40,7 @@ def find_mirrors(layout: Layout, given: Sequence[str | Path], *, is_any_model: b
     known = [_identity(path) for path in layout.paths]
     for first in map(Path, given):
         if is_any_model and (_identity(first) == known[0] or not _has_same_header(layout, 0, first)):
-            log.info("%s is no mirror of %s and is not read for it", first, layout.paths[0])
+            log.info("%s is no mirror of %s and is not read for it", printable(first), printable(layout.paths[0]))
             continue
         paths = (first,) if len(layout.paths) == 1 else tuple(split_paths(first, len(layout.paths)))
         for file, path in enumerate(paths):
@@ -67,10 +69,12 @@ def _no_mirror(layout: Layout, file: int, path: Path, why: str) -> LayoutError:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make it wait
     except OSError as error:
         raise LayoutError(f"The mirror {path} cannot be read: {error.strerror}.") from None
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise LayoutError(f"The mirror {path} is no file: give a copy of the model.")
         if hasattr(os, "posix_fadvise"):  # samples lie scattered: read-ahead would bring megabytes with each
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         yield fd

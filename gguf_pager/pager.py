@@ -47,7 +47,8 @@ class Options:
             (`gguf_pager.mirror`), not every byte. A mirror that cannot be read, or changes, makes decoding fail as the
             model itself does.
         profile: keep, from one process to the next, how often each expert of this model was chosen (in the cache folder,
-            numbers and nothing else), and read the most used ones while nobody waits for reads.
+            numbers and nothing else), and read the most used ones while nobody waits for reads. It is written every
+            minute, ten seconds after the last token, and when the model is closed.
         adapt_threads: compute single tokens with fewer threads than the context has while other programs take the
             processors and that is faster; not with flash attention, where results depend on the number of threads.
     """
@@ -69,10 +70,11 @@ class Options:
             raise PagerError(f"io {self.io!r} does not exist: choose 'auto', 'direct' or 'buffered'.")
         if self.lock_dense not in ("auto", "lock", "copy", "off"):
             raise PagerError(f"lock_dense {self.lock_dense!r} does not exist: choose 'auto', 'lock', 'copy' or 'off'.")
-        if self.n_readers is not None and not 1 <= self.n_readers <= 256:
-            raise PagerError(f"n_readers must lie between 1 and 256, not {self.n_readers}.")
-        if self.piece_bytes is not None and (self.piece_bytes < 4096 or self.piece_bytes % 4096):
-            raise PagerError(f"piece_bytes must be a multiple of 4096, not {self.piece_bytes}.")
+        if self.n_readers is not None and not (type(self.n_readers) is int and 1 <= self.n_readers <= 256):
+            raise PagerError(f"n_readers must lie between 1 and 256, not {self.n_readers!r}.")
+        if self.piece_bytes is not None and not (
+                type(self.piece_bytes) is int and 4096 <= self.piece_bytes <= 1 << 30 and self.piece_bytes % 4096 == 0):
+            raise PagerError(f"piece_bytes must be a multiple of 4096, at most 1 GiB, not {self.piece_bytes!r}.")
         object.__setattr__(self, "mirror", _mirror_paths(self.mirror))
 
 
@@ -185,7 +187,8 @@ class Pager:
         self._pid = os.getpid()
         self._in_use = _native.Mutex()
         """Held by what takes long without Python's lock, so that closing waits for it."""
-        self._is_warmed = self._is_profile_kept = False
+        self._is_warmed = False
+        self._keeper: profile.Keeper | None = None
 
     @property
     def is_direct(self) -> bool:
@@ -255,6 +258,9 @@ class Pager:
                 errno=error.errno or 0, path=str(self.layout.paths[0]), offset_bytes=0,
             ) from None
         self.n_slots = tuple(n_slots)
+        if self.options.profile:
+            with contextlib.suppress(OSError):  # a file is gone that has just been opened: it would have no name
+                self._keeper = profile.Keeper(self.layout, self._count_choices)
 
     def wait_present(self) -> None:
         """Wait until all of the arena is resident; a thread sees to it since `open`."""
@@ -275,12 +281,18 @@ class Pager:
             with contextlib.suppress(OSError):  # no memory for a list: the model works as well without
                 self.native().warm_up(profile.most_used(self.layout, known, self.n_slots))
 
+    def note_use(self) -> None:
+        """Take note that tokens were computed just now: what they chose will be added to the model's profile."""
+        if self._keeper is not None:
+            self._keeper.note_use()
+
     def keep_profile(self) -> None:
-        """Add what was chosen since `open` to the model's profile; once, at close or when the program ends."""
-        if self._native is None or not self.options.profile or self._is_profile_kept or os.getpid() != self._pid:
-            return
-        self._is_profile_kept = True
-        profile.write(self.layout, [self.times_chosen(i) for i in range(len(self.layout.layers))])
+        """Add to the model's profile what was chosen since it was last added; when the program ends."""
+        if self._keeper is not None and self._native is not None:
+            self._keeper.keep()
+
+    def _count_choices(self) -> list[list[int]]:
+        return [self.times_chosen(i) for i in range(len(self.layout.layers))]
 
     def native(self) -> _native.Pager:
         """Return the C side, for hooks.py.
@@ -414,6 +426,7 @@ class Pager:
             native.close()
             return
         self._last_stats = self.stats()
-        self.keep_profile()
+        if self._keeper is not None:
+            self._keeper.close()
         self._native = None  # nobody begins anything with it any more
         self._in_use.call(native.close)

@@ -6,7 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ HALF_LIFE_TOKENS = 8192
 one, and a long past must not outweigh the present use."""
 
 _FOLDER = "profiles"
+_PATIENCE_S = 0.2
 _LONG_LIST = 1000
 
 Profile = list[npt.NDArray[np.float64]]
@@ -77,32 +81,154 @@ def _check(rows: Any, layout: Layout) -> Profile | None:
     return found
 
 
-def write(layout: Layout, chosen: Sequence[Sequence[int]]) -> None:
-    """Add what a process has counted, per layer, to what was known before; a process that chose nothing adds nothing."""
+def write(layout: Layout, chosen: Sequence[Sequence[int]], *, name: str | None = None, is_last: bool = True) -> bool:
+    """Add what a process has counted, per layer, to what was known before; a process that chose nothing adds nothing.
+
+    Return whether it is kept. Other processes may write the same profile: where their turn does not end soon, nothing is
+    written; with `is_last` it is all the same, and theirs may be lost. `name` is what `name_of` returns, where that is known.
+    """
     n_tokens = max((sum(row) / layer.n_used for row, layer in zip(chosen, layout.layers, strict=True)), default=0)
     if n_tokens == 0:
-        return
+        return True
     try:
-        name = name_of(layout)
+        name = name or name_of(layout)
     except OSError:
-        return
-    former = _read(name, layout)
-    now: Profile = [np.array(row, dtype=np.float64) for row in chosen]
-    if former is not None:
-        weight = 0.5 ** (n_tokens / HALF_LIFE_TOKENS)
-        now = [row + weight * old for row, old in zip(now, former, strict=True)]
-    cache.write_json(name, {"format": FORMAT, "chosen": [np.round(row, 1).tolist() for row in now]})
+        return False
+    with cache.locked(_PATIENCE_S) as is_alone:
+        if not is_alone and not is_last:
+            return False
+        former = _read(name, layout)
+        now: Profile = [np.array(row, dtype=np.float64) for row in chosen]
+        if former is not None:
+            weight = 0.5 ** (n_tokens / HALF_LIFE_TOKENS)
+            now = [row + weight * old for row, old in zip(now, former, strict=True)]
+        is_kept = cache.write_json(name, {"format": FORMAT, "chosen": [np.round(row, 3).tolist() for row in now]})
     folder = cache.cache_folder()
     if folder is not None:
         _forget_oldest(folder / _FOLDER)
+    return is_kept
+
+
+_OWN_NAME = re.compile(r"[0-9a-f]{32}\.json")
+_OWN_START = re.compile(rb'\{"format":[0-9]+,"chosen":\[')
+"""How `write` begins a file, whatever the format."""
+
+_STALE_S = 24 * 3600
+"""Older files that were being written belong to nobody any more."""
 
 
 def _forget_oldest(folder: Path) -> None:
+    """Delete the oldest profiles beyond N_KEPT: files of ours, by name and by content, and nothing else."""
+    own, partial = [], []
     with contextlib.suppress(OSError):  # others may do the same at this moment
-        newest_first = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        for path in newest_first[N_KEPT:]:
-            path.unlink()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.is_file(follow_symlinks=False):
+                    continue
+                if _OWN_NAME.fullmatch(entry.name):
+                    own.append((entry.stat(follow_symlinks=False).st_mtime, entry.path))
+                elif entry.name.startswith(cache.PARTIAL_PREFIX):
+                    partial.append((entry.stat(follow_symlinks=False).st_mtime, entry.path))
+        own.sort(reverse=True)
+        for _, path in own[N_KEPT:]:
+            if _OWN_START.match(cache.read_start(Path(path), 64) or b""):
+                os.unlink(path)
+        for written, path in partial:
+            if written < time.time() - _STALE_S:
+                os.unlink(path)
 
+
+# ---- when it is kept ------------------------------------------------------------------------------------------------
+
+class Keeper:
+    """Adds what an open model learns to its profile: from time to time, when nobody computes any more, and at the end.
+
+    A process that is ended by a signal has no end of its own to do it at. A thread does it that lives while there is
+    something to be kept; what was kept once is not counted again.
+    """
+
+    every_s = 60.0
+    """The most that is lost while a model computes without a pause."""
+
+    idle_s = 10.0
+    """After so long without a token all is kept."""
+
+    def __init__(self, layout: Layout, count: Callable[[], list[list[int]]]) -> None:
+        self._layout = layout
+        self._count = count
+        self._name = name_of(layout)
+        self._pid = os.getpid()
+        self._state = threading.Lock()  # held for a moment, also by those who compute
+        self._writing = threading.RLock()  # the collection of garbage may close a model, and that is a write, within a write
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._is_watching = False
+        self._used_at = self._kept_at = 0.0
+        self._kept = [np.zeros(layer.n_experts, dtype=np.int64) for layer in layout.layers]
+
+    def note_use(self) -> None:
+        """Take note that tokens were computed just now."""
+        if os.getpid() != self._pid:
+            return
+        with self._state:
+            self._used_at = time.monotonic()
+            if not self._is_watching and not self._ended.is_set():
+                self._is_watching, self._kept_at = True, self._used_at
+                self._thread = threading.Thread(target=self._watch, name="gguf_pager profile", daemon=True)
+                self._thread.start()
+
+    def keep(self, *, is_last: bool = True) -> None:
+        """Add to the profile what was chosen since it was last added; not in a child of the process that has opened it."""
+        if os.getpid() != self._pid:
+            return
+        with self._writing:
+            before, now = self._kept, [np.array(row, dtype=np.int64) for row in self._count()]
+            self._kept = now
+            new = [(row - old).tolist() for row, old in zip(now, before, strict=True)]
+            if not write(self._layout, new, name=self._name, is_last=is_last):
+                self._kept = before
+
+    def close(self) -> None:
+        """Keep the rest, and end the thread; twice is fine."""
+        if os.getpid() != self._pid:
+            return
+        with self._state:
+            self._ended.set()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+            _wait_gone(thread)
+        self.keep()
+
+    def _watch(self) -> None:
+        while True:
+            with self._state:
+                used_at = self._used_at
+                pause_s = min(used_at + self.idle_s, self._kept_at + self.every_s) - time.monotonic()
+            if pause_s > 0:
+                if self._ended.wait(pause_s):
+                    return
+                continue
+            self.keep(is_last=False)
+            with self._state:
+                self._kept_at = time.monotonic()
+                if self._used_at == used_at and self._kept_at - used_at >= self.idle_s:
+                    self._is_watching = False  # the next use starts another
+                    return
+
+
+def _wait_gone(thread: threading.Thread) -> None:
+    """Before Python 3.13 `join` returns a moment before the system's thread is gone: who forks then is warned, who counts
+    threads counts it.
+    """
+    task = Path(f"/proc/self/task/{thread.native_id}")
+    for _ in range(100):
+        if not task.exists():
+            return
+        time.sleep(0.001)
+
+
+# ---- what is done with it -------------------------------------------------------------------------------------------
 
 def shares(layout: Layout, profile: Profile) -> Profile:
     """Return how many tokens in one choose each expert, per layer; zeros where a layer was not used."""

@@ -195,12 +195,24 @@ class Footprint:
     wrapped: tuple[str, ...]
 
 
+_PF_EXITING = 4
+"""Of the kernel's sched.h: a thread that has been joined stays in the list for a moment."""
+
+
+def _is_alive(task: Path) -> bool:
+    try:
+        flags = (task / "stat").read_text().rpartition(")")[2].split()[6]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return not int(flags) & _PF_EXITING
+
+
 def footprint_of(folder: Path) -> Footprint:
     """Return what this process holds now; mappings are those of files in `folder`."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     return Footprint(
         n_fds=len(os.listdir("/proc/self/fd")),
-        n_threads=len(os.listdir("/proc/self/task")),
+        n_threads=sum(_is_alive(task) for task in Path("/proc/self/task").iterdir()),
         mappings=tuple(line for line in maps if str(folder) in line),
         wrapped=tuple(name for owner, name, function in PLACES if getattr(owner, name) is not function),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,61 @@ def test_user_without_a_home_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert cache.cache_folder() is None
     cache.write_json("a.json", 1)
     assert cache.read_json("a.json") is None
+
+
+# ---- what is no file of ours ----
+
+MAKERS = {
+    "link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "link to a full device": lambda path: path.symlink_to("/dev/full"),
+    "link to a file": lambda path: path.symlink_to(path.parent.parent / "target.json"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "pipe": lambda path: os.mkfifo(path),
+    "folder": lambda path: path.mkdir(),
+    "huge": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
+    "a little too large": lambda path: path.write_text("[" + " " * cache.MOST_BYTES + "]"),
+}
+
+
+@pytest.mark.parametrize("what", MAKERS)
+def test_what_is_no_small_file_is_absent_at_once_and_its_target_is_left_alone(folder: Path, what: str) -> None:
+    folder.mkdir()
+    target = folder.parent / "target.json"
+    target.write_text("[1]")
+    path = folder / "a.json"
+    MAKERS[what](path)
+    begun = time.monotonic()
+    assert cache.read_json("a.json") is None
+    is_kept = cache.write_json("a.json", 2)
+    assert time.monotonic() - begun < 2
+    assert is_kept == (what != "folder") and cache.read_json("a.json") == (None if what == "folder" else 2)
+    assert target.read_text() == "[1]"
+    assert [path.name for path in folder.iterdir()] == ["a.json"]
+
+
+def test_interrupt_while_writing_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.write_json("a.json", 1)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.write_json("a.json", 2)
+    assert [path.name for path in folder.iterdir()] == ["a.json"] and cache.read_json("a.json") == 1
+
+
+def test_lock_keeps_others_out_and_nobody_waits_for_long(folder: Path) -> None:
+    begun = time.monotonic()
+    with cache.locked(0) as first, cache.locked(0.1) as second:
+        assert first and not second
+    assert 0.05 < time.monotonic() - begun < 5
+    with cache.locked(0) as again:
+        assert again
+
+
+def test_where_there_is_no_lock_nobody_is_kept_out(folder: Path) -> None:
+    (folder / ".lock").mkdir(parents=True)
+    with cache.locked(0) as first, cache.locked(0) as second:
+        assert first and second

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import fuzz_metadata
 import gguf
 import make_cli_docs
 import make_zoo
@@ -415,3 +416,81 @@ def test_documented_help_is_the_real_one() -> None:
 
 def test_version_names_both_packages() -> None:
     assert re.fullmatch(r"gguf-pager [\d.]+, llama-cpp-python [\d.]+\n", call("--version").stdout.decode())
+
+
+# ---- what a user meets who is wrong ---------------------------------------------------------------------------------
+
+def said(*arguments: str | Path, **options: Any) -> str:
+    """Return the one line of an error."""
+    done = call(*arguments, **options)
+    assert done.returncode in (1, 2) and b"Traceback" not in done.stderr and not done.stdout
+    return done.stderr.decode().strip().splitlines()[-1]
+
+
+def test_errors_name_options(models: Path) -> None:
+    tiny = models / "tiny.gguf"
+    for arguments, message in (
+        (("--budget", "1KiB"), "Raise it, or say --budget min."), (("--budget", "4XB"), "Error: --budget '4XB' is not"),
+        (("--policy", "best"), "Error: --policy 'best' does not exist"), (("--readers", "0"), "Error: --readers must lie"),
+        (("--budget", ""), "Error: --budget '' is not understood"),
+    ):
+        assert message in said("run", tiny, "-p", "x", *arguments)
+
+
+def test_prompt_that_the_shell_has_taken_apart_gets_a_hint(models: Path) -> None:
+    assert "put it into straight quotes" in " ".join(
+        call("run", models / "tiny.gguf", "-p", "“Hello", "world”").stderr.decode().split())
+
+
+@pytest.mark.parametrize(("prompt", "message"), (
+    (("-f", "/nonexistent"), "'/nonexistent': No such file or directory"), (("-f", "/"), "'/': Is a directory"),
+    (("-f", "/proc/self/mem"), "The prompt cannot be read: Input/output error."), ((), "Give the prompt"),
+))
+def test_prompt_that_cannot_be_read_is_an_error_of_one_line(models: Path, prompt: tuple[str, ...], message: str) -> None:
+    assert message in said("run", models / "tiny.gguf", *prompt)
+
+
+@pytest.mark.parametrize(("arguments", "message"), (
+    (("-c", "1000000000000"), "1000000000000 is not in the range"), (("-t", "1000000000"), "is not in the range 1<=x<=512"),
+    (("-b", "1000000000000"), "is not in the range"), (("-ub", "1000000000000"), "is not in the range"),
+    (("-b", "2000000000"), "no memory for a context of that size|Failed to create"),
+))
+def test_numbers_beyond_llama_cpps_are_refused(models: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = call("run", models / "tiny.gguf", "-p", "x", "--budget", "50%", *arguments)
+    assert done.returncode in (1, 2) and b"Traceback" not in done.stderr
+    assert re.search(message, " ".join(done.stderr.decode().split()))
+
+
+def test_prompt_from_a_stdin_that_is_closed_is_an_error_of_one_line(models: Path) -> None:
+    command = f'"{sys.executable}" -m gguf_pager run "{models / "tiny.gguf"}" -f - <&-'
+    done = subprocess.run(command, shell=True, check=False, capture_output=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr == b"Error: The prompt is to come from stdin, but that is closed.\n"
+
+
+def test_empty_prompt_begins_a_text_or_is_refused_in_a_sentence(models: Path) -> None:
+    """A model that begins every text with a token of its own needs no other."""
+    done = call("run", models / "mixed.gguf", "-p", "", "-n", "3", "--budget", "50%", "-t", "1")
+    assert done.returncode == 0 and b"decode " in done.stderr and b"Error" not in done.stderr
+    assert said("run", models / "tiny.gguf", "-p", "", "-n", "3", "--budget", "50%") == (
+        "Error: The prompt is empty, and this model needs at least one token.")
+
+
+@pytest.mark.parametrize("command", (("run", "-p", "x"), ("inspect",), ("doctor",), ("bench",)))
+def test_model_that_cannot_even_be_asked_for_is_an_error_of_one_line(command: tuple[str, ...]) -> None:
+    for path, message in (("a" * 300, "File name too long"), ("/nonexistent/a.gguf", "does not exist|No such file")):
+        done = call(command[0], path, *command[1:])
+        assert done.returncode == 1 and b"Traceback" not in done.stderr
+        assert re.search(message, (done.stdout + done.stderr).decode())
+
+
+@pytest.mark.parametrize("command", (("inspect",), ("doctor",), ("run", "-p", "x", "-n", "2", "--budget", "50%", "--progress")))
+def test_names_in_a_file_steer_no_terminal(models: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    path = tmp_path / ("a\x1b[31m.gguf" if command[0] == "run" else "a\x1b[31m\udcff.gguf")
+    fuzz_metadata.write(models / "tiny.gguf", path, [
+        fuzz_metadata.Change("general.name", "evil \x1b]0;x\x07\r\n 模型", gguf.GGUFValueType.STRING)])
+    done = call(command[0], path, *command[1:])
+    shown = done.stdout + done.stderr
+    assert done.returncode == 0 and b"\x1b" not in shown and b"\x07" not in shown and b"\r" not in shown
+    path.rename(tmp_path / "\udcff.gguf")
+    assert command[0] != "run" or "a name that is no UTF-8" in said("run", tmp_path / "\udcff.gguf", "-p", "x")
+    assert command[0] == "run" or "evil �]0;x��� 模型" in shown.decode()

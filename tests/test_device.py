@@ -184,6 +184,12 @@ def test_device_that_was_met_but_not_measured_is_not_known() -> None:
     {"direct": {"n_readers": True, "piece_bytes": 4096, "bytes_per_s": 1}},
     {"direct": {"n_readers": 4, "piece_bytes": 4096, "bytes_per_s": "fast"}},
     {"direct": {"n_readers": 4, "piece_bytes": 4096, "bytes_per_s": -1}}, {"direct": None, "buffered": None},
+    {"direct": {"n_readers": 10**9, "piece_bytes": 4096, "bytes_per_s": 1}},
+    {"direct": {"n_readers": 33, "piece_bytes": 4096, "bytes_per_s": 1}},
+    {"direct": {"n_readers": 4, "piece_bytes": 1 << 40, "bytes_per_s": 1}},
+    {"direct": {"n_readers": 4, "piece_bytes": 4096 * 10**400, "bytes_per_s": 1}},
+    *({"direct": {"n_readers": 4, "piece_bytes": 4096, "bytes_per_s": rate}}
+      for rate in (float("nan"), float("inf"), 10**400, 1e300, 0, None, [1], "inf", True, "9")),
 ])
 def test_what_makes_no_sense_is_not_recalled(folder: Path, change: dict[str, Any]) -> None:
     device.remember(DEVICE, FOUND)

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from conftest import ARGUMENTS, Factory, Logits, evaluate, footprint_of, some_tokens, stated_minimum
 from llama_cpp import llama_cpp as low
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from test_install import decode, decode_status, low_level
 
 import gguf_pager
@@ -91,7 +93,7 @@ def uneven(path: Path, source: Path) -> None:
     (no_gguf, r"is not a GGUF file: it begins with b'this'"),
     (empty, r"is not a GGUF file: it begins with b''"),
     (folder, r"cannot be read: Is a directory"),
-    (vocabulary, r"holds no model weights"),
+    (vocabulary, r"is a vocabulary without a model: open the model's own file"),
     (uneven, r"expert tensors of block 1 do not belong together: they hold 9, 10 experts"),
 ), ids=lambda value: getattr(value, "__name__", ""))
 def test_file_that_is_no_model_is_refused(
@@ -206,19 +208,19 @@ def test_split_model_with_a_part_missing_or_damaged_is_refused(zoo_model: Model,
     first = make_zoo.make_split(zoo_model("qwen3moe"), tmp_path, 3)
     other = tmp_path / first.name.replace("00001-of", f"{part:05d}-of")
     with leaving_nothing(tmp_path):
-        with pytest.raises(LayoutError, match="open the file that ends with -00001-of-00003.gguf"):
+        with pytest.raises(LayoutError, match=f"is part {part} of 3 of a split model: open part 1, {first.name}"):
             open_paged(other)
         whole = other.read_bytes()
         other.write_bytes(whole[:-4096])
         with pytest.raises(LayoutError, match=f"{other.name} is truncated"):
             open_paged(first)
         other.unlink()
-        with pytest.raises(LayoutError, match=f"{other.name} cannot be read: No such file"):
+        with pytest.raises(LayoutError, match=f"Part {part} of 3 is missing: {other.name} does not lie beside {first.name}"):
             open_paged(first)
 
 
 def test_adapter_is_no_model(lora: Path) -> None:
-    with leaving_nothing(lora.parent), pytest.raises(ValueError, match="Failed to load model"):
+    with leaving_nothing(lora.parent), pytest.raises(LayoutError, match=r"is an adapter \(LoRA\): open the model it was made"):
         open_paged(lora)
 
 
@@ -331,6 +333,7 @@ def test_unknown_argument_is_refused_with_a_suggestion(zoo_model: Model, name: s
 @pytest.mark.parametrize("option", (
     {"policy": "best"}, {"policy": ""}, {"io": "fast"}, {"lock_dense": "yes"}, {"n_readers": 0}, {"n_readers": 257},
     {"n_readers": -1}, {"piece_bytes": 0}, {"piece_bytes": 4095}, {"piece_bytes": 5000}, {"piece_bytes": -4096},
+    {"piece_bytes": 1 << 31}, {"piece_bytes": 1 << 70}, {"piece_bytes": "4096"}, {"n_readers": 2.5}, {"n_readers": True},
 ), ids=str)
 def test_option_that_does_not_exist_is_refused(zoo_model: Model, option: dict[str, Any]) -> None:
     path, (name, value) = zoo_model("qwen3moe"), next(iter(option.items()))
@@ -581,3 +584,56 @@ def test_stock_goes_on_beside_a_paged_model_that_failed(working: tuple[Path, lis
     llm.close()
     assert (evaluate(theirs, tokens) == expected).all()
     assert isinstance(theirs, llama_cpp.Llama)
+
+
+# ---- what is no file ----
+
+def as_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def as_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def as_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(path.parent):
+        made.bind(path.name)
+
+
+@pytest.mark.parametrize(("make", "what"), ((as_pipe, "a pipe"), (as_device, "a device"), (as_socket, "a socket")))
+def test_pipe_or_device_as_model_part_or_mirror_is_refused_at_once(
+    zoo_model: Model, tmp_path: Path, make: Callable[[Path], None], what: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    make(path)
+    whole = tmp_path / "whole.gguf"
+    shutil.copy(zoo_model("qwen3moe"), whole)
+    first = make_zoo.make_split(zoo_model("qwen3moe"), tmp_path, 3)
+    part = tmp_path / first.name.replace("00001-of", "00002-of")
+    part.unlink()
+    make(part)
+    with leaving_nothing(tmp_path):
+        with pytest.raises(LayoutError, match=f"model.gguf is {what}, .*: put it into a file"):
+            open_paged(path)
+        with pytest.raises(LayoutError, match=f"{part.name} is {what}"):
+            open_paged(first)
+        with pytest.raises(LayoutError, match=r"is no file|cannot be read|No such device"):
+            open_paged(whole, mirror=[path])
+
+
+# ---- drafts ----
+
+@pytest.mark.parametrize("arch", ("jamba", "qwen3next", "granitehybrid"))
+def test_draft_for_a_model_that_cannot_take_tokens_back_is_refused(zoo_model: Model, arch: str) -> None:
+    path = zoo_model(arch)
+    draft = LlamaPromptLookupDecoding(num_pred_tokens=4)
+    with leaving_nothing(path.parent), pytest.raises(EngineError, match=r"recurrent state cannot. Leave out draft_model\."):
+        open_paged(path, draft_model=draft)
+
+
+def test_draft_for_a_model_that_can_is_taken(zoo_model: Model, pair: Factory) -> None:
+    draft = LlamaPromptLookupDecoding(num_pred_tokens=4)
+    texts = [llm("the the the the", max_tokens=6, temperature=0)["choices"][0]["text"]
+             for llm in pair(zoo_model("qwen3moe"), "100%", draft_model=draft)]
+    assert texts[0] == texts[1]

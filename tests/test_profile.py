@@ -6,8 +6,10 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,12 +143,35 @@ def test_folder_keeps_the_newest(trace_model: Path, folder: Path, monkeypatch: p
     monkeypatch.setattr(profile, "N_KEPT", 3)
     folder.mkdir(parents=True)
     for age in range(5):
-        path = folder / f"{age}.json"
-        path.write_text("{}")
+        path = folder / f"{age:032x}.json"
+        path.write_text('{"format":0,"chosen":[[1]]}')
         os.utime(path, (1e9 - age, 1e9 - age))
     layout = read_layout(trace_model)
     teach(layout, [1])
-    assert {path.name for path in folder.iterdir()} == {"0.json", "1.json", Path(profile.name_of(layout)).name}
+    assert {path.name for path in folder.iterdir()} == {f"{0:032x}.json", f"{1:032x}.json", Path(profile.name_of(layout)).name}
+
+
+def test_only_what_we_have_written_is_ever_deleted(trace_model: Path, folder: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "N_KEPT", 0)
+    folder.mkdir(parents=True)
+    ours, target = '{"format":1,"chosen":[[1]]}', tmp_path / "target.json"
+    target.write_text(ours)
+    others = {"settings.json": ours, "0" * 31 + ".json": ours, "A" * 32 + ".json": ours, "1" * 32 + ".json": "{}",
+              "2" * 32 + ".json": '{"my": "notes"}', "3" * 32 + ".json": "", "4" * 32 + ".txt": ours, ".new-now": "x"}
+    for name, text in others.items():
+        (folder / name).write_text(text)
+    (folder / ("5" * 32 + ".json")).symlink_to(target)
+    (folder / ("6" * 32 + ".json")).mkdir()
+    os.mkfifo(folder / ("7" * 32 + ".json"))
+    (folder / ("8" * 32 + ".json")).write_text(ours)
+    (folder / ".new-stale").touch()
+    for path in (*folder.iterdir(), target):
+        if path.name != ".new-now":
+            os.utime(path, (1e9, 1e9), follow_symlinks=False)
+    teach(read_layout(trace_model), [1])
+    left = {path.name for path in folder.iterdir()}
+    assert left == {*others, "5" * 32 + ".json", "6" * 32 + ".json", "7" * 32 + ".json"} and target.exists()
 
 
 def test_model_that_nobody_closes_is_kept_when_the_program_ends(trace_model: Path, folder: Path) -> None:
@@ -167,6 +192,125 @@ def test_fork_keeps_nothing(paged: Factory, trace_model: Path, folder: Path) -> 
         os._exit(0)
     os.waitpid(pid, 0)
     assert not folder.exists()
+
+
+# ---- when it is kept ----
+
+LEARNING = """
+import sys, time
+from pathlib import Path
+from gguf_pager import Llama, profile
+profile.Keeper.every_s, profile.Keeper.idle_s = float(sys.argv[2]), float(sys.argv[3])
+llm = Llama(sys.argv[1], budget="60%", n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
+for i in range(10**9 if sys.argv[4] == "busy" else 3):
+    llm.reset()
+    llm.eval([7, 8, 9])
+    print(llm.pager.times_chosen(0), flush=True)
+    time.sleep(0.01)
+time.sleep(60)
+"""
+
+
+def learn(path: Path, folder: Path, every_s: float, idle_s: float, how: str, ending: signal.Signals) -> list[list[float]]:
+    """Let a child use a model, end it by a signal once its profile exists, and return what the profile says."""
+    child = subprocess.Popen([sys.executable, "-c", LEARNING, str(path), str(every_s), str(idle_s), how],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder.exists() and any(entry.suffix == ".json" for entry in folder.iterdir())):
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        child.send_signal(ending)
+        assert child.wait(30) == -ending
+        assert child.stderr is not None and child.stderr.read() == "", "it ends in silence"
+    finally:
+        child.kill()
+    return kept(read_layout(path))
+
+
+@pytest.mark.parametrize("ending", (signal.SIGTERM, signal.SIGHUP, signal.SIGKILL))
+def test_process_that_rests_has_kept_all_however_it_ends(trace_model: Path, folder: Path, ending: signal.Signals) -> None:
+    known = learn(trace_model, folder, 1000, 0.4, "rests", ending)
+    assert sum(known[0]) == 3 * 3 * 4, "three rounds of three tokens that choose four experts each"
+
+
+@pytest.mark.parametrize("ending", (signal.SIGTERM, signal.SIGHUP))
+def test_process_that_never_rests_has_kept_what_is_a_period_old(
+    trace_model: Path, folder: Path, ending: signal.Signals
+) -> None:
+    known = learn(trace_model, folder, 0.5, 1000, "busy", ending)
+    assert sum(known[0]) > 0
+
+
+def test_what_was_kept_once_is_not_counted_again(
+    paged: Factory, trace_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "HALF_LIFE_TOKENS", 1 << 60)
+    llm = paged(trace_model, "60%")
+    for n_tokens in (5, 3, 0):
+        llm.eval(some_tokens(n_tokens))
+        llm.pager.keep_profile()
+        assert kept(llm.pager.layout) == chosen_by(llm)
+    chosen, layout = chosen_by(llm), llm.pager.layout
+    llm.close()
+    assert kept(layout) == chosen
+
+
+def test_what_could_not_be_kept_is_kept_later(paged: Factory, trace_model: Path, folder: Path) -> None:
+    llm = paged(trace_model, "60%")
+    llm.eval(some_tokens(5))
+    folder.parent.mkdir(exist_ok=True)
+    folder.write_text("a file is in its place")
+    llm.pager.keep_profile()
+    folder.unlink()
+    llm.pager.keep_profile()
+    assert kept(llm.pager.layout) == chosen_by(llm)
+
+
+def test_two_processes_of_one_model_lose_nothing(trace_model: Path, folder: Path) -> None:
+    program = ("import sys\nfrom gguf_pager import profile, read_layout\nprofile.HALF_LIFE_TOKENS = 1 << 60\n"
+               "layout = read_layout(sys.argv[1])\nfor i in range(100):\n"
+               "    assert profile.write(layout, [[4] * 16] * 4)\n")
+    running = [subprocess.Popen([sys.executable, "-c", program, str(trace_model)]) for _ in range(2)]
+    assert [process.wait(60) for process in running] == [0, 0]
+    assert kept(read_layout(trace_model)) == [[800.0] * 16] * 4
+
+
+def test_lock_that_is_never_given_back_holds_up_nobody(paged: Factory, trace_model: Path, folder: Path) -> None:
+    llm = paged(trace_model, "60%")
+    llm.eval(some_tokens(5))
+    chosen, layout = chosen_by(llm), llm.pager.layout
+    with cache.locked(0) as is_alone:
+        assert is_alone
+        llm.pager._keeper.keep(is_last=False)
+        assert not folder.exists(), "another process has its turn"
+        begun = time.monotonic()
+        llm.close()
+        assert time.monotonic() - begun < 5
+    assert kept(layout) == chosen
+
+
+def test_thread_lives_while_something_is_to_be_kept(
+    paged: Factory, trace_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile.Keeper, "idle_s", 0.05)
+
+    def n_threads() -> int:
+        return sum(thread.name == "gguf_pager profile" for thread in threading.enumerate())
+
+    llm = paged(trace_model, "60%")
+    for n_tokens in (3, 4):
+        assert n_threads() == 0
+        llm.eval(some_tokens(n_tokens))
+        assert n_threads() == 1
+        deadline = time.monotonic() + 20
+        while n_threads():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert np.allclose(kept(llm.pager.layout), chosen_by(llm), rtol=1e-2)
+    llm.eval(some_tokens(3))
+    llm.close()
+    assert n_threads() == 0
 
 
 # ---- what is done with it ----

@@ -9,6 +9,7 @@ import click
 
 from gguf_pager import __version__
 from gguf_pager.errors import PagerError
+from gguf_pager.report.words import as_options
 
 _COMMANDS = ("run", "bench", "inspect", "doctor", "energy")
 """In the order of the help. Each is a module of this package with a command of the same name."""
@@ -36,7 +37,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except PagerError as error:
-            message = " ".join(str(error).split())  # one line, whatever the system's part of it holds
+            message = " ".join(as_options(str(error)).split())  # one line, whatever the system's part of it holds
             click.secho(f"Error: {message}", fg="red", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import logging
@@ -18,7 +19,7 @@ import click
 from gguf_pager import __version__, probe
 from gguf_pager.budget import format_bytes
 from gguf_pager.doctor import physical_cores
-from gguf_pager.errors import PagerError
+from gguf_pager.errors import PagerError, printable
 from gguf_pager.pager import Options, Stats
 from gguf_pager.report import generation as shown
 
@@ -30,6 +31,12 @@ DEFAULT_CTX = 4096
 
 CTX_STEP = 256
 """llama.cpp rounds a context up to this, llama_cpp goes on with the number it was given: so they are kept equal."""
+
+MOST_TOKENS = 2**31 - CTX_STEP
+"""llama.cpp counts in 32 bits: more would be taken for a small number."""
+
+MOST_THREADS = 512
+"""GGML_MAX_N_THREADS of ggml.h."""
 
 _SPECIAL_TOKENS = 16
 """Room for tokens that stand for no byte of the prompt, such as the begin token."""
@@ -72,21 +79,38 @@ def _check_n_predict(_: click.Context, __: click.Parameter, value: int) -> int:
     return value
 
 
-@click.command()
+class _Run(click.Command):
+    """Says what to do about a prompt that the shell has taken apart."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except RuntimeError as error:  # what click makes of '-' where the shell has closed stdin
+            if sys.stdin is not None:
+                raise
+            raise PagerError("The prompt is to come from stdin, but that is closed.") from error
+        except click.UsageError as error:
+            if "unexpected extra argument" not in error.message:
+                raise
+            raise click.UsageError(f"{error.message} A prompt of several words is one argument: put it into straight "
+                                   'quotes, "like this".', ctx) from None
+
+
+@click.command(cls=_Run)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
 @click.option("-f", "--file", metavar="FILE", type=click.File("rb"),
               help="Read the prompt from a file, '-' for stdin; one newline at its end is dropped.")
 @click.option("-n", "--n-predict", metavar="N", type=int, default=128, show_default=True, callback=_check_n_predict,
               help="Tokens to generate; -1 for as many as the context holds.")
-@click.option("-c", "--ctx-size", metavar="N", type=click.IntRange(min=0),
+@click.option("-c", "--ctx-size", metavar="N", type=click.IntRange(0, MOST_TOKENS),
               help=f"Context in tokens, in steps of {CTX_STEP}; 0 takes the model's own. "
                    f"[default: what the prompt and -n need, at most {DEFAULT_CTX}]")
-@click.option("-t", "--threads", metavar="N", type=click.IntRange(min=1),
+@click.option("-t", "--threads", metavar="N", type=click.IntRange(1, MOST_THREADS),
               help="Threads that compute. [default: physical cores]")
-@click.option("-b", "--batch-size", metavar="N", type=click.IntRange(min=1), default=512, show_default=True,
+@click.option("-b", "--batch-size", metavar="N", type=click.IntRange(1, MOST_TOKENS), default=512, show_default=True,
               help="Prompt tokens per call of llama.cpp.")
-@click.option("-ub", "--ubatch-size", metavar="N", type=click.IntRange(min=1), default=512, show_default=True,
+@click.option("-ub", "--ubatch-size", metavar="N", type=click.IntRange(1, MOST_TOKENS), default=512, show_default=True,
               help="Prompt tokens computed at once; less where the budget has no room.")
 @click.option("--temp", metavar="X", type=float, default=0.8, show_default=True,
               help="Temperature; 0 takes the likeliest token.")
@@ -132,7 +156,7 @@ def run(**given: Any) -> None:
         logging.getLogger("gguf_pager").setLevel(logging.INFO)
     seed = settings.seed if settings.seed >= 0 else random.randrange(1 << 32)
     begun = time.monotonic()
-    with progress.during(lambda: f"opening {settings.model.name}: "
+    with progress.during(lambda: f"opening {printable(settings.model.name)}: "
                                  f"{format_bytes(probe.process_memory().resident_bytes)} in memory"):
         llm = _open(settings, prompt)
     try:
@@ -155,7 +179,10 @@ def run(**given: Any) -> None:
 def _read_prompt(settings: _Settings) -> str:
     if (settings.prompt is None) == (settings.file is None):
         raise click.UsageError("Give the prompt, either with -p or with -f.")
-    raw = settings.file.read().removesuffix(b"\n") if settings.file else os.fsencode(settings.prompt or "")
+    try:
+        raw = settings.file.read().removesuffix(b"\n") if settings.file else os.fsencode(settings.prompt or "")
+    except OSError as error:
+        raise PagerError(f"The prompt cannot be read: {error.strerror}.") from None
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -175,8 +202,11 @@ def _context_size(settings: _Settings, prompt: str) -> int:
 def _open(settings: _Settings, prompt: str) -> Llama:
     from gguf_pager import Llama
 
-    if not settings.model.exists():
-        raise PagerError(f"{settings.model} does not exist.")
+    try:
+        settings.model.stat()
+    except OSError as error:
+        missing = "does not exist" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
+        raise PagerError(f"{settings.model} {missing}.") from None
     n_threads = settings.threads or physical_cores()
     try:
         return Llama(
@@ -185,6 +215,11 @@ def _open(settings: _Settings, prompt: str) -> Llama:
             adapt_threads=settings.adapt_threads, n_ctx=_context_size(settings, prompt), n_batch=settings.batch_size,
             n_ubatch=settings.ubatch_size, n_threads=n_threads, n_threads_batch=n_threads, verbose=settings.verbose,
         )
+    except MemoryError:
+        raise PagerError("There is no memory for a context of that size: give a smaller -c or -b.") from None
+    except UnicodeEncodeError:
+        raise PagerError(f"{settings.model} has a name that is no UTF-8, which llama-cpp-python cannot open: rename it, or "
+                         "make a link to it.") from None
     except ValueError as error:  # what llama_cpp raises for a file or context that llama.cpp refuses
         hint = "" if settings.verbose else ". Run with --verbose to see llama.cpp's reason"
         raise PagerError(f"{error}{hint}.") from error

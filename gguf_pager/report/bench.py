@@ -11,7 +11,9 @@ from typing import Any
 
 from gguf_pager.bench.cases import budget_label
 from gguf_pager.bench.comparisons import UNASKED
+from gguf_pager.errors import printable
 from gguf_pager.report import labels, number
+from gguf_pager.report.words import as_options
 
 Row = dict[str, Any]
 
@@ -119,11 +121,11 @@ class Table(Printer):
 
 def _heading(row: Row) -> str:
     size = row["model_size"]
-    parts = [row["model_type"] or row["model_filename"]]
+    parts = [printable(row["model_type"] or row["model_filename"])]
     if size is not None:
         parts.append(f"{size / 1e9:.2f} GB, {row['model_n_params'] / 1e9:.2f} B parameters")
     bandwidth = row["device_bytes_per_s"]
-    parts += [f"{row['n_threads']} threads", f"tokens: {row['tokens']}", f"page cache: {row['cache']}",
+    parts += [f"{row['n_threads']} threads", f"tokens: {printable(row['tokens'])}", f"page cache: {row['cache']}",
               f"device {bandwidth / 1e9:.2f} GB/s at best" if bandwidth is not None else "device not measured",
               f"median of {row['n_rounds']}" + (" with its range" if row["n_rounds"] > 1 else "")]
     return "; ".join(parts)
@@ -147,7 +149,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     """Return what must be said beside the numbers, each thing once."""
-    notes = [f"{_full_name(row)}, {test_name(row)}: {row['status']}: {row['status_reason']}"
+    notes = [f"{_full_name(row)}, {test_name(row)}: {row['status']}: {as_options(row['status_reason'] or '')}"
              for row in rows if row["status"] != "ok"]
     notes += [f"cap: {'none' if row['cap'] == 'none' else _cap(row)}, {row['cap_reason']}" for row in rows
               if row["cap_reason"] and row["mode"] != "resident"]
@@ -161,7 +163,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes += [f"tokens: {row['tokens']} has fewer than needed and repeats" for row in rows if row["tokens_repeat"]]
     notes += [f"energy is {row['energy_status']}: {_short(row['energy_reason'] or row['energy_scope'])}" for row in rows
               if row["energy_status"] != "measured" and row["samples_ts"]]
-    return [f"- {note}" for note in dict.fromkeys(notes)] + ([""] if notes else [])
+    return [f"- {printable(note)}" for note in dict.fromkeys(notes)] + ([""] if notes else [])
 
 
 def _short(text: str) -> str:
@@ -222,9 +224,17 @@ class JsonLines(Printer):
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    """Return what fits into a table: as llama-bench does it without samples, and nested values as JSON."""
-    return {name: json.dumps(value) if isinstance(value, dict | list) else value for name, value in row.items()
-            if not name.startswith("samples_")}
+    """Return what fits into a table: as llama-bench does it without samples, and nested values as JSON.
+
+    It may be shown in a terminal; JSON alone can hold what would steer one.
+    """
+    return {name: _cell(value) for name, value in row.items() if not name.startswith("samples_")}
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, dict | list):
+        return json.dumps(value)
+    return printable(value) if isinstance(value, str) else value
 
 
 class Csv(Printer):

@@ -9,6 +9,7 @@ import click
 
 from gguf_pager import __version__
 from gguf_pager.doctor import Check
+from gguf_pager.errors import printable
 
 _COLORS = {"ok": "green", "note": "yellow", "problem": "red"}
 
@@ -28,7 +29,7 @@ def checks_text(checks: Sequence[Check]) -> str:
     lines = []
     for check in checks:
         label = check.name.replace("_", " ")
-        lines.append(f"{click.style(f'{check.status:8}', fg=_COLORS[check.status])} {label:14} {check.message}")
+        lines.append(f"{click.style(f'{check.status:8}', fg=_COLORS[check.status])} {label:14} {printable(check.message)}")
         if check.remedy:
-            lines.append(f"{'':24}{check.remedy}")
+            lines.append(f"{'':24}{printable(check.remedy)}")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import Any
 from gguf_pager import __version__, budget
 from gguf_pager.budget import format_bytes
 from gguf_pager.doctor import process_bytes
+from gguf_pager.errors import printable
 from gguf_pager.layout import Layout, Slice
 from gguf_pager.pager import Pager
 from gguf_pager.probe import Memory
@@ -25,7 +26,7 @@ def inspection(layout: Layout, pager: Pager | None, memory: Memory) -> dict[str,
         "expert_bytes": layout.expert_bytes,
         "dense_bytes": layout.dense_bytes,
         "idle_bytes": layout.idle_bytes,
-        "n_blocks": layout.values.get(f"{layout.architecture}.block_count"),
+        "n_blocks": layout.n_blocks,
         "n_expert_layers": len(layout.layers),
         "bytes_per_token": layout.bytes_per_token if layout.layers else None,
         "is_direct_io_possible": pager.is_direct if pager else None,
@@ -97,8 +98,8 @@ def inspection_text(facts: dict[str, Any]) -> str:
     files = facts["files"]
     n_bytes = sum(file["file_bytes"] for file in files)
     lines = [
-        files[0]["path"] + (f" and {len(files) - 1} more" if len(files) > 1 else ""),
-        f"{facts['name']}, architecture {facts['architecture']}, {format_bytes(n_bytes)}",
+        printable(files[0]["path"]) + (f" and {len(files) - 1} more" if len(files) > 1 else ""),
+        f"{printable(facts['name'])}, architecture {printable(facts['architecture'])}, {format_bytes(n_bytes)}",
         "",
         f"  experts     {format_bytes(facts['expert_bytes']):>12}  {_experts_of(facts['layers'], facts['n_blocks'])}",
         f"  dense       {format_bytes(facts['dense_bytes']):>12}  needed for every token, kept in RAM",

@@ -7,6 +7,7 @@ from typing import Any
 
 from gguf_pager.bench.cases import budget_label
 from gguf_pager.budget import format_bytes
+from gguf_pager.report.words import as_options
 
 Row = dict[str, Any]
 Group = tuple[str, list[Row]]
@@ -109,7 +110,7 @@ def why(row: Row) -> str:
     """Return why a row has none that counts."""
     status = row.get("status") or "status not recorded"
     reason = row.get("status_reason") or ("no speed was recorded" if status == "ok" else "")
-    return f"{status}: {reason}" if reason else str(status)
+    return f"{status}: {as_options(reason)}" if reason else str(status)
 
 
 def memory_bytes(row: Row) -> int | None:
