@@ -26,7 +26,7 @@ from gguf_pager.layout import Layout
 from gguf_pager.loading import Loader
 from gguf_pager.pager import Pager
 from gguf_pager.residency import FileIdentity
-from gguf_pager.sizing import Request, open_or_shrink
+from gguf_pager.sizing import Batches, Request, open_or_shrink
 from gguf_pager.threads import Threads
 
 log = logging.getLogger("gguf_pager")
@@ -207,8 +207,8 @@ class _Hooks:
                 return context
             try:
                 wanted = int(low.llama_n_ubatch(context))  # not params.n_ubatch: 0 means n_batch there
-                is_uncut = _is_uncut(params, context, paged.pager.layout)
-                n_ubatch = open_or_shrink(paged.pager, paged.request, paged.residency, wanted, is_uncut, before)
+                batches = _batches(params, context, paged, wanted)
+                n_ubatch = open_or_shrink(paged.pager, paged.request, paged.residency, batches, before)
                 if n_ubatch == wanted:
                     if not was_open:
                         _check_opened(paged)
@@ -348,6 +348,15 @@ def _attach(tap: _native.Tap, pager: Pager) -> None:
 def _address(function: Any) -> int:
     """Return the address of a ctypes callback, 0 for none."""
     return (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
+
+
+def _batches(params: Any, context: Any, paged: _Model, n_ubatch: int) -> Batches:
+    """Return what a context that was made with an n_ubatch needs of another one."""
+    n_sequences = 1 if params.kv_unified else int(low.llama_n_seq_max(context))
+    has_states = low.llama_model_is_hybrid(paged.address) or low.llama_model_is_recurrent(paged.address)
+    n_states = int(low.llama_n_rs_seq(context))  # of the past, to go back to
+    return Batches(n_ubatch, _is_uncut(params, context, paged.pager.layout), n_sequences, bool(has_states),
+                   n_states + 1 if n_states else 0)
 
 
 def _is_uncut(params: Any, context: Any, layout: Layout) -> bool:

@@ -17,7 +17,7 @@ from gguf_pager.layout import Layout, override_n_used, read_layout
 from gguf_pager.mirror import find_mirrors
 from gguf_pager.pager import Pager
 from gguf_pager.residency import FileIdentity, Residency
-from gguf_pager.sizing import Request, may_be_enough
+from gguf_pager.sizing import Request, check_room, may_be_enough
 
 log = logging.getLogger("gguf_pager")
 
@@ -44,7 +44,7 @@ class Loader:
 
         Raises:
             LayoutError: the file is no model that can be paged.
-            BudgetError, PagerIOError: see `residency.keep_dense`.
+            BudgetError, PagerIOError: see `sizing.check_room` and `residency.keep_dense`.
         """
         path = Path(os.fsdecode(path_model))
         layout = _apply_overrides(read_layout(path), params)
@@ -57,6 +57,7 @@ class Loader:
         with self._measuring:  # who comes second finds remembered what the first has measured undisturbed
             options = device.fill(layout, request.options)
         pager = Pager(layout, options, mirrors)
+        check_room(pager, request)
         identities = [residency.identify(file) for file in pager.paths]
         others = residency.files_mappings(layout)
         params = type(params).from_buffer_copy(params)

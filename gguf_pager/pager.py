@@ -46,6 +46,8 @@ class Options:
             a slow one; each directly where its file system can. Opening compares headers, sizes and samples of the data
             (`gguf_pager.mirror`), not every byte. A mirror that cannot be read, or changes, makes decoding fail as the
             model itself does.
+        overcommit: take the budget's word even where the machine, or its cgroup, seems to have less. Without it such a budget
+            is refused when a model is opened; with it the kernel may end the process.
         profile: keep, from one process to the next, how often each expert of this model was chosen (in the cache folder,
             numbers and nothing else), and read the most used ones while nobody waits for reads.
     """
@@ -58,6 +60,7 @@ class Options:
     lock_dense: Literal["auto", "lock", "copy", "off"] = "auto"
     mirror: Sequence[str | Path] = ()
     profile: bool = True
+    overcommit: bool = False
 
     def __post_init__(self) -> None:
         if not _native.policy_exists(self.policy):
