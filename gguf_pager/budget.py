@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gguf_pager.errors import BudgetError
 from gguf_pager.layout import Layer, Layout
@@ -226,6 +226,34 @@ def auto_budget_bytes(available_bytes: int, total_bytes: int) -> int:
     """
     reserve = max(AUTO_RESERVE_BYTES, int(total_bytes * AUTO_RESERVE_SHARE))
     return max(0, available_bytes - reserve)
+
+
+def least_cache_bytes(layout: Layout, n_cells: int, key_bytes: float, value_bytes: float) -> int:
+    """Return what the KV cache of `n_cells` tokens takes at least; 0 where an architecture keeps it in ways of its own.
+
+    `key_bytes` and `value_bytes` are those of a number in it. A layer with a sliding window holds that many tokens or more;
+    one of latent attention (key_length_mla) no values.
+    """
+    def known(name: str) -> Any:
+        return layout.values.get(f"{layout.architecture}.{name}")
+
+    heads, n_heads, n_blocks = known("attention.head_count_kv"), known("attention.head_count"), known("block_count")
+    if any(known(name) is not None for name in _OTHER_CACHES) or not isinstance(n_blocks, int) or not isinstance(n_heads, int):
+        return 0
+    head = (known("embedding_length") or 0) // n_heads
+    lengths = known("attention.key_length") or head, known("attention.value_length") or head
+    heads = heads if isinstance(heads, list) else [n_heads if heads is None else heads] * n_blocks
+    heads = heads[: n_blocks - (known("nextn_predict_layers") or 0)]  # those of drafts are in another context
+    window = known("attention.sliding_window")
+    if not all(isinstance(number, int) for number in (*lengths, *heads, window or 0)):
+        return 0
+    per_head = lengths[0] * key_bytes + (0 if known("attention.key_length_mla") else lengths[1] * value_bytes)
+    return int(sum(heads) * per_head) * (min(n_cells, window) if window else n_cells)
+
+
+_OTHER_CACHES = ("ssm.state_size", "ssm.conv_kernel", "wkv.head_size", "kda.head_dim", "shortconv.l_cache", "full_attention_interval",
+                 "attention.shared_kv_layers", "attention.indexer.key_length")
+"""Keys of architectures that have states instead of a cache in some layers, or share one."""
 
 
 def most_bytes(reachable_bytes: int) -> int:

@@ -26,7 +26,7 @@ from gguf_pager.layout import Layout
 from gguf_pager.loading import Loader
 from gguf_pager.pager import Pager
 from gguf_pager.residency import FileIdentity
-from gguf_pager.sizing import Batches, Request, open_or_shrink
+from gguf_pager.sizing import Batches, Request, check_cache, open_or_shrink, suitable_ubatch
 from gguf_pager.threads import Threads
 
 log = logging.getLogger("gguf_pager")
@@ -195,9 +195,15 @@ class _Hooks:
         if paged is None:
             return self._call("llama_init_from_model", model, params)
         params = type(params).from_buffer_copy(params)
-        is_cut = False
+        asked = int(min(params.n_ubatch or params.n_batch, params.n_batch or params.n_ubatch))
+        suitable = suitable_ubatch(paged.pager.layout, asked, 1 if params.kv_unified else max(1, params.n_seq_max))
+        is_cut = suitable != asked
+        if is_cut:
+            params.n_ubatch = suitable
         self._wait_for_other_arenas(paged)
         was_open = paged.pager.is_open
+        check_cache(paged.pager, paged.request, int(params.n_ctx or low.llama_model_n_ctx_train(paged.address)),
+                    paged.residency, (_number_bytes(params.type_k), _number_bytes(params.type_v)))
         params.op_offload = False  # a GPU build would copy host experts to the device for large batches
         while True:
             probe.give_back_free_memory()  # of the attempt before, or of a closed model
@@ -207,6 +213,7 @@ class _Hooks:
                 return context
             try:
                 wanted = int(low.llama_n_ubatch(context))  # not params.n_ubatch: 0 means n_batch there
+                asked = asked if is_cut else wanted  # at most n_ctx
                 batches = _batches(params, context, paged, wanted)
                 n_ubatch = open_or_shrink(paged.pager, paged.request, paged.residency, batches, before)
                 if n_ubatch == wanted:
@@ -220,6 +227,7 @@ class _Hooks:
             self._call("llama_free", context)
             log.info("n_ubatch is %d instead of %d: the budget has no slots for more", n_ubatch, wanted)
             params.n_ubatch, is_cut = n_ubatch, True
+        paged.pager.note_batches(asked, wanted)
         keep = (params, params.cb_eval, params.abort_callback)
         kept = Threads(int(context))
         kept.provide()
@@ -348,6 +356,11 @@ def _attach(tap: _native.Tap, pager: Pager) -> None:
 def _address(function: Any) -> int:
     """Return the address of a ctypes callback, 0 for none."""
     return (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
+
+
+def _number_bytes(ggml_type: int) -> float:
+    base = engine.load().base
+    return float(base.ggml_type_size(ggml_type) / base.ggml_blck_size(ggml_type))
 
 
 def _batches(params: Any, context: Any, paged: _Model, n_ubatch: int) -> Batches:

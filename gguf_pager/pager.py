@@ -109,8 +109,9 @@ class Stats:
 
     `stall_ns` is the time that decoding waited for reads, `stall_bytes` what arrived meanwhile, of whole sectors;
     `left_alone` the graph nodes that llama.cpp computed from its own mapping because they could not be served: right, but
-    slow. `copies` are the bytes read from the model's own files and from each mirror. `hit_rate` is None before the
-    first token.
+    slow. `copies` are the bytes read from the model's own files and from each mirror. `n_ubatch` is the batch that the
+    newest context computes at once, `n_ubatch_wanted` what it was asked for: more, where the budget has no slots for it; both
+    None before there is one. `hit_rate` is None before the first token.
     """
 
     hits: int
@@ -124,6 +125,8 @@ class Stats:
     arena_bytes: int
     layers: tuple[LayerStats, ...]
     copies: tuple[int, ...] = ()
+    n_ubatch: int | None = None
+    n_ubatch_wanted: int | None = None
 
     @property
     def hit_rate(self) -> float | None:
@@ -176,6 +179,8 @@ class Pager:
         self.n_slots: tuple[int, ...] = ()
         self._native: _native.Pager | None = None
         self._last_stats: Stats | None = None
+        self._n_ubatch: int | None = None
+        self._n_ubatch_wanted: int | None = None
         self._pid = os.getpid()
         self._is_warmed = self._is_profile_kept = False
 
@@ -241,6 +246,10 @@ class Pager:
             ) from None
         self.n_slots = tuple(n_slots)
 
+    def note_batches(self, n_ubatch_wanted: int, n_ubatch: int) -> None:
+        """Remember for `stats` what a context was asked for, and what it has got."""
+        self._n_ubatch_wanted, self._n_ubatch = n_ubatch_wanted, n_ubatch
+
     def wait_present(self) -> None:
         """Wait until all of the arena is resident; a thread sees to it since `open`. One caller at a time."""
         if self._native is not None and os.getpid() == self._pid:
@@ -293,6 +302,8 @@ class Pager:
             arena_bytes=self.arena_bytes,
             layers=layers,
             copies=tuple(self._native.copies()),
+            n_ubatch=self._n_ubatch,
+            n_ubatch_wanted=self._n_ubatch_wanted,
         )
 
     def resident_experts(self, layer: int) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gguf_pager import budget, probe
 from gguf_pager.budget import Budget, ClassNeed, format_bytes
-from gguf_pager.errors import BudgetError
+from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.layout import Layout
 from gguf_pager.pager import Options, Pager
 from gguf_pager.residency import Residency
@@ -31,15 +31,34 @@ class Request:
     reason: str | None = None
 
 
+NEED_MULTIPLES = ("kimi-linear", "minimax-01")
+"""Architectures whose n_ubatch must be a multiple of n_seq_max where sequences are kept apart. llama.cpp measures their graphs
+with n_ubatch tokens of one sequence, divided among the caches of all (TAG_RESERVE_DIAG_DECAY in llama-context.cpp), and an
+assertion ends the process where that leaves a rest."""
+
+
+def suitable_ubatch(layout: Layout, n_ubatch: int, n_sequences: int) -> int:
+    """Return `n_ubatch`, or the next smaller one where llama.cpp would end the process because of it.
+
+    Raises:
+        EngineError: there is none.
+    """
+    if layout.architecture not in NEED_MULTIPLES or n_ubatch % n_sequences == 0:
+        return n_ubatch
+    if n_ubatch < n_sequences:
+        raise EngineError(f"{layout.architecture} with {n_sequences} separate sequences needs an n_ubatch of at least "
+                          f"{n_sequences}, not {n_ubatch}: raise it, or set kv_unified.")
+    return n_ubatch // n_sequences * n_sequences
+
+
 @dataclass(frozen=True, slots=True)
 class Batches:
     """What a context has been asked for, and what llama.cpp needs of its batches.
 
     Batches that are `is_uncut` must not be made smaller. `n_sequences` are kept apart, each in a cache of its own (1 with a
-    unified one). `must_divide`: a batch has to be a multiple of them. llama.cpp measures some hybrid models' graphs (Kimi
-    Linear and MiniMax-01 so far: TAG_RESERVE_DIAG_DECAY in llama-context.cpp) with n_ubatch tokens of one sequence, divided
-    among the caches of all, and an assertion ends the process where that leaves a rest. `n_tail`: so many last tokens of a
-    sequence are computed together, and a batch has to be larger (llama_batch_allocr::split_equal); 0 without such.
+    unified one). `must_divide`: a batch has to be a multiple of them, see `NEED_MULTIPLES`; all models with states are taken
+    for such when we choose. `n_tail`: so many last tokens of a sequence are computed together, and a batch has to be larger
+    (llama_batch_allocr::split_equal); 0 without such.
     """
 
     n_ubatch: int
@@ -88,8 +107,8 @@ def _too_small(wanted: int, least: int) -> BudgetError:
 
 def _has(memory: probe.Memory) -> str:
     """Say what there is, for the end of a sentence."""
-    where = "this machine has" if memory.limit_bytes is None else "this process's cgroup allows"
-    return f"{format_bytes(memory.available_bytes)} of the {format_bytes(memory.total_bytes)} that {where} are available"
+    where = "the machine has" if memory.limit_bytes is None else "its cgroup allows"
+    return f"this process can get {format_bytes(memory.reachable_bytes)} of the {format_bytes(memory.total_bytes)} that {where}"
 
 
 def may_be_enough(layout: Layout, pager: Pager, request: Request) -> bool:
@@ -109,13 +128,32 @@ def check_room(pager: Pager, request: Request) -> None:
         wanted, memory = int(request.budget.value or 0), probe.memory()
         if not request.options.overcommit and wanted > budget.most_bytes(memory.reachable_bytes):
             raise BudgetError(
-                f"A budget of {format_bytes(wanted)} is more than this process can get, {format_bytes(memory.reachable_bytes)}: "
-                f"{_has(memory)}. Lower it, free memory, or {_INSIST}."
+                f"A budget of {format_bytes(wanted)} is more than there is: {_has(memory)}. Lower it, free memory, or {_INSIST}."
             )
         return
     dense = 0 if request.options.lock_dense == "off" else pager.layout.dense_bytes
     wanted = _share_bytes(pager.needs, request.budget.value) if request.budget.kind == "share" else 0
     _check_room(pager.needs, request, wanted, dense + budget.WORK_BYTES)
+
+
+def check_cache(pager: Pager, request: Request, n_cells: int, kept: Residency, number_bytes: tuple[float, float]) -> None:
+    """Refuse a context whose cache there is no room for: llama.cpp fills all of it with zeros when it makes one.
+
+    `n_cells` is of all sequences, `number_bytes` of a number in a key and in a value.
+
+    Raises:
+        BudgetError: with what there is, and a way out.
+    """
+    if request.options.overcommit and request.budget.kind != "auto":
+        return
+    cache = budget.least_cache_bytes(pager.layout, n_cells, *number_bytes)
+    dense = 0 if kept.method in ("lock", "copy") or request.options.lock_dense == "off" else pager.layout.dense_bytes
+    arena = 0 if pager.is_open else budget.least_arena_bytes(pager.needs)
+    memory = probe.memory()
+    if cache + arena + dense > memory.available_bytes:
+        raise BudgetError(f"There is no room for a context of {n_cells:,} tokens: its cache takes {format_bytes(cache)} or "
+                          f"more, and {format_bytes(memory.available_bytes)} are available beside the model; {_has(memory)}. "
+                          "Lower n_ctx, free memory, or raise the limit of the container.")
 
 
 def _check_room(needs: Sequence[ClassNeed], request: Request, arena_bytes: int, other_bytes: int) -> None:

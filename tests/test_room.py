@@ -1,0 +1,130 @@
+"""A budget for which there is no room is refused with what would work, in real groups, and nobody is killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import make_trace_model
+import pytest
+from conftest import stated_minimum
+
+from gguf_pager import read_layout
+from gguf_pager.bench.disk import drop_from_page_cache
+from gguf_pager.cap import memory_cap
+
+MIB = 1 << 20
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import gguf_pager
+told = {}
+try:
+    arguments = {"n_ctx": 256, "n_batch": 32, "n_threads": 1, "n_threads_batch": 1, "verbose": False} | json.loads(sys.argv[2])
+    llm = gguf_pager.Llama(sys.argv[1], **arguments)
+    llm.eval([int(llm.metadata["gguf_pager.trace.first_token"])])
+    told["arena_bytes"] = llm.pager and llm.pager.arena_bytes
+    llm.close()
+except gguf_pager.BudgetError as error:
+    told["error"] = str(error)
+print(json.dumps(told))
+"""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a process in a group came to."""
+
+    returncode: int
+    error: str | None
+    arena_bytes: int | None
+    oom_kills: int | None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model with 150 MB of dense weights and 57 MB of experts."""
+    path = tmp_path_factory.mktemp("room") / "dense.gguf"
+    make_trace_model.make(path, "tiny", layers=4, n_embd=2048, n_head=64, n_head_kv=64, head_dim=128)
+    layout = read_layout(path)
+    assert layout.dense_bytes > 140 * MIB and layout.expert_bytes > 50 * MIB
+    yield path
+    path.unlink()
+
+
+def open_in_group(model: Path, limit_bytes: int, **arguments: Any) -> Told:
+    drop_from_page_cache([model])
+    with memory_cap(limit_bytes) as cap:
+        if cap.folder is None:
+            pytest.skip(f"no group can be made here: {cap.method} {cap.reason}")
+        command = cap.command([sys.executable, "-c", SCRIPT, str(model), json.dumps(arguments)])
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode in (0, 137, -9), done.stderr
+        told = json.loads(done.stdout) if done.returncode == 0 else {}
+        return Told(done.returncode, told.get("error"), told.get("arena_bytes"), cap.oom_kills())
+
+
+@pytest.mark.parametrize("budget", ("auto", "min", "50%"))
+def test_dense_weights_larger_than_the_group_are_refused_before_they_are_there(model: Path, budget: str) -> None:
+    told = open_in_group(model, 150 * MIB, budget=budget)
+    assert (told.returncode, told.oom_kills) == (0, 0), "nobody was killed"
+    assert told.error is not None and "no room" in told.error and "of the 150.00 MiB that its cgroup allows" in told.error
+    assert stated_minimum(told.error) > read_layout(model).dense_bytes
+
+
+def test_named_least_works_in_a_group_of_that_size(model: Path) -> None:
+    least = 150 * MIB
+    for _ in range(3):  # before a context is made, its cache and buffers are not known
+        told = open_in_group(model, least, budget="min")
+        if told.error is None:
+            break
+        assert told.oom_kills == 0 and stated_minimum(told.error) > least
+        least = stated_minimum(told.error)
+    assert told.returncode == 0 and told.arena_bytes and told.oom_kills == 0
+
+
+def test_share_that_does_not_fit_names_the_largest_that_does(model: Path) -> None:
+    limit = read_layout(model).dense_bytes + 145 * MIB
+    told = open_in_group(model, limit, budget="100%")
+    assert told.oom_kills == 0 and told.error is not None and "The largest share that fits is " in told.error
+    share = float(told.error.split("The largest share that fits is ")[1].split("%")[0])
+    assert 0 < share < 100
+    told = open_in_group(model, limit, budget="min")
+    assert told.error is None and told.returncode == 0
+
+
+def test_without_locking_the_group_is_no_less_than_for_stock(model: Path) -> None:
+    told = open_in_group(model, 150 * MIB, budget="min", lock_dense="off")
+    assert told.returncode == 0 and told.error is None and told.oom_kills == 0
+
+
+def test_budget_above_the_group_is_refused_with_both_figures(model: Path) -> None:
+    told = open_in_group(model, 300 * MIB, budget="2GiB")
+    assert told.returncode == 0 and told.error is not None
+    assert "2.00 GiB" in told.error and "of the 300.00 MiB that its cgroup allows" in told.error
+    assert "overcommit" in told.error
+
+
+def test_budget_of_exactly_the_group_is_taken(model: Path) -> None:
+    told = open_in_group(model, 300 * MIB, budget=300 * MIB)
+    assert told.returncode == 0 and told.error is None and told.oom_kills == 0 and told.arena_bytes
+
+
+def test_whoever_insists_is_believed(model: Path) -> None:
+    told = open_in_group(model, 300 * MIB, budget="2GiB", overcommit=True)
+    assert told.returncode == 0 and told.error is None and told.arena_bytes
+    told = open_in_group(model, 120 * MIB, budget="min", overcommit=True)
+    assert told.returncode != 0 and told.oom_kills, "the group is really too small: what is refused otherwise would be killed"
+
+
+def test_cache_larger_than_the_group_is_refused(model: Path) -> None:
+    """Of 64 heads of 128 a token takes 128 KiB in four layers: llama.cpp fills the whole cache with zeros at once."""
+    for budget in ("min", "50%", "600MiB"):
+        told = open_in_group(model, 600 * MIB, budget=budget, n_ctx=16384)
+        assert told.error is not None and (told.returncode, told.oom_kills) == (0, 0), budget
