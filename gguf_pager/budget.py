@@ -83,7 +83,7 @@ def parse_budget(text: float | str) -> Budget:
 def _refuse_bare_share(text: float | str, number: float) -> None:
     if number <= _MOST_PERCENT:
         percent = number * 100 if number < 1 else number
-        raise BudgetError(f"budget {text!r} would be {number:g} bytes: did you mean {percent:g}%? A share of the experts is "
+        raise BudgetError(f"budget {text!r} is too small, {number:g} bytes: did you mean {percent:g}%? A share of the experts is "
                           "written '25%', a size '4GiB'.")
 
 

@@ -110,7 +110,7 @@ class Stats:
     `stall_ns` is the time that decoding waited for reads, `stall_bytes` what arrived meanwhile, of whole sectors;
     `left_alone` the graph nodes that llama.cpp computed from its own mapping because they could not be served: right, but
     slow. `copies` are the bytes read from the model's own files and from each mirror. `n_ubatch` is the batch that the
-    newest context computes at once, `n_ubatch_wanted` what it was asked for: more, where the budget has no slots for it; both
+    newest context computes at once, `n_ubatch_asked` what it was asked for: more, where the budget has no slots for it; both
     None before there is one. `hit_rate` is None before the first token.
     """
 
@@ -126,7 +126,7 @@ class Stats:
     layers: tuple[LayerStats, ...]
     copies: tuple[int, ...] = ()
     n_ubatch: int | None = None
-    n_ubatch_wanted: int | None = None
+    n_ubatch_asked: int | None = None
 
     @property
     def hit_rate(self) -> float | None:
@@ -180,7 +180,7 @@ class Pager:
         self._native: _native.Pager | None = None
         self._last_stats: Stats | None = None
         self._n_ubatch: int | None = None
-        self._n_ubatch_wanted: int | None = None
+        self._n_ubatch_asked: int | None = None
         self._pid = os.getpid()
         self._is_warmed = self._is_profile_kept = False
 
@@ -246,9 +246,9 @@ class Pager:
             ) from None
         self.n_slots = tuple(n_slots)
 
-    def note_batches(self, n_ubatch_wanted: int, n_ubatch: int) -> None:
+    def note_batches(self, n_ubatch_asked: int, n_ubatch: int) -> None:
         """Remember for `stats` what a context was asked for, and what it has got."""
-        self._n_ubatch_wanted, self._n_ubatch = n_ubatch_wanted, n_ubatch
+        self._n_ubatch_asked, self._n_ubatch = n_ubatch_asked, n_ubatch
 
     def wait_present(self) -> None:
         """Wait until all of the arena is resident; a thread sees to it since `open`. One caller at a time."""
@@ -303,7 +303,7 @@ class Pager:
             layers=layers,
             copies=tuple(self._native.copies()),
             n_ubatch=self._n_ubatch,
-            n_ubatch_wanted=self._n_ubatch_wanted,
+            n_ubatch_asked=self._n_ubatch_asked,
         )
 
     def resident_experts(self, layer: int) -> list[int]:

@@ -24,17 +24,22 @@ class Memory:
     """Bytes of RAM of the machine as this process has it: all that any part of the program may plan with.
 
     `total_bytes` is the smaller of the RAM, `ram_bytes`, and `limit_bytes`, the tightest limit of a cgroup above this
-    process (None without one, as `cgroup_version`). `available_bytes` is what can still be had, `reachable_bytes` what this
-    process can come to hold with what it holds already.
+    process (None without one, as `cgroup_version`). `available_bytes` is what can still be had; `held_bytes` is what this
+    process holds and the kernel does not take back.
     """
 
     total_bytes: int
     available_bytes: int
-    reachable_bytes: int
-    ram_bytes: int
     limit_bytes: int | None
-    cgroup_version: int | None
     swap_bytes: int
+    ram_bytes: int | None = None
+    held_bytes: int = 0
+    cgroup_version: int | None = None
+
+    @property
+    def reachable_bytes(self) -> int:
+        """What this process can come to hold, with what it holds already."""
+        return min(self.total_bytes, self.available_bytes + self.held_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +72,17 @@ def memory() -> Memory:
         available = min(available, group.available_bytes)
         if group.limit_bytes < total:
             total, limit, version = group.limit_bytes, group.limit_bytes, group.version
-    reachable = min(total, available + pages.kept_bytes)
-    return Memory(total, available, reachable, int(ram.total), limit, version, int(psutil.swap_memory().total))
+    return Memory(total, available, limit, int(psutil.swap_memory().total), int(ram.total), pages.held_bytes, version)
 
 
 @dataclass(frozen=True, slots=True)
 class _OwnPages:
-    """This process's pages in bytes. `mapped`: of files, `locked`: those the kernel cannot take back, `kept`: those it does
+    """This process's pages in bytes. `mapped`: of files, `locked`: those the kernel cannot take back, `held`: those it does
     not count as available, anonymous and locked ones."""
 
     mapped_bytes: int
     locked_bytes: int
-    kept_bytes: int
+    held_bytes: int
 
 
 def _own_pages() -> _OwnPages:
@@ -91,8 +95,8 @@ def _own_pages() -> _OwnPages:
     except (OSError, KeyError):  # before Linux 5.10, or forbidden
         pages = _kilobytes(Path("/proc/self/status"))
         return _OwnPages(pages["RssFile"], pages["VmLck"], pages["RssAnon"] + pages["RssShmem"] + pages["VmLck"])
-    kept = pages["Pss_Anon"] + pages["Pss_Shmem"]
-    return _OwnPages(mapped, pages["Locked"], kept + min(pages["Locked"], mapped))
+    held = pages["Pss_Anon"] + pages["Pss_Shmem"]
+    return _OwnPages(mapped, pages["Locked"], held + min(pages["Locked"], mapped))
 
 
 def _kilobytes(path: Path) -> dict[str, int]:

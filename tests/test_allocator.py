@@ -19,7 +19,7 @@ from gguf_pager import allocator
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="preloads Linux's libraries")
 
 MIB = 1 << 20
-BUDGET_BYTES, TOLERANCE = 250 * MIB, 1.03
+BUDGET_BYTES, TOLERANCE = 180 * MIB, 1.03
 
 PACKAGES = {"libjemalloc.so.2": "libjemalloc2", "libmimalloc.so.2": "libmimalloc2.0", "libtcmalloc_minimal.so.4": "libtcmalloc-minimal4"}
 """Debian's, by what the loader calls them."""

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and
 
 def test_memory_of_this_machine_is_plausible() -> None:
     memory = probe.memory()
-    assert 0 < memory.available_bytes <= memory.reachable_bytes <= memory.total_bytes <= memory.ram_bytes
-    assert memory.ram_bytes == psutil.virtual_memory().total
-    assert memory.total_bytes == min(memory.ram_bytes, memory.limit_bytes or memory.ram_bytes)
+    assert 0 < memory.available_bytes <= memory.reachable_bytes <= memory.total_bytes
+    assert memory.total_bytes <= memory.ram_bytes == psutil.virtual_memory().total
+    assert memory.total_bytes == min(psutil.virtual_memory().total, memory.limit_bytes or 1 << 60)
     assert (memory.limit_bytes is None) == (memory.cgroup_version is None)
     assert memory.swap_bytes == psutil.swap_memory().total
 

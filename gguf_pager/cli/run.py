@@ -196,9 +196,10 @@ def _open(settings: _Settings, prompt: str) -> Llama:
 def _lowered_batch(llm: Llama) -> str | None:
     """Return what to say where the budget has made batches smaller, which takes time and changes the last bits."""
     stats = llm.pager.stats() if llm.pager else None
-    if stats is None or stats.n_ubatch is None or stats.n_ubatch == stats.n_ubatch_wanted:
+    if stats is None or stats.n_ubatch is None or stats.n_ubatch == stats.n_ubatch_asked:
         return None
-    return (f"The prompt is computed {stats.n_ubatch} tokens at a time instead of {stats.n_ubatch_wanted}, because the budget "
+    several = "s" if stats.n_ubatch > 1 else ""
+    return (f"The prompt is computed {stats.n_ubatch} token{several} at a time instead of {stats.n_ubatch_asked}, because the budget "
             "has no room for the experts of more: that is slower. Raise the budget to avoid it.")
 
 
@@ -330,7 +331,7 @@ def _facts(llm: Llama, settings: _Settings, generation: _Generation, load_s: flo
         "n_ctx": llm.n_ctx(),
         "n_batch": llama_cpp.llama_n_batch(llm.ctx),
         "n_ubatch": llama_cpp.llama_n_ubatch(llm.ctx),
-        "n_ubatch_wanted": pager.stats().n_ubatch_wanted if pager else None,
+        "n_ubatch_asked": pager.stats().n_ubatch_asked if pager else None,
         "seed": seed,
         "load_s": load_s,
     }
