@@ -168,11 +168,11 @@ def _check_room(needs: Sequence[ClassNeed], request: Request, arena_bytes: int, 
     n_bytes = _with_drift(probe.process_memory().resident_bytes + other_bytes + least)
     needed = f"this model needs at least {format_bytes(n_bytes)} ({n_bytes} bytes) for the whole process"
     if least + other_bytes > memory.available_bytes:
-        insist = "" if is_auto else f", or {_INSIST}"
-        raise BudgetError(f"There is no room for this model: {needed}, and {_has(memory)}. Free memory, raise the limit of "
-                          f"the container{insist}.")
+        insist = "" if is_auto else f" or {_INSIST}"
+        raise BudgetError(f"The memory here is too small: {needed}, and {_has(memory)}. Free memory, raise the limit of the "
+                          f"container{insist}.")
     if is_auto:
-        raise BudgetError(f"budget='auto' finds no room: {needed}, {_has(memory)}, and it leaves "
+        raise BudgetError(f"The memory that budget='auto' may take is too small: {needed}, {_has(memory)}, and 'auto' leaves "
                           f"{format_bytes(memory.available_bytes - spare)} to others. Say budget='min' or a size.")
     most = int((memory.available_bytes - other_bytes) / budget.full_arena_bytes(needs) * 1000) / 10
     raise BudgetError(f"There is no room for {(request.budget.value or 0) * 100:g}% of the experts, {format_bytes(arena_bytes)}: "
