@@ -55,7 +55,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
             dense weights, KV cache and buffers leave). "25%": a share of the experts, everything else on top. "min": as
             few experts as can compute one token. "auto": what the machine can spare; if the model fits, it runs as stock
             llama.cpp.
-        policy, io, n_readers, piece_bytes, read_ahead, lock_dense, mirror: see `gguf_pager.Options`.
+        policy, io, n_readers, piece_bytes, read_ahead, lock_dense, mirror, profile, overcommit: see
+            `gguf_pager.Options`.
 
     Raises:
         TypeError: an argument that neither knows.
