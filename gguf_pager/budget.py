@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gguf_pager.errors import BudgetError
 from gguf_pager.layout import Layer, Layout
@@ -21,7 +21,14 @@ BATCH_BYTES = 16 << 20
 DeepSeek-V3. Larger ones have more to compute than to wait for."""
 
 AUTO_RESERVE_SHARE, AUTO_RESERVE_BYTES = 0.08, 768 << 20
-"""What `auto` leaves to the rest of the machine: the larger of the two."""
+"""What `auto` leaves to the rest of the machine, or of the container that is the machine: the larger of the two."""
+
+OVER_SHARE = 0.03
+"""What a budget in bytes may lie above what this process can come to hold, beside WORK_BYTES: that is known no better,
+because pages of programs that many processes share are charged to the first, and the kernel's own to whoever caused them."""
+
+_MOST_PERCENT = 100
+"""Nobody means a number up to this, without a unit, as bytes."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
@@ -43,13 +50,14 @@ def parse_budget(text: float | str) -> Budget:
     """Read a budget: bytes as a number, or "4GiB", "3500MB", "25%", "min", "auto".
 
     Raises:
-        BudgetError: it is none of these.
+        BudgetError: it is none of these, or a bare number so small that a share must be meant.
     """
     if isinstance(text, bool) or not isinstance(text, int | float | str):
         raise BudgetError(f"budget must be a number of bytes or a text such as '4GiB' or '25%', not {text!r}.")
     if isinstance(text, int | float):
         if not math.isfinite(text) or text <= 0:
             raise BudgetError(f"budget must be a positive number of bytes, not {text!r}.")
+        _refuse_bare_share(text, text)
         return Budget("bytes", int(text))
     word = text.strip().lower()
     if word == "auto":
@@ -67,7 +75,16 @@ def parse_budget(text: float | str) -> Budget:
     match = _SIZE.fullmatch(word)
     if not match or float(match[1]) <= 0:
         raise BudgetError(f"budget {text!r} is not understood: write bytes, '4GiB', '3500MB', '25%', 'min' or 'auto'.")
+    if word == match[1]:
+        _refuse_bare_share(text, float(match[1]))
     return Budget("bytes", int(float(match[1]) * _UNITS[(match[2] or "").lower()]))
+
+
+def _refuse_bare_share(text: float | str, number: float) -> None:
+    if number <= _MOST_PERCENT:
+        percent = number * 100 if number < 1 else number
+        raise BudgetError(f"budget {text!r} is too small, {number:g} bytes: did you mean {percent:g}%? A share of the experts is "
+                          "written '25%', a size '4GiB'.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +127,7 @@ def stride_bytes(layer: Layer, align: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ClassNeed:
-    """What a shape class takes: a slot's size, the fewest slots one token can be computed with, and all experts."""
+    """What a shape class takes: a slot's size, the fewest slots that can be computed with, and all experts."""
 
     stride_bytes: int
     n_least: int
@@ -118,15 +135,15 @@ class ClassNeed:
     expert_bytes: int
 
 
-def class_needs(layout: Layout, align: int) -> tuple[ClassNeed, ...]:
-    """Return one ClassNeed per shape class of the model."""
+def class_needs(layout: Layout, align: int, n_tokens: int = 1) -> tuple[ClassNeed, ...]:
+    """Return one ClassNeed per shape class of the model; the least is what this many tokens at once may want."""
     needs = []
     for shape in layout.shapes:
         layers = [layer for layer in layout.layers if layer.shape == shape]
         needs.append(
             ClassNeed(
                 stride_bytes=stride_bytes(layers[0], align),
-                n_least=max(layer.n_used for layer in layers),
+                n_least=max(batch_slots(layer, n_tokens) for layer in layers),
                 n_all=sum(layer.n_experts for layer in layers),
                 expert_bytes=sum(layer.n_experts * layer.expert_bytes for layer in layers),
             )
@@ -190,19 +207,58 @@ def batch_slots(layer: Layer, n_ubatch: int) -> int:
     return min(layer.n_experts, n_ubatch * layer.n_used)
 
 
-def largest_ubatch(layout: Layout, slots: Sequence[int], n_ubatch: int) -> int:
-    """Return the largest batch, at most `n_ubatch` and at least 1, whose experts fit into the slots of every class."""
+def largest_ubatch(layout: Layout, slots: Sequence[int], n_ubatch: int, step: int = 1) -> int:
+    """Return the largest batch, at most `n_ubatch`, whose experts fit into the slots of every class.
+
+    One that has to be smaller is a multiple of `step`, and `step` if not even that fits: see `sizing.Batches`.
+    """
     for layer in layout.layers:
         n_slots = slots[layout.class_of(layer)]
         if batch_slots(layer, n_ubatch) > n_slots:
-            n_ubatch = max(1, n_slots // layer.n_used)
+            n_ubatch = max(step, n_slots // layer.n_used // step * step)
     return n_ubatch
 
 
 def auto_budget_bytes(available_bytes: int, total_bytes: int) -> int:
-    """Return what a process may take of `available_bytes` so that the rest of a machine of `total_bytes` can breathe."""
+    """Return what a process may take of `available_bytes` so that the rest of a machine of `total_bytes` can breathe.
+
+    Both are those of `probe.memory()`: of the container, where there is one.
+    """
     reserve = max(AUTO_RESERVE_BYTES, int(total_bytes * AUTO_RESERVE_SHARE))
     return max(0, available_bytes - reserve)
+
+
+def least_cache_bytes(layout: Layout, n_cells: int, key_bytes: float, value_bytes: float) -> int:
+    """Return what the KV cache of `n_cells` tokens takes at least; 0 where an architecture keeps it in ways of its own.
+
+    `key_bytes` and `value_bytes` are those of a number in it. A layer with a sliding window holds that many tokens or more;
+    one of latent attention (key_length_mla) no values.
+    """
+    def known(name: str) -> Any:
+        return layout.values.get(f"{layout.architecture}.{name}")
+
+    heads, n_heads, n_blocks = known("attention.head_count_kv"), known("attention.head_count"), known("block_count")
+    if any(known(name) is not None for name in _OTHER_CACHES) or not isinstance(n_blocks, int) or not isinstance(n_heads, int):
+        return 0
+    head = (known("embedding_length") or 0) // n_heads
+    lengths = known("attention.key_length") or head, known("attention.value_length") or head
+    heads = heads if isinstance(heads, list) else [n_heads if heads is None else heads] * n_blocks
+    heads = heads[: n_blocks - (known("nextn_predict_layers") or 0)]  # those of drafts are in another context
+    window = known("attention.sliding_window")
+    if not all(isinstance(number, int) for number in (*lengths, *heads, window or 0)):
+        return 0
+    per_head = lengths[0] * key_bytes + (0 if known("attention.key_length_mla") else lengths[1] * value_bytes)
+    return int(sum(heads) * per_head) * (min(n_cells, window) if window else n_cells)
+
+
+_OTHER_CACHES = ("ssm.state_size", "ssm.conv_kernel", "wkv.head_size", "kda.head_dim", "shortconv.l_cache", "full_attention_interval",
+                 "attention.shared_kv_layers", "attention.indexer.key_length")
+"""Keys of architectures that have states instead of a cache in some layers, or share one."""
+
+
+def most_bytes(reachable_bytes: int) -> int:
+    """Return the largest budget in bytes to believe in where a process can come to hold `reachable_bytes`."""
+    return int(reachable_bytes * (1 + OVER_SHARE)) + WORK_BYTES
 
 
 def fits_whole(tensor_bytes: int, spare_bytes: int) -> bool:

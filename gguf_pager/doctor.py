@@ -150,7 +150,7 @@ def _model(path: Path) -> tuple[Layout | None, Check]:
     if not layout.layers:
         return layout, Check("model", "note", f"{layout.name} has no experts: there is nothing to page")
     least = process_bytes(layout, budget.least_arena_bytes(needs))
-    available = probe.memory().available_bytes
+    available = probe.memory().reachable_bytes  # `least` is of a whole process
     facts = {"architecture": layout.architecture, "tensor_bytes": layout.tensor_bytes, "least_bytes": least,
              "available_bytes": available}
     if least > available:
@@ -162,13 +162,12 @@ def _model(path: Path) -> tuple[Layout | None, Check]:
 
 def _memory() -> Check:
     memory = probe.memory()
-    facts = {"total_bytes": memory.total_bytes, "available_bytes": memory.available_bytes,
+    facts = {"total_bytes": memory.total_bytes, "ram_bytes": memory.ram_bytes, "available_bytes": memory.available_bytes,
              "cgroup_limit_bytes": memory.limit_bytes, "swap_bytes": memory.swap_bytes,
              "auto_budget_bytes": budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)}
-    version = 2 if Path("/sys/fs/cgroup/cgroup.controllers").exists() else 1
     limit = "no cgroup limit" if memory.limit_bytes is None else (
-        f"limited to {format_bytes(memory.limit_bytes)} by a cgroup of version {version}")
-    message = (f"{format_bytes(memory.total_bytes)} of RAM, {format_bytes(memory.available_bytes)} available, {limit}, "
+        f"limited to {format_bytes(memory.limit_bytes)} by a cgroup of version {memory.cgroup_version}")
+    message = (f"{format_bytes(memory.ram_bytes or memory.total_bytes)} of RAM, {format_bytes(memory.available_bytes)} available, {limit}, "
                f"{format_bytes(memory.swap_bytes) if memory.swap_bytes else 'no'} swap")
     if memory.swap_bytes:
         return Check("memory", "note", message, "Under pressure the system may swap experts out, which costs more than "

@@ -33,7 +33,7 @@ from gguf_pager.layout import Layout
 from gguf_pager.loading import Loader
 from gguf_pager.pager import Pager
 from gguf_pager.residency import FileIdentity
-from gguf_pager.sizing import Request, open_or_shrink
+from gguf_pager.sizing import Batches, Request, check_cache, open_or_shrink, suitable_ubatch
 from gguf_pager.threads import Threads
 from gguf_pager.wrapping import Wrapping
 
@@ -352,10 +352,16 @@ class _Hooks:
         return self._opening.call(self._make_paged, paged, type(params).from_buffer_copy(params))
 
     def _make_paged(self, paged: _Model, params: Any) -> Any:
-        is_cut = False
         request = _constructing.get() or paged.request
+        asked = int(min(params.n_ubatch or params.n_batch, params.n_batch or params.n_ubatch))
+        suitable = suitable_ubatch(paged.pager.layout, asked, 1 if params.kv_unified else max(1, params.n_seq_max))
+        is_cut = suitable != asked
+        if is_cut:
+            params.n_ubatch = suitable
         self._wait_for_other_arenas(paged)
         was_open = paged.pager.is_open
+        check_cache(paged.pager, request, int(params.n_ctx or low.llama_model_n_ctx_train(paged.address)),
+                    paged.residency, (_number_bytes(params.type_k), _number_bytes(params.type_v)))
         params.op_offload = False  # a GPU build would copy host experts to the device for large batches
         while True:
             probe.give_back_free_memory()  # of the attempt before, or of a closed model
@@ -365,13 +371,15 @@ class _Hooks:
                 return context
             try:
                 wanted = int(low.llama_n_ubatch(context))  # not params.n_ubatch: 0 means n_batch there
-                is_uncut = _is_uncut(params, context, paged.pager.layout)
+                asked = asked if is_cut else wanted  # at most n_ctx
+                batches = _batches(params, context, paged, wanted)
                 request.count_outputs(int(low.llama_n_ctx(context)), int(low.llama_n_batch(context)))
-                n_ubatch = open_or_shrink(paged.pager, request, paged.residency, wanted, is_uncut, before)
+                n_ubatch = open_or_shrink(paged.pager, request, paged.residency, batches, before)
                 if n_ubatch == wanted:
                     if not was_open:
                         _check_opened(paged)
                     self._add_context(paged, params, tap, int(context), is_cut)
+                    paged.pager.note_batches(asked, wanted)
                     return context
             except BaseException:
                 self._drop_context(paged, tap, int(context))
@@ -601,6 +609,20 @@ def _attach(tap: _native.Tap, pager: Pager) -> None:
 def _address(function: Any) -> int:
     """Return the address of a ctypes callback, 0 for none."""
     return (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
+
+
+def _number_bytes(ggml_type: int) -> float:
+    base = engine.load().base
+    return float(base.ggml_type_size(ggml_type) / base.ggml_blck_size(ggml_type))
+
+
+def _batches(params: Any, context: Any, paged: _Model, n_ubatch: int) -> Batches:
+    """Return what a context that was made with an n_ubatch needs of another one."""
+    n_sequences = 1 if params.kv_unified else int(low.llama_n_seq_max(context))
+    has_states = low.llama_model_is_hybrid(paged.address) or low.llama_model_is_recurrent(paged.address)
+    n_states = int(low.llama_n_rs_seq(context))  # of the past, to go back to
+    return Batches(n_ubatch, _is_uncut(params, context, paged.pager.layout), n_sequences, bool(has_states),
+                   n_states + 1 if n_states else 0)
 
 
 def _is_uncut(params: Any, context: Any, layout: Layout) -> bool:

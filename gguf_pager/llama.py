@@ -32,7 +32,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
             dense weights, KV cache and buffers leave). "25%": a share of the experts, everything else on top. "min": as
             few experts as can compute one token. "auto": what the machine can spare; if the model fits, it runs as stock
             llama.cpp.
-        policy, io, n_readers, piece_bytes, read_ahead, lock_dense, mirror, profile, adapt_threads: see
+        policy, io, n_readers, piece_bytes, read_ahead, lock_dense, mirror, profile, adapt_threads, overcommit: see
             `gguf_pager.Options`.
 
     May be used by several threads: one request after the other. A stream that another request has overtaken, because nobody has

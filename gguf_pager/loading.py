@@ -18,7 +18,7 @@ from gguf_pager.metadata import Override
 from gguf_pager.mirror import find_mirrors
 from gguf_pager.pager import Pager
 from gguf_pager.residency import FileIdentity, Residency
-from gguf_pager.sizing import Request, may_be_enough
+from gguf_pager.sizing import Request, check_room, may_be_enough
 
 log = logging.getLogger("gguf_pager")
 
@@ -44,7 +44,7 @@ class Loader:
 
         Raises:
             LayoutError: the file is no model that can be paged.
-            BudgetError, PagerIOError: see `residency.keep_dense`.
+            BudgetError, PagerIOError: see `sizing.check_room` and `residency.keep_dense`.
         """
         path = Path(os.fsdecode(path_model))
         layout = read_layout(path, _read_overrides(params))
@@ -56,6 +56,7 @@ class Loader:
         mirrors = find_mirrors(layout, request.options.mirror, is_any_model=request.is_any_model)
         options = device.fill(layout, request.options)
         pager = Pager(layout, options, mirrors)
+        check_room(pager, request)
         identities = [residency.identify(file) for file in pager.paths]
         others = residency.files_mappings(layout)
         params = type(params).from_buffer_copy(params)

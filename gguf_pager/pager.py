@@ -46,6 +46,8 @@ class Options:
             a slow one; each directly where its file system can. Opening compares headers, sizes and samples of the data
             (`gguf_pager.mirror`), not every byte. A mirror that cannot be read, or changes, makes decoding fail as the
             model itself does.
+        overcommit: take the budget's word even where the machine, or its cgroup, seems to have less. Without it such a budget
+            is refused when a model is opened; with it the kernel may end the process.
         profile: keep, from one process to the next, how often each expert of this model was chosen (in the cache folder,
             numbers and nothing else), and read the most used ones while nobody waits for reads. It is written every
             minute, ten seconds after the last token, and when the model is closed.
@@ -62,6 +64,7 @@ class Options:
     mirror: Sequence[str | Path] = ()
     profile: bool = True
     adapt_threads: bool = True
+    overcommit: bool = False
 
     def __post_init__(self) -> None:
         if not _native.policy_exists(self.policy):
@@ -113,7 +116,9 @@ class Stats:
     `left_alone` the graph nodes that llama.cpp computed from its own mapping because they could not be served: right, but
     slow. `copies` are the bytes read from the model's own files and from each mirror, of experts; `rows_read` and
     `row_bytes_read` the rows of embedding tables, which come through the page cache. `n_threads` computed the last single
-    token; None where their number is not adapted, and before the first one. `hit_rate` is None before the first token.
+    token; None where their number is not adapted, and before the first one. `n_ubatch` is the batch that the newest context
+    computes at once, `n_ubatch_asked` what it was asked for: more, where the budget has no slots for it; both None before
+    there is one. `hit_rate` is None before the first token.
     """
 
     hits: int
@@ -130,6 +135,8 @@ class Stats:
     n_threads: int | None = None
     rows_read: int = 0
     row_bytes_read: int = 0
+    n_ubatch: int | None = None
+    n_ubatch_asked: int | None = None
 
     @property
     def hit_rate(self) -> float | None:
@@ -184,6 +191,8 @@ class Pager:
         self._last_stats: Stats | None = None
         self.n_threads: int | None = None
         """The threads that have computed the last single token, where they are adapted."""
+        self._n_ubatch: int | None = None
+        self._n_ubatch_asked: int | None = None
         self._pid = os.getpid()
         self._in_use = _native.Mutex()
         """Held by what takes long without Python's lock, so that closing waits for it."""
@@ -261,6 +270,10 @@ class Pager:
         if self.options.profile:
             with contextlib.suppress(OSError):  # a file is gone that has just been opened: it would have no name
                 self._keeper = profile.Keeper(self.layout, self._count_choices)
+
+    def note_batches(self, n_ubatch_asked: int, n_ubatch: int) -> None:
+        """Remember for `stats` what a context was asked for, and what it has got."""
+        self._n_ubatch_asked, self._n_ubatch = n_ubatch_asked, n_ubatch
 
     def wait_present(self) -> None:
         """Wait until all of the arena is resident; a thread sees to it since `open`."""
@@ -346,6 +359,8 @@ class Pager:
             n_threads=self.n_threads,
             rows_read=rows_read,
             row_bytes_read=row_bytes_read,
+            n_ubatch=self._n_ubatch,
+            n_ubatch_asked=self._n_ubatch_asked,
         )
 
     def stall_ns(self) -> int:

@@ -16,26 +16,38 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-_CGROUP_V1_UNLIMITED = 1 << 60
-"""cgroup v1 states 'no limit' as the largest multiple of a page."""
+from gguf_pager import allocator, cgroup
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of RAM. `limit_bytes` is the cgroup's, None without one; `available_bytes` respects it."""
+    """Bytes of RAM of the machine as this process has it: all that any part of the program may plan with.
+
+    `total_bytes` is the smaller of the RAM, `ram_bytes`, and `limit_bytes`, the tightest limit of a cgroup above this
+    process (None without one, as `cgroup_version`). `available_bytes` is what can still be had; `held_bytes` is what this
+    process holds and the kernel does not take back.
+    """
 
     total_bytes: int
     available_bytes: int
     limit_bytes: int | None
     swap_bytes: int
+    ram_bytes: int | None = None
+    held_bytes: int = 0
+    cgroup_version: int | None = None
+
+    @property
+    def reachable_bytes(self) -> int:
+        """What this process can come to hold, with what it holds already."""
+        return min(self.total_bytes, self.available_bytes + self.held_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessMemory:
     """Bytes of this process: resident, the most ever resident (None where unknown), and allocated, touched or not.
 
-    `allocated_bytes` is what the C library has handed out where it tells (glibc 2.33 on), and private address space
-    elsewhere, which does not grow when an allocation fits where another one was.
+    `allocated_bytes` is what the allocator says it has handed out, or private address space where none says so truly
+    (`allocator.find_allocator`); that does not grow when an allocation fits where another one was.
     """
 
     resident_bytes: int
@@ -43,103 +55,86 @@ class ProcessMemory:
     allocated_bytes: int
 
 
-class _Mallinfo2(ctypes.Structure):
-    """What glibc's mallinfo2 returns (mallinfo(3)): `uordblks` is in use in the heaps, `hblkhd` mapped by itself."""
-
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
-                                                     "uordblks", "fordblks", "keepcost")]
-
-
 _LIBC = ctypes.CDLL(None)
+_MLOCK_ONFAULT = 1
 
 
 def give_back_free_memory() -> None:
-    """Make what was freed in the heaps not resident any more, where the C library can: what is allocated next is then seen."""
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
+    """Make what was freed in the heaps not resident any more, where the allocator can: what is allocated next is then seen."""
+    allocator.trim()
 
 
 def memory() -> Memory:
-    """Return what RAM there is, as the kernel and the cgroup of this process state it."""
-    ram = psutil.virtual_memory()
-    available, limit = int(ram.available), None
-    group = _cgroup_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    if group is not None:
-        limit, used = group
-        available = min(available, max(0, limit - used))
-    return Memory(int(ram.total), available, limit, int(psutil.swap_memory().total))
+    """Return what RAM there is, as the kernel and the cgroups above this process state it."""
+    ram, pages = psutil.virtual_memory(), _own_pages()
+    total, available, limit, version = int(ram.total), int(ram.available), None, None
+    for group in cgroup.find_groups(cgroup.OwnPages(pages.mapped_bytes, pages.locked_bytes)):
+        available = min(available, group.available_bytes)
+        if group.limit_bytes < total:
+            total, limit, version = group.limit_bytes, group.limit_bytes, group.version
+    return Memory(total, available, limit, int(psutil.swap_memory().total), int(ram.total), pages.held_bytes, version)
 
 
-def _read_int(path: Path) -> int | None:
+@dataclass(frozen=True, slots=True)
+class _OwnPages:
+    """This process's pages in bytes. `mapped`: of files, `locked`: those the kernel cannot take back, `held`: those it does
+    not count as available, anonymous and locked ones."""
+
+    mapped_bytes: int
+    locked_bytes: int
+    held_bytes: int
+
+
+def _own_pages() -> _OwnPages:
+    if sys.platform != "linux":
+        resident = process_memory().resident_bytes
+        return _OwnPages(0, 0, resident)
     try:
-        return int(path.read_text().strip())
-    except (OSError, ValueError):
-        return None
+        pages = _kilobytes(Path("/proc/self/smaps_rollup"))  # counts its part of a page that others have mapped, too
+        mapped = pages["Pss_File"]
+    except (OSError, KeyError):  # before Linux 5.10, or forbidden
+        pages = _kilobytes(Path("/proc/self/status"))
+        return _OwnPages(pages["RssFile"], pages["VmLck"], pages["RssAnon"] + pages["RssShmem"] + pages["VmLck"])
+    held = pages["Pss_Anon"] + pages["Pss_Shmem"]
+    return _OwnPages(mapped, pages["Locked"], held + min(pages["Locked"], mapped))
 
 
-def _cgroup_memory(membership: Path, root: Path) -> tuple[int, int] | None:
-    """Return (limit, used without reclaimable cache) of the tightest memory cgroup above this process, if there is one."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return None
-    tightest: tuple[int, int] | None = None
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        if controllers == "":
-            base, limit_file, usage_file = root, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            base, limit_file, usage_file = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        folder = base / name.lstrip("/")
-        while True:
-            limit = _read_int(folder / limit_file)
-            if limit is not None and limit < _CGROUP_V1_UNLIMITED and (tightest is None or limit < tightest[0]):
-                used = (_read_int(folder / usage_file) or 0) - _reclaimable(folder / "memory.stat")
-                tightest = (limit, max(0, used))
-            if folder in (base, folder.parent):
-                break
-            folder = folder.parent
-    return tightest
-
-
-def _reclaimable(stat: Path) -> int:
-    """Return the bytes of file cache that the kernel would give up first."""
-    try:
-        fields = dict(line.split() for line in stat.read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
+def _kilobytes(path: Path) -> dict[str, int]:
+    """Return the fields of a file of /proc that end in kB, in bytes. Names of processes in it need not be text."""
+    lines = (line.partition(":") for line in path.read_text("utf-8", "replace").splitlines())
+    return {key: int(value.split()[0]) * 1024 for key, _, value in lines if value.endswith("kB")}
 
 
 def process_memory() -> ProcessMemory:
     """Return what this process uses now."""
     if sys.platform == "linux":
-        fields = {}
-        for line in Path("/proc/self/status").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if value.endswith("kB"):
-                fields[key] = int(value.split()[0]) * 1024
-        allocated = fields["VmData"]
-        mallinfo2 = getattr(_LIBC, "mallinfo2", None)
-        if mallinfo2 is not None:
-            mallinfo2.restype = _Mallinfo2
-            info2 = mallinfo2()
-            allocated = info2.uordblks + info2.hblkhd
-        return ProcessMemory(fields["VmRSS"], fields["VmHWM"], allocated)
+        fields, known = _kilobytes(Path("/proc/self/status")), allocator.find_allocator()
+        return ProcessMemory(fields["VmRSS"], fields["VmHWM"], fields["VmData"] if known is None else known.count_bytes())
     info = psutil.Process().memory_info()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     return ProcessMemory(int(info.rss), int(peak), int(info.vms))
 
 
 def lock_limit_bytes() -> int | None:
-    """Return how much this process may lock in RAM; None: no limit."""
+    """Return how much this process may lock in RAM; None: no limit.
+
+    Whether it may lock more than it was set is for the kernel to say: root in a container may not always, and others with
+    CAP_IPC_LOCK may. So one byte more is locked, of pages that are not there.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY or os.geteuid() == 0:
+    if soft == resource.RLIM_INFINITY:
         return None
-    return soft
+    lock, flags = getattr(_LIBC, "mlock2", None), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    try:
+        room = mmap.mmap(-1, soft + 1, flags=flags, prot=mmap.PROT_READ)  # nobody sets memory aside for such pages
+    except (OSError, OverflowError, ValueError):
+        return soft
+    with room:
+        view = np.frombuffer(room, np.uint8)
+        address, n_bytes = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(soft + 1)
+        failed = lock is None or lock(address, n_bytes, ctypes.c_uint(_MLOCK_ONFAULT)) != 0
+        del view  # or the mapping could not be closed
+    return soft if failed else None
 
 
 def page_cache_bytes(file: int, offset_bytes: int, n_bytes: int) -> int | None:
@@ -159,7 +154,7 @@ def page_cache_bytes(file: int, offset_bytes: int, n_bytes: int) -> int | None:
 def read_ahead_kb(path: str | Path) -> int | None:
     """Return the read-ahead of the device that holds a file, in KiB; None where it cannot be told."""
     setting = read_ahead_setting(path)
-    return None if setting is None else _read_int(setting)
+    return None if setting is None else cgroup.read_int(setting)
 
 
 def read_ahead_setting(path: str | Path) -> Path | None:

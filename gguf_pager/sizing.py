@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gguf_pager import budget, probe
-from gguf_pager.budget import Budget
-from gguf_pager.errors import BudgetError
+from gguf_pager.budget import Budget, ClassNeed, format_bytes
+from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.layout import Layout
 from gguf_pager.pager import Options, Pager
 from gguf_pager.residency import Residency
@@ -38,17 +39,84 @@ class Request:
             self.output_rows = n_batch + (n_ctx if self.keeps_all_outputs else n_batch)
 
 
+NEED_MULTIPLES = ("kimi-linear", "minimax-01")
+"""Architectures whose n_ubatch must be a multiple of n_seq_max where sequences are kept apart. llama.cpp measures their graphs
+with n_ubatch tokens of one sequence, divided among the caches of all (TAG_RESERVE_DIAG_DECAY in llama-context.cpp), and an
+assertion ends the process where that leaves a rest."""
+
+
+def suitable_ubatch(layout: Layout, n_ubatch: int, n_sequences: int) -> int:
+    """Return `n_ubatch`, or the next smaller one where llama.cpp would end the process because of it.
+
+    Raises:
+        EngineError: there is none.
+    """
+    if layout.architecture not in NEED_MULTIPLES or n_ubatch % n_sequences == 0:
+        return n_ubatch
+    if n_ubatch < n_sequences:
+        raise EngineError(f"{layout.architecture} with {n_sequences} separate sequences needs an n_ubatch of at least "
+                          f"{n_sequences}, not {n_ubatch}: raise it, or set kv_unified.")
+    return n_ubatch // n_sequences * n_sequences
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """What a context has been asked for, and what llama.cpp needs of its batches.
+
+    Batches that are `is_uncut` must not be made smaller. `n_sequences` are kept apart, each in a cache of its own (1 with a
+    unified one). `must_divide`: a batch has to be a multiple of them, see `NEED_MULTIPLES`; all models with states are taken
+    for such when we choose. `n_tail`: so many last tokens of a sequence are computed together, and a batch has to be larger
+    (llama_batch_allocr::split_equal); 0 without such.
+    """
+
+    n_ubatch: int
+    is_uncut: bool = False
+    n_sequences: int = 1
+    must_divide: bool = False
+    n_tail: int = 0
+
+    @property
+    def n_least(self) -> int:
+        """The smallest batch that may be chosen instead of `n_ubatch`."""
+        if self.is_uncut:
+            return 1
+        step = self.n_sequences if self.must_divide else 1
+        return min(self.n_ubatch, -(-(self.n_tail + 1) // step) * step)
+
+    def largest(self, layout: Layout, slots: Sequence[int]) -> int:
+        """Return the largest batch that these slots have room for: one that treats all sequences alike, where it can."""
+        if self.is_uncut:
+            return self.n_ubatch
+        step = min(self.n_sequences, self.n_ubatch)
+        found = budget.largest_ubatch(layout, slots, self.n_ubatch, step)
+        if found == step and not self.must_divide:
+            found = budget.largest_ubatch(layout, slots, step)
+        return max(found, self.n_least)
+
+
 _DRIFT_BYTES, _DRIFT_SHARE = 4 << 20, 0.01
 """What a second attempt in the same process may need beyond the first, in heap that the first has left in pieces: 1.5
 MiB of 127 were seen, with the smallest of models."""
 
+_INSIST = "insist on it (overcommit=True, or --overcommit on the command line)"
+
+
+def _with_drift(n_bytes: int) -> int:
+    return n_bytes + _DRIFT_BYTES + int(n_bytes * _DRIFT_SHARE)
+
 
 def _too_small(wanted: int, least: int) -> BudgetError:
-    least += _DRIFT_BYTES + int(least * _DRIFT_SHARE)
+    least = _with_drift(least)
     return BudgetError(
-        f"A budget of {budget.format_bytes(wanted)} is too small: this model needs at least "
-        f"{budget.format_bytes(least)} ({least} bytes). Raise it, or say budget='min'."
+        f"A budget of {format_bytes(wanted)} is too small: this model needs at least "
+        f"{format_bytes(least)} ({least} bytes). Raise it, or say budget='min'."
     )
+
+
+def _has(memory: probe.Memory) -> str:
+    """Say what there is, for the end of a sentence."""
+    where = "the machine has" if memory.limit_bytes is None else "its cgroup allows"
+    return f"this process can get {format_bytes(memory.reachable_bytes)} of the {format_bytes(memory.total_bytes)} that {where}"
 
 
 def may_be_enough(layout: Layout, pager: Pager, request: Request) -> bool:
@@ -58,38 +126,107 @@ def may_be_enough(layout: Layout, pager: Pager, request: Request) -> bool:
     return request.budget.kind != "bytes" or int(request.budget.value or 0) >= least
 
 
-def _arena_bytes(pager: Pager, request: Request, kept: Residency, before: probe.ProcessMemory) -> tuple[int, int]:
+def check_room(pager: Pager, request: Request) -> None:
+    """Refuse what this machine has no room for before anything of the model is resident; KV cache and buffers come on top.
+
+    Raises:
+        BudgetError: with what there is and, of a budget that is not in bytes, the least that works.
+    """
+    if request.budget.kind == "bytes":
+        wanted, memory = int(request.budget.value or 0), probe.memory()
+        if not request.options.overcommit and wanted > budget.most_bytes(memory.reachable_bytes):
+            raise BudgetError(
+                f"A budget of {format_bytes(wanted)} is more than there is: {_has(memory)}. Lower it, free memory, or {_INSIST}."
+            )
+        return
+    dense = 0 if request.options.lock_dense == "off" else pager.layout.dense_bytes
+    wanted = _share_bytes(pager.needs, request.budget.value) if request.budget.kind == "share" else 0
+    _check_room(pager.needs, request, wanted, dense + budget.WORK_BYTES)
+
+
+def check_cache(pager: Pager, request: Request, n_cells: int, kept: Residency, number_bytes: tuple[float, float]) -> None:
+    """Refuse a context whose cache there is no room for: llama.cpp fills all of it with zeros when it makes one.
+
+    `n_cells` is of all sequences, `number_bytes` of a number in a key and in a value.
+
+    Raises:
+        BudgetError: with what there is, and a way out.
+    """
+    if request.options.overcommit and request.budget.kind != "auto":
+        return
+    cache = budget.least_cache_bytes(pager.layout, n_cells, *number_bytes)
+    dense = 0 if kept.method in ("lock", "copy") or request.options.lock_dense == "off" else pager.layout.dense_bytes
+    arena = 0 if pager.is_open else budget.least_arena_bytes(pager.needs)
+    memory = probe.memory()
+    if cache + arena + dense > memory.available_bytes:
+        raise BudgetError(f"There is no room for a context of {n_cells:,} tokens: its cache takes {format_bytes(cache)} or "
+                          f"more, and {format_bytes(memory.available_bytes)} are available beside the model; {_has(memory)}. "
+                          "Lower n_ctx, free memory, or raise the limit of the container.")
+
+
+def _check_room(needs: Sequence[ClassNeed], request: Request, arena_bytes: int, other_bytes: int) -> None:
+    """Refuse an arena (the least one, if that is larger) that does not fit beside what else will become resident."""
+    is_auto = request.budget.kind == "auto"
+    if request.options.overcommit and not is_auto:
+        return
+    least, memory = budget.least_arena_bytes(needs), probe.memory()
+    spare = budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes) if is_auto else memory.available_bytes
+    if max(arena_bytes, least) + other_bytes <= spare:
+        return
+    n_bytes = _with_drift(probe.process_memory().resident_bytes + other_bytes + least)
+    needed = f"this model needs at least {format_bytes(n_bytes)} ({n_bytes} bytes) for the whole process"
+    if least + other_bytes > memory.available_bytes:
+        insist = "" if is_auto else f" or {_INSIST}"
+        raise BudgetError(f"The memory here is too small: {needed}, and {_has(memory)}. Free memory, raise the limit of the "
+                          f"container{insist}.")
+    if is_auto:
+        raise BudgetError(f"The memory that budget='auto' may take is too small: {needed}, {_has(memory)}, and 'auto' leaves "
+                          f"{format_bytes(memory.available_bytes - spare)} to others. Say budget='min' or a size.")
+    most = int((memory.available_bytes - other_bytes) / budget.full_arena_bytes(needs) * 1000) / 10
+    raise BudgetError(f"There is no room for {(request.budget.value or 0) * 100:g}% of the experts, {format_bytes(arena_bytes)}: "
+                      f"{needed}, and {_has(memory)}. The largest share that fits is {most:g}%; lower it, or {_INSIST}.")
+
+
+def _share_bytes(needs: Sequence[ClassNeed], share: float | None) -> int:
+    return round((share or 1) * budget.full_arena_bytes(needs))
+
+
+def _arena_bytes(
+    pager: Pager, needs: Sequence[ClassNeed], request: Request, kept: Residency, before: probe.ProcessMemory
+) -> tuple[int, int]:
     """Return what the budget leaves for the arena, and all that it does not leave.
 
     What the context has allocated but not touched yet counts as used: it will be.
     """
-    full = budget.full_arena_bytes(pager.needs)
+    full, least = budget.full_arena_bytes(needs), budget.least_arena_bytes(needs)
+    now = probe.process_memory()
+    untouched = max(0, (now.allocated_bytes - before.allocated_bytes) - (now.resident_bytes - before.resident_bytes))
+    not_yet_resident = 0 if kept.method in ("lock", "copy") else pager.layout.dense_bytes
+    other = untouched + request.output_rows * pager.layout.n_vocab * 4 + budget.WORK_BYTES
+    if request.budget.kind == "bytes":
+        used = now.resident_bytes + not_yet_resident + other
+        return min(full, max(0, int(request.budget.value or 0) - used)), used
+    if request.options.lock_dense != "off":  # else the kernel takes them back where memory is short, as in stock
+        other += not_yet_resident
     if request.budget.kind == "share":
-        least = budget.least_arena_bytes(pager.needs)
-        wanted = round((request.budget.value or 1) * full)
+        wanted = _share_bytes(needs, request.budget.value)
         if wanted < least:
             raise BudgetError(
                 f"{(request.budget.value or 0) * 100:g}% of the experts are too few: this model needs at least "
                 f"{math.ceil(least / full * 10_000) / 100:.2f}% ({least} bytes) to compute one token."
             )
+        _check_room(needs, request, wanted, other)
         return wanted, 0
+    _check_room(needs, request, least, other)
     if request.budget.kind == "min":
-        return budget.least_arena_bytes(pager.needs), 0
-    now = probe.process_memory()
-    untouched = max(0, (now.allocated_bytes - before.allocated_bytes) - (now.resident_bytes - before.resident_bytes))
-    not_yet_resident = 0 if kept.method in ("lock", "copy") else pager.layout.dense_bytes
-    rows = request.output_rows * pager.layout.n_vocab * 4
-    used = now.resident_bytes + untouched + not_yet_resident + rows + budget.WORK_BYTES
-    if request.budget.kind == "bytes":
-        total = int(request.budget.value or 0)
-    else:
-        memory = probe.memory()
-        total = now.resident_bytes + budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)
-    return min(full, max(0, total - used)), used
+        return least, 0
+    memory = probe.memory()
+    spare = budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)
+    return min(full, max(least, spare - other)), 0
 
 
 def open_or_shrink(
-    pager: Pager, request: Request, kept: Residency, n_ubatch: int, is_uncut: bool, before: probe.ProcessMemory
+    pager: Pager, request: Request, kept: Residency, batches: Batches, before: probe.ProcessMemory
 ) -> int:
     """Open the arena with the first context, if its batches fit; otherwise return the n_ubatch that does.
 
@@ -97,20 +234,27 @@ def open_or_shrink(
     left to llama.cpp's mapping.
 
     Raises:
-        BudgetError: not even one token's experts fit.
+        BudgetError: not even the experts of the smallest batch fit, or what else there is.
     """
     slots = pager.n_slots
+    needs = budget.class_needs(pager.layout, pager.align, batches.n_least)
     if not pager.is_open:
-        arena, used = _arena_bytes(pager, request, kept, before)
-        least = budget.least_arena_bytes(pager.needs)
-        if arena < least and (n_ubatch == 1 or is_uncut):
-            raise _too_small(int(request.budget.value or arena + used), used + least)
-        slots = budget.share_slots(pager.needs, max(arena, least))
-        if request.budget.kind == "min":
-            slots = tuple(need.n_least for need in pager.needs)
+        arena, used = _arena_bytes(pager, needs, request, kept, before)
+        least = budget.least_arena_bytes(needs)
         if arena < least:
-            return max(1, n_ubatch // 2)  # smaller batches have smaller buffers
-    fitting = n_ubatch if is_uncut else budget.largest_ubatch(pager.layout, slots, n_ubatch)
-    if fitting == n_ubatch and not pager.is_open:
+            if batches.n_ubatch == batches.n_least or batches.is_uncut:
+                raise _too_small(int(request.budget.value or 0), used + least)
+            half = batches.n_ubatch // 2 // batches.n_least * batches.n_least
+            return max(batches.n_least, half)  # smaller batches have smaller buffers
+        slots = budget.share_slots(needs, arena)
+        if request.budget.kind == "min":
+            slots = tuple(need.n_least for need in needs)
+    elif any(n < need.n_least for n, need in zip(slots, needs, strict=True)):
+        raise BudgetError(
+            f"This context keeps {batches.n_sequences} sequences apart and computes as many tokens at once, and the slots that "
+            "the model was opened with are too few: raise the budget, lower n_seq_max or set kv_unified."
+        )
+    fitting = batches.largest(pager.layout, slots)
+    if fitting == batches.n_ubatch and not pager.is_open:
         pager.open(slots)
     return fitting

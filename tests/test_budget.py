@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def layout_of(*layers: Layer) -> Layout:
 # ---- what the user says ----
 
 @pytest.mark.parametrize(("text", "budget"), (
-    (1, Budget("bytes", 1)), (10**12, Budget("bytes", 10**12)), (1.9, Budget("bytes", 1)), (4e9, Budget("bytes", 4 * 10**9)),
-    ("1000", Budget("bytes", 1000)), ("1000b", Budget("bytes", 1000)), ("2k", Budget("bytes", 2000)),
+    (101, Budget("bytes", 101)), (10**12, Budget("bytes", 10**12)), (101.9, Budget("bytes", 101)),
+    (4e9, Budget("bytes", 4 * 10**9)), ("1000", Budget("bytes", 1000)), ("1000b", Budget("bytes", 1000)), ("2k", Budget("bytes", 2000)),
     ("2KB", Budget("bytes", 2000)), ("2KiB", Budget("bytes", 2048)), ("2ki", Budget("bytes", 2048)),
     ("3500MB", Budget("bytes", 3500 * 10**6)), ("4GiB", Budget("bytes", 4 << 30)), ("4 gib", Budget("bytes", 4 << 30)),
     (" 0.5GiB ", Budget("bytes", 1 << 29)), ("1.5T", Budget("bytes", 15 * 10**11)), ("1TiB", Budget("bytes", 1 << 40)),
@@ -57,6 +58,18 @@ def layout_of(*layers: Layer) -> Layout:
 ), ids=repr)
 def test_budget_is_understood(text: Any, budget: Budget) -> None:
     assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize(("text", "share"), (
+    ("0.25", "25%"), (0.25, "25%"), ("25", "25%"), (25, "25%"), (" 12.5 ", "12.5%"), (100.0, "100%"), ("0.005", "0.5%"), (1, "1%"),
+), ids=repr)
+def test_bare_number_that_must_be_a_share_is_asked_about(text: Any, share: str) -> None:
+    with pytest.raises(BudgetError, match=rf"did you mean {re.escape(share)}\?"):
+        parse_budget(text)
+
+
+def test_small_sizes_with_a_unit_are_taken_at_their_word() -> None:
+    assert parse_budget("25B") == Budget("bytes", 25) and parse_budget("0.25k") == Budget("bytes", 250)
 
 
 # Malformed ones: test_errors.py, where a model is opened with each.

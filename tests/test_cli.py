@@ -102,6 +102,32 @@ def test_figures_have_their_own_line_where_all_goes_to_one_file(models: Path, tm
     assert text == expected_text(tiny, temperature=0) and line.startswith("decode ")
 
 
+def test_budget_that_makes_batches_smaller_says_so_in_one_line(models: Path) -> None:
+    arguments = ("run", models / "tiny.gguf", "-p", PROMPT, "-n", "2", "-t", "1", "-ub", "8", "--budget")
+    said = call(*arguments, "min").stderr.decode().splitlines()
+    assert len(said) == 2 and said[0].startswith("The prompt is computed 1 token at a time instead of 8, because the budget")
+    assert len(call(*arguments, "100%").stderr.decode().splitlines()) == 1
+    facts = run_json(*arguments[1:], "min")
+    assert (facts["n_ubatch"], facts["n_ubatch_asked"]) == (1, 8)
+
+
+@pytest.mark.parametrize("command", (("run", "-p", PROMPT, "-n", "2"), ("bench", "-p", "0", "-n", "2")))
+def test_budget_above_the_machine_is_refused_unless_the_user_insists(models: Path, command: tuple[str, ...]) -> None:
+    """Of 64 TiB no machine has the half."""
+    name, *arguments = command
+    done = call(name, models / "tiny.gguf", *arguments, "--budget", "64TiB")
+    assert done.returncode == 1 and (b"65,536.00 GiB" if name == "run" else b"64TiB") in done.stderr
+    assert b"--overcommit" in done.stderr and len(done.stderr.splitlines()) == 1
+    if name == "run":
+        assert call(name, models / "tiny.gguf", *arguments, "--budget", "64TiB", "--overcommit").returncode == 0
+
+
+def test_bare_share_is_asked_about(models: Path) -> None:
+    for text in ("0.25", "25"):
+        done = call("run", models / "tiny.gguf", "-p", PROMPT, "--budget", text)
+        assert done.returncode == 1 and b"did you mean 25%?" in done.stderr
+
+
 def test_sampling_with_a_seed_is_that_of_llama(models: Path) -> None:
     done = call("run", models / "mixed.gguf", "-p", PROMPT, "-n", N_PREDICT, "--temp", "0.7", "--top-k", "20",
                 "--top-p", "0.9", "-s", "7", "--budget", "50%", "-t", "1")

@@ -182,7 +182,10 @@ class Runner:
 
     def _spawn(self, run: Run, cap: Cap, *, is_prompt_only: bool) -> None:
         settings, case = self.settings, run.case
-        task = Task(str(settings.model), case.mode, case.shape, is_prompt_only, case.budget, settings.options,
+        # A cap is made of what a run took, which is less than what a context may come to use: so the kernel decides.
+        is_made_for_it = case.cap_bytes is not None and case.budget is not None and parse_budget(case.budget).kind != "bytes"
+        options = settings.options | ({"overcommit": True} if is_made_for_it else {})
+        task = Task(str(settings.model), case.mode, case.shape, is_prompt_only, case.budget, options,
                     case.is_repacked, settings.is_warm, settings.tokens, run.turn, settings.n_rounds,
                     settings.power_command, settings.energy_source, settings.no_energy_reason, os.getpid(),
                     time.monotonic_ns())

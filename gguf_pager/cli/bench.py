@@ -110,6 +110,7 @@ class _Request:
     policy: str
     io: str
     readers: int | None
+    overcommit: bool
     power_command: str | None
     constants: dict[str, float]
     idle: float
@@ -153,6 +154,7 @@ class _Request:
 @click.option("--io", type=click.Choice(["auto", "direct", "buffered"]), default=_DEFAULT.io, show_default=True,
               help="As for run.")
 @click.option("--readers", metavar="N", type=int, help="As for run; a device is measured before the first run.")
+@click.option("--overcommit", is_flag=True, help="As for run.")
 @POWER_COMMAND_OPTION
 @CONSTANT_OPTION
 @click.option("--idle", metavar="S", type=click.FloatRange(min=0), default=10.0, show_default=True,
@@ -240,7 +242,7 @@ def _settings(request: _Request, layout: Layout, is_spin_chosen: bool,
         model=request.model, n_rounds=request.repetitions, timeout_s=request.timeout, is_warm=request.is_warm,
         tokens=source, options={
             "policy": options.policy, "io": options.io, "n_readers": options.n_readers, "piece_bytes": options.piece_bytes,
-            "profile": False},  # or a run would begin with what the one before has learned
+            "profile": False, "overcommit": request.overcommit},  # or a run would begin with what the one before has learned
         power_command=request.power_command, energy_source=None if isinstance(found, Absent) else found.name,
         no_energy_reason=found.reason if isinstance(found, Absent) else None, is_spin_chosen=is_spin_chosen)
     return settings, energy.idle_w
@@ -254,7 +256,8 @@ def _check(request: _Request, layout: Layout) -> None:
         raise PagerError("There is nothing to measure: give -p, -n or both above 0.")
     cap_bytes = None if request.cap in ("budget", "none") else _cap_bytes(request.cap)
     memory = probe.memory()
-    spare = budget.auto_budget_bytes(min(memory.available_bytes, cap_bytes or memory.available_bytes), memory.total_bytes)
+    spare = budget.auto_budget_bytes(min(memory.available_bytes, cap_bytes or memory.available_bytes),
+                                     min(memory.total_bytes, cap_bytes or memory.total_bytes))
     if "auto" in request.budgets and budget.fits_whole(layout.tensor_bytes, spare):
         raise PagerError("The model fits into RAM, where stock llama.cpp runs it and nothing is paged: "
                          "give a --budget to measure, such as --budget 25%.")
@@ -264,6 +267,10 @@ def _check(request: _Request, layout: Layout) -> None:
         n_bytes = budget_bytes(text)
         if cap_bytes is not None and n_bytes is not None and n_bytes > cap_bytes:
             raise PagerError(f"--budget {text} is above --cap {request.cap}: the kernel would end the run. Lower the budget.")
+        if n_bytes is not None and not request.overcommit and n_bytes > budget.most_bytes(memory.available_bytes):
+            raise PagerError(f"--budget {text} is more than a run can get: {budget.format_bytes(memory.available_bytes)} of "
+                             f"{budget.format_bytes(memory.total_bytes)} of RAM are available. Lower the budget, free memory, or "
+                             "insist with --overcommit.")
 
 
 def _energy_source(power_command: str | None) -> meter.Found:

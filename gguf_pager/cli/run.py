@@ -68,6 +68,7 @@ class _Settings:
     mirror: tuple[Path, ...]
     profile: bool
     adapt_threads: bool
+    overcommit: bool
     verbose: bool
     progress: bool | None
     as_json: bool
@@ -135,6 +136,8 @@ class _Run(click.Command):
               help="Keep how often each expert was chosen, and begin with the most used ones next time.")
 @click.option("--adapt-threads/--no-adapt-threads", default=_DEFAULT.adapt_threads, show_default=True,
               help="Compute with fewer threads while other programs take the processors, where that is faster.")
+@click.option("--overcommit", is_flag=True,
+              help="Take the budget's word even where the machine seems to have less memory.")
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's own output, on stderr.")
 @click.option("--progress/--no-progress", default=None,
               help="Say on stderr what takes longer than a second. [default: when stderr is a terminal]")
@@ -163,6 +166,8 @@ def run(**given: Any) -> None:
         load_s = time.monotonic() - begun
         if llm.not_paged_reason:
             click.echo(f"Not paged: {llm.not_paged_reason}.", err=True)
+        if (lowered := _lowered_batch(llm)) is not None:
+            click.echo(lowered, err=True)
         generation = _generate(llm, settings, prompt, seed, progress)
         facts = shown.run_facts(_facts(llm, settings, generation, load_s, seed), *generation.phases(),
                                  probe.process_memory().peak_bytes)
@@ -212,8 +217,9 @@ def _open(settings: _Settings, prompt: str) -> Llama:
         return Llama(
             str(settings.model), budget=settings.budget, policy=settings.policy, io=settings.io,
             n_readers=settings.readers, mirror=settings.mirror, profile=settings.profile,
-            adapt_threads=settings.adapt_threads, n_ctx=_context_size(settings, prompt), n_batch=settings.batch_size,
-            n_ubatch=settings.ubatch_size, n_threads=n_threads, n_threads_batch=n_threads, verbose=settings.verbose,
+            adapt_threads=settings.adapt_threads, overcommit=settings.overcommit, n_ctx=_context_size(settings, prompt),
+            n_batch=settings.batch_size, n_ubatch=settings.ubatch_size, n_threads=n_threads, n_threads_batch=n_threads,
+            verbose=settings.verbose,
         )
     except MemoryError:
         raise PagerError("There is no memory for a context of that size: give a smaller -c or -b.") from None
@@ -223,6 +229,16 @@ def _open(settings: _Settings, prompt: str) -> Llama:
     except ValueError as error:  # what llama_cpp raises for a file or context that llama.cpp refuses
         hint = "" if settings.verbose else ". Run with --verbose to see llama.cpp's reason"
         raise PagerError(f"{error}{hint}.") from error
+
+
+def _lowered_batch(llm: Llama) -> str | None:
+    """Return what to say where the budget has made batches smaller, which takes time and changes the last bits."""
+    stats = llm.pager.stats() if llm.pager else None
+    if stats is None or stats.n_ubatch is None or stats.n_ubatch == stats.n_ubatch_asked:
+        return None
+    several = "s" if stats.n_ubatch > 1 else ""
+    return (f"The prompt is computed {stats.n_ubatch} token{several} at a time instead of {stats.n_ubatch_asked}, because the budget "
+            "has no room for the experts of more: that is slower. Raise the budget to avoid it.")
 
 
 class _Generation:
@@ -354,6 +370,7 @@ def _facts(llm: Llama, settings: _Settings, generation: _Generation, load_s: flo
         "n_ctx": llm.n_ctx(),
         "n_batch": llama_cpp.llama_n_batch(llm.ctx),
         "n_ubatch": llama_cpp.llama_n_ubatch(llm.ctx),
+        "n_ubatch_asked": pager.stats().n_ubatch_asked if pager else None,
         "seed": seed,
         "load_s": load_s,
     }
