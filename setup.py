@@ -28,7 +28,8 @@ setup(
             sources=[f"native/{name}" for name in SOURCES + system_sources],
             depends=[f"native/{name}" for name in
                      ("gguf_pager.h", "os.h", "compute.h", "copies.h", "fetch.h", "ffn.h", "ffn_batch.h", "ffn_between.h", "ffn_shape.h",
-                      "ffn_shares.h", "policy.h", "pager.h", "product.h", "slots.h", "ggml_tensor.h")],
+                      "ffn_shares.h", "policy.h", "pager.h", "product.h", "slots.h", "watch.h",
+                      "ggml_tensor.h")],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,
             extra_compile_args=flags,

@@ -71,6 +71,10 @@ class Tap:
     def count_ffns(self) -> tuple[int, int]:
         """Return how many shapes of feed-forwards are computed an expert at a time, and how many gave other bits so."""
     def take_failure(self) -> _Failure | None: ...
+    def watch(self) -> None:
+        """Until take_exception, in the main thread: run the handlers of signals while it decodes; end the decode if one raises."""
+    def take_exception(self) -> BaseException | None:
+        """Return what one has raised."""
     def close(self) -> None: ...
 
 def file_alignment(path: str, /) -> tuple[int, int]:

@@ -286,9 +286,13 @@ class _Hooks:
         failure = residency.find_change(pager.paths, identities)
         if failure is not None:
             raise pager.failure_error(failure)
+        entry.tap.watch()
         result = int(self._call(name, ctx, batch))
         entry.tap.idle()
-        failure = entry.tap.take_failure() or residency.find_change(pager.paths, identities)
+        interruption, failure = entry.tap.take_exception(), entry.tap.take_failure()
+        if interruption is not None:
+            raise interruption
+        failure = failure or residency.find_change(pager.paths, identities)
         if failure is not None:
             raise pager.failure_error(failure)
         return result

@@ -273,6 +273,22 @@ void gp_pager_wait_present(gp_pager *p) {
 /* Whoever finishes one copy's read may be submitting to another copy, to warm up: no fetch closes before. */
 static void wait_for_reads(gp_pager *p) {
     pthread_mutex_lock(&p->lock);
+    while (gp_warm_up_is_submitting(p)) {
+        pthread_cond_wait(&p->released, &p->lock);
+    }
+    /* After a decode that has stopped a layer's reads may be queued, gigabytes, for nobody. */
+    uint32_t n_reads = 0;
+    for (uint32_t i = 0; p->n_in_flight > 0 && i < p->n_slots; i++) {
+        if (p->slots[i].state == READING) {
+            n_reads += gp_slot_withdraw(p, i, p->ahead_reads + n_reads);
+        }
+    }
+    pthread_mutex_unlock(&p->lock);
+    if (n_reads > 0) {
+        gp_copies_withdraw(p->copies, p->ahead_reads, n_reads);
+    }
+    pthread_mutex_lock(&p->lock);
+    gp_ahead_withdrawn(p, p->ahead_reads, n_reads);
     while (p->n_in_flight > 0) {
         pthread_cond_wait(&p->released, &p->lock);
     }

@@ -212,6 +212,10 @@ void gp_tap_close(gp_tap *tap);
 bool gp_tap_eval(void *tensor, bool ask, void *tap);    /* llama_context_params.cb_eval */
 bool gp_tap_abort(void *tap);                           /* llama_context_params.abort_callback */
 
+/* From now on the decoding thread asks, five times a second at most and holding no lock, whether its decode shall stop. If so it
+ * is aborted, and the failure is -EINTR. Reads are not waited for then; those that are on their way fill their slots. */
+void gp_tap_watch(gp_tap *tap, const gp_os *os, gp_abort_callback shall_stop, void *data);
+
 /* Replaces the chained abort callback (llama_set_abort_callback called by the user). */
 void gp_tap_chain_abort(gp_tap *tap, gp_abort_callback next_abort, void *next_abort_data);
 

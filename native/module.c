@@ -21,8 +21,11 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    gp_tap      *tap;
-    PagerObject *pager;
+    gp_tap       *tap;
+    PagerObject  *pager;
+    unsigned long main_thread;      /* the only one in which signal handlers run */
+    bool          is_watched;       /* what a handler raises will be taken, and raised */
+    PyObject     *exception;        /* what one has raised */
 } TapObject;
 
 typedef struct {
@@ -546,6 +549,43 @@ static PyType_Spec pager_spec = {
 
 /* ---- Tap -------------------------------------------------------------------------------------------------------- */
 
+/* In the thread that decodes, without Python's lock. Runs the handlers of signals that have come: the decode goes on, unless
+ * one raises. Elsewhere than in the main thread it would run none, and only wait for the lock. */
+static bool has_raised(void *data) {
+    TapObject *self = data;
+    if (!self->is_watched || PyThread_get_thread_ident() != self->main_thread) {
+        return false;
+    }
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool has_raised = PyErr_CheckSignals() != 0;
+    if (has_raised) {
+        PyObject *type, *traceback;
+        Py_CLEAR(self->exception);
+        PyErr_Fetch(&type, &self->exception, &traceback);
+        PyErr_NormalizeException(&type, &self->exception, &traceback);
+        if (traceback) {
+            (void) PyException_SetTraceback(self->exception, traceback);
+        }
+        Py_XDECREF(type);
+        Py_XDECREF(traceback);
+    }
+    PyGILState_Release(state);
+    return has_raised;
+}
+
+/* threading.main_thread().ident; where Python is embedded it may not be the thread that runs handlers: then a decode is not
+ * interrupted. */
+static bool find_main_thread(unsigned long *ident) {
+    PyObject *threading = PyImport_ImportModule("threading");
+    PyObject *thread = threading ? PyObject_CallMethod(threading, "main_thread", NULL) : NULL;
+    PyObject *number = thread ? PyObject_GetAttrString(thread, "ident") : NULL;
+    *ident = number ? PyLong_AsUnsignedLong(number) : 0;
+    Py_XDECREF(number);
+    Py_XDECREF(thread);
+    Py_XDECREF(threading);
+    return !PyErr_Occurred();
+}
+
 static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
     static char *names[] = { "ggml", "max_ids", "batch_bytes", "next_eval", "next_eval_data", "next_abort",
                              "next_abort_data", NULL };
@@ -592,6 +632,11 @@ static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
         Py_DECREF((PyObject *) self);
         return raise_errno(error);
     }
+    if (!find_main_thread(&self->main_thread)) {
+        Py_DECREF((PyObject *) self);
+        return NULL;
+    }
+    gp_tap_watch(self->tap, &gp_os_system, has_raised, self);
     return (PyObject *) self;
 }
 
@@ -614,6 +659,7 @@ static PyObject *tap_close(PyObject *object, PyObject *unused) {
 static void tap_dealloc(PyObject *object) {
     PyTypeObject *type = Py_TYPE(object);
     close_tap((TapObject *) object);
+    Py_CLEAR(((TapObject *) object)->exception);
     freefunc release = (freefunc) PyType_GetSlot(type, Py_tp_free);
     release(object);
     Py_DECREF(type);
@@ -690,10 +736,31 @@ static PyObject *tap_take_failure(PyObject *object, PyObject *unused) {
         return NULL;
     }
     const gp_failure failure = gp_tap_take_failure(tap);
-    if (failure.error == 0) {
+    if (failure.error == 0 || failure.error == -EINTR) {    /* what stopped it is in `exception` */
         Py_RETURN_NONE;
     }
     return failure_tuple(&failure);
+}
+
+static PyObject *tap_watch(PyObject *object, PyObject *unused) {
+    (void) unused;
+    if (!opened_tap(object)) {
+        return NULL;
+    }
+    ((TapObject *) object)->is_watched = true;
+    Py_RETURN_NONE;
+}
+
+static PyObject *tap_take_exception(PyObject *object, PyObject *unused) {
+    (void) unused;
+    TapObject *self = (TapObject *) object;
+    PyObject *exception = self->exception;
+    self->exception = NULL;
+    self->is_watched = false;
+    if (!exception) {
+        Py_RETURN_NONE;
+    }
+    return exception;
 }
 
 static PyObject *tap_count_kinds(PyObject *object, PyObject *unused) {
@@ -727,6 +794,8 @@ static PyMethodDef tap_methods[] = {
     { "chain_abort", tap_chain_abort, METH_VARARGS, NULL },
     { "idle", tap_idle, METH_NOARGS, NULL },
     { "take_failure", tap_take_failure, METH_NOARGS, NULL },
+    { "watch", tap_watch, METH_NOARGS, NULL },
+    { "take_exception", tap_take_exception, METH_NOARGS, NULL },
     { NULL, NULL, 0, NULL },
 };
 

@@ -127,6 +127,12 @@ static uint64_t now_ns(void) {
     return (uint64_t) now.tv_sec * 1000000000u + (uint64_t) now.tv_nsec;
 }
 
+static uint64_t now_roughly_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC_RAW_APPROX, &now);
+    return (uint64_t) now.tv_sec * 1000000000u + (uint64_t) now.tv_nsec;
+}
+
 const gp_os gp_os_system = {
     .file_open = file_open,
     .file_close = file_close,
@@ -140,6 +146,7 @@ const gp_os gp_os_system = {
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,
     .now_ns = now_ns,
+    .now_roughly_ns = now_roughly_ns,
     .queues = NULL,     /* a pool of threads reads */
 };
 

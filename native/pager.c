@@ -171,11 +171,44 @@ static bool is_worth_waiting(const gp_pager *p, const gp_class *c, const gp_hold
     return false;
 }
 
-static struct timespec seconds_from_now(int seconds) {
+static struct timespec ms_from_now(int ms) {
     struct timespec when;
     clock_gettime(CLOCK_REALTIME, &when);
-    when.tv_sec += seconds;
+    when.tv_sec += ms / 1000;
+    when.tv_nsec += ms % 1000 * 1000000L;
+    if (when.tv_nsec >= 1000000000) {
+        when.tv_sec++;
+        when.tv_nsec -= 1000000000;
+    }
     return when;
+}
+
+static bool has_stopped(const gp_hold *hold) {
+    return hold->watch && gp_watch_has_stopped(hold->watch);
+}
+
+bool gp_hold_stops(gp_hold *hold, bool is_decoding) {
+    return is_decoding && hold->watch ? gp_watch_stops(hold->watch) : has_stopped(hold);
+}
+
+/* Waits for the condition, with the lock held, but no longer than a moment where somebody may want to stop; who decodes asks
+ * then, without the lock. The caller looks at what it waits for in any case. False: it is not to be waited for any more. */
+static bool wait_on(gp_pager *p, gp_hold *hold, pthread_cond_t *condition, bool is_decoding) {
+    if (!hold->watch || !hold->watch->ask) {
+        pthread_cond_wait(condition, &p->lock);
+        return true;
+    }
+    if (has_stopped(hold)) {
+        return false;
+    }
+    const struct timespec when = ms_from_now(GP_LOOK_UP_MS);
+    if (pthread_cond_timedwait(condition, &p->lock, &when) == 0 || !is_decoding) {
+        return true;
+    }
+    pthread_mutex_unlock(&p->lock);
+    const bool stops = gp_watch_stops(hold->watch);
+    pthread_mutex_lock(&p->lock);
+    return !stops;
 }
 
 /* Looks at the files once the reads are done, so that no change during them is missed, for slots that nobody has done
@@ -225,16 +258,20 @@ static bool is_pending(const gp_hold *hold, uint32_t slices) {
     return is_any;
 }
 
-static void wait_for_slices(gp_pager *p, gp_hold *hold, uint32_t slices) {
+/* False: some are not there, and not to be waited for. */
+static bool wait_for_slices(gp_pager *p, gp_hold *hold, uint32_t slices) {
     while (is_pending(hold, slices)) {
-        pthread_cond_wait(&hold->arrived, &p->lock);
+        if (!wait_on(p, hold, &hold->arrived, true)) {
+            return false;
+        }
     }
+    return true;
 }
 
 /* Gives back what was taken, once nothing of it is being read: a slot that has failed is emptied then, and whoever wants
- * its expert next reads anew. */
+ * its expert next reads anew. Of a decode that has stopped it is given back as it is: nobody's, and READING until it is read. */
 static void give_up(gp_pager *p, gp_hold *hold, uint32_t first) {
-    wait_for_slices(p, hold, ALL_SLICES);
+    (void) wait_for_slices(p, hold, ALL_SLICES);
     release_and_tell(p, hold, first);
 }
 
@@ -246,6 +283,16 @@ static int find_failed(const gp_pager *p, const gp_hold *hold, uint32_t first, g
         }
     }
     return 0;
+}
+
+/* After a wait: why what was waited for is of no use, if it is not. */
+static int find_fault(gp_pager *p, const gp_hold *hold, uint32_t first, const gp_layer_spec *spec, gp_failure *failure) {
+    if (has_stopped(hold)) {
+        *failure = (gp_failure) { .error = -EINTR };
+        return -EINTR;
+    }
+    const int error = hold->pending ? 0 : check_new_slots(p, hold, first, spec, failure);
+    return error == 0 ? find_failed(p, hold, first, failure) : error;
 }
 
 void gp_pager_release(gp_pager *p, gp_hold *hold) {
@@ -269,13 +316,10 @@ int gp_pager_wait(gp_pager *p, gp_hold *hold, uint32_t layer_index, uint32_t sli
     pthread_mutex_lock(&p->lock);
     if (is_pending(hold, slices)) {
         const stall begun = begin_stall(p);
-        wait_for_slices(p, hold, slices);
+        (void) wait_for_slices(p, hold, slices);
         end_stall(p, l, &begun);
     }
-    int error = hold->pending ? 0 : check_new_slots(p, hold, 0, &l->spec, failure);
-    if (error == 0) {
-        error = find_failed(p, hold, 0, failure);
-    }
+    const int error = find_fault(p, hold, 0, &l->spec, failure);
     pthread_mutex_unlock(&p->lock);
     return error;
 }
@@ -288,36 +332,40 @@ bool gp_pager_has_slice(const gp_pager *p, uint32_t layer, uint32_t slot, uint32
     return !(atomic_load_explicit(&slot_at(p, layer, slot)->missing, memory_order_acquire) >> slice & 1);
 }
 
-void gp_pager_wait_slice(gp_pager *p, gp_hold *hold, uint32_t layer, uint32_t slot, uint32_t slice, bool is_counted) {
+bool gp_pager_wait_slice(gp_pager *p, gp_hold *hold, uint32_t layer, uint32_t slot, uint32_t slice, bool is_decoding) {
     const stall begun = begin_stall(p);
     pthread_mutex_lock(&p->lock);
     hold->n_watching++;
-    while (!gp_pager_has_slice(p, layer, slot, slice)) {
-        pthread_cond_wait(&hold->slice_arrived, &p->lock);
+    bool is_there;
+    while (!(is_there = gp_pager_has_slice(p, layer, slot, slice))
+           && wait_on(p, hold, &hold->slice_arrived, is_decoding)) {
     }
     hold->n_watching--;
-    if (is_counted) {
+    if (is_decoding) {
         end_stall(p, &p->layers[layer], &begun);
     }
     pthread_mutex_unlock(&p->lock);
+    return is_there;
 }
 
 unsigned gp_hold_n_arrived(const gp_hold *hold) {
     return atomic_load_explicit(&hold->n_arrived, memory_order_acquire);
 }
 
-void gp_pager_wait_arrival(gp_pager *p, gp_hold *hold, uint32_t layer, unsigned n_arrived, bool is_counted) {
+bool gp_pager_wait_arrival(gp_pager *p, gp_hold *hold, uint32_t layer, unsigned n_arrived, bool is_decoding) {
     const stall begun = begin_stall(p);
     pthread_mutex_lock(&p->lock);
     hold->n_watching++;
-    while (gp_hold_n_arrived(hold) == n_arrived) {
-        pthread_cond_wait(&hold->slice_arrived, &p->lock);
+    bool has_arrived;
+    while (!(has_arrived = gp_hold_n_arrived(hold) != n_arrived)
+           && wait_on(p, hold, &hold->slice_arrived, is_decoding)) {
     }
     hold->n_watching--;
-    if (is_counted) {
+    if (is_decoding) {
         end_stall(p, &p->layers[layer], &begun);
     }
     pthread_mutex_unlock(&p->lock);
+    return has_arrived;
 }
 
 bool gp_pager_is_waiting(gp_pager *p, const gp_hold *hold, uint32_t slices) {
@@ -325,6 +373,16 @@ bool gp_pager_is_waiting(gp_pager *p, const gp_hold *hold, uint32_t slices) {
     const bool is_waiting = is_pending(hold, slices);
     pthread_mutex_unlock(&p->lock);
     return is_waiting;
+}
+
+/* Waits a moment for others to give slots back. */
+static bool wait_on_others(gp_pager *p, gp_hold *hold) {
+    const struct timespec when = ms_from_now(GP_LOOK_UP_MS);
+    (void) pthread_cond_timedwait(&p->released, &p->lock, &when);
+    pthread_mutex_unlock(&p->lock);
+    const bool stops = gp_hold_stops(hold, true);
+    pthread_mutex_lock(&p->lock);
+    return !stops;
 }
 
 int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_t *slots, gp_failure *failure) {
@@ -339,14 +397,19 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         count_use(l, demand);
     }
     const uint32_t first_held = hold->n_slots;
-    const struct timespec deadline = seconds_from_now(BUSY_WAIT_SECONDS);
+    const uint64_t begun_ns = p->os->now_ns();
     uint32_t n_missed;
     int n_reads;
     while ((n_reads = take_slots(p, hold, demand, &n_missed)) == -EBUSY) {
         if (!is_worth_waiting(p, &p->classes[l->spec.shape_class], hold)
-            || pthread_cond_timedwait(&p->released, &p->lock, &deadline) != 0) {
+            || p->os->now_ns() - begun_ns >= BUSY_WAIT_SECONDS * UINT64_C(1000000000)) {
             pthread_mutex_unlock(&p->lock);
             return -EBUSY;
+        }
+        if (!wait_on_others(p, hold)) {
+            pthread_mutex_unlock(&p->lock);
+            *failure = (gp_failure) { .error = -EINTR };
+            return -EINTR;
         }
     }
     if (!demand->is_again) {
@@ -368,16 +431,13 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         gp_ahead_withdrawn(p, unwanted, n_unwanted);
     }
     if (is_stalled) {
-        wait_for_slices(p, hold, ALL_SLICES & ~demand->later);
+        (void) wait_for_slices(p, hold, ALL_SLICES & ~demand->later);
         end_stall(p, l, &begun);
     }
-    int error = hold->pending ? 0 : check_new_slots(p, hold, first_held, &l->spec, failure);
-    if (error == 0) {
-        error = find_failed(p, hold, first_held, failure);
-    }
+    const int error = find_fault(p, hold, first_held, &l->spec, failure);
     for (uint32_t i = 0; i < demand->n_experts; i++) {
         const int32_t index = l->slot_of[demand->experts[i]];
-        assert(index >= 0 && (p->slots[index].missing & ~demand->later) == 0);
+        assert(index >= 0 && (error == -EINTR || (p->slots[index].missing & ~demand->later) == 0));
         slots[i] = index - (int32_t) p->classes[l->spec.shape_class].first;
     }
     uint32_t n_ahead = 0;

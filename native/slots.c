@@ -142,12 +142,18 @@ void gp_slot_empty(gp_pager *p, gp_slot *s) {
     *s = (gp_slot) { .state = FREE };
 }
 
-void gp_slot_leave(gp_pager *p, gp_slot *s) {
+uint32_t gp_slot_withdraw(gp_pager *p, uint32_t index, gp_read **reads) {
+    gp_slot *s = &p->slots[index];
     assert(s->state == READING && !s->users && !s->is_pinned);
     forget_expert(p, s);
     s->state = LEAVING;
     s->is_transient = false;
     s->is_withdrawing = true;
+    const uint32_t n_slices = p->layers[s->layer].spec.n_slices;
+    for (uint32_t i = 0; i < n_slices; i++) {
+        reads[i] = &p->reads[index * GP_MAX_SLICES + i];
+    }
+    return n_slices;
 }
 
 void gp_slot_assign(gp_pager *p, uint32_t index, uint32_t layer_index, int32_t expert, bool is_transient) {

@@ -81,6 +81,7 @@ struct gp_tap {
     bool              next_wants;
     gp_abort_callback next_abort;
     void             *next_abort_data;
+    gp_watch          watch;
 };
 
 /* ---- what is computed ------------------------------------------------------------------------------------------- */
@@ -438,10 +439,20 @@ static void give_back(gp_tap *tap, ggml_tensor *node) {
     }
 }
 
+/* A failure: the decode is aborted, and nothing is served until it is taken. */
+static void look_up(gp_tap *tap) {
+    if (tap->failure.error == 0 && gp_watch_stops(&tap->watch)) {
+        tap->failure = (gp_failure) { .error = -EINTR };
+    }
+}
+
 bool gp_tap_eval(void *tensor, bool ask, void *data) {
     gp_tap *tap = data;
     ggml_tensor *node = tensor;
     undo(tap, node);
+    if (ask) {      /* after the last node an abort would come too late */
+        look_up(tap);
+    }
     if (!ask) {
         gp_compute_judge(tap->compute, node);
         if (tap->pause_at == node) {
@@ -481,8 +492,13 @@ bool gp_tap_eval(void *tensor, bool ask, void *data) {
 }
 
 bool gp_tap_abort(void *data) {
-    const gp_tap *tap = data;
+    gp_tap *tap = data;
+    look_up(tap);
     return tap->failure.error != 0 || (tap->next_abort && tap->next_abort(tap->next_abort_data));
+}
+
+void gp_tap_watch(gp_tap *tap, const gp_os *os, gp_abort_callback shall_stop, void *data) {
+    tap->watch = (gp_watch) { .os = os, .ask = shall_stop, .data = data };
 }
 
 void gp_tap_chain_abort(gp_tap *tap, gp_abort_callback next_abort, void *next_abort_data) {
@@ -495,8 +511,12 @@ void gp_tap_idle(gp_tap *tap) {
 }
 
 gp_failure gp_tap_take_failure(gp_tap *tap) {
-    const gp_failure failure = tap->failure;
+    gp_failure failure = tap->failure;
+    if (failure.error == 0 && gp_watch_has_stopped(&tap->watch)) {
+        failure.error = -EINTR;     /* stopped behind the last node: what is computed is whole */
+    }
     tap->failure = (gp_failure) { 0 };
+    atomic_store(&tap->watch.has_stopped, false);
     return failure;
 }
 
@@ -587,6 +607,7 @@ int gp_tap_attach(gp_tap *tap, gp_pager *pager) {
         error = gp_hold_open(&tap->hold, pager, tap->max_ids);
     }
     if (error == 0) {
+        tap->hold.watch = &tap->watch;
         error = gp_compute_attach(tap->compute, pager, &tap->hold, &tap->failure);
         if (error != 0) {
             gp_hold_close(&tap->hold, pager);
