@@ -17,6 +17,13 @@ _Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int, tuple[int, ...]
 (row_ops of gp_ggml); type_i32, type_f32; the addresses of ggml_backend_buffer_is_host, ggml_get_type_traits_cpu (0: all
 multiplying is left to ggml), ggml_blck_size, ggml_type_size; those of the functions in gp_graphs (0: no small graphs)"""
 
+class OpenError(OSError):
+    """A pager could not be opened for want of "memory", a "thread" or a "file", or of "sense" in what it was given."""
+
+    lack: str
+    file: int
+    """Of the model's paths, then of each mirror's."""
+
 class Pager:
     """Slots, files and reader threads of one model."""
 

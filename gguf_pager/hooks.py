@@ -240,12 +240,15 @@ class _Hooks:
         ours = type(params).from_buffer_copy(params)
         n_used = max(layer.n_used for layer in paged.pager.layout.layers)
         n_ubatch = params.n_ubatch or params.n_batch
-        tap = _native.Tap(
-            ggml=engine.ggml_numbers(), max_ids=n_ubatch * n_used,
-            batch_bytes=budget.batch_bytes(paged.pager.layout, n_ubatch),
-            next_eval=_address(params.cb_eval), next_eval_data=params.cb_eval_user_data or 0,
-            next_abort=_address(params.abort_callback), next_abort_data=params.abort_callback_data or 0,
-        )
+        try:
+            tap = _native.Tap(
+                ggml=engine.ggml_numbers(), max_ids=n_ubatch * n_used,
+                batch_bytes=budget.batch_bytes(paged.pager.layout, n_ubatch),
+                next_eval=_address(params.cb_eval), next_eval_data=params.cb_eval_user_data or 0,
+                next_abort=_address(params.abort_callback), next_abort_data=params.abort_callback_data or 0,
+            )
+        except OSError as error:
+            raise _no_tables(error) from None
         eval_address, abort_address, data = tap.addresses()
         ours.cb_eval = ctypes.cast(eval_address, type(params.cb_eval))
         ours.cb_eval_user_data = data
@@ -346,7 +349,11 @@ def _attach(tap: _native.Tap, pager: Pager) -> None:
     except OSError as error:
         if error.errno == errno.EMFILE:
             raise EngineError("This model has as many contexts as a paged model can have: free one.") from None
-        raise BudgetError(f"The tables of a context cannot be allocated: {error.strerror}. Lower the budget.") from None
+        raise _no_tables(error) from None
+
+
+def _no_tables(error: OSError) -> BudgetError:
+    return BudgetError(f"The tables of a context cannot be allocated: {error.strerror}. Lower the budget or n_ubatch.")
 
 
 def _address(function: Any) -> int:

@@ -202,6 +202,7 @@ class Pager:
         Raises:
             PagerIOError: a file cannot be opened.
             BudgetError: the system does not give that much memory.
+            EngineError: it gives no further thread, or no further descriptor.
         """
         layers = []
         for layer in self.layout.layers:
@@ -228,15 +229,26 @@ class Pager:
                 n_readers=self.options.n_readers or DEFAULT_READERS,
                 piece_bytes=self.options.piece_bytes or DEFAULT_PIECE_BYTES,
             )
-        except OSError as error:
-            wanted = sum(stride * n for stride, n in classes)
-            if error.errno == errno.ENOMEM:
-                raise BudgetError(f"The system does not give {wanted:,} bytes for experts: lower the budget.") from None
-            raise PagerIOError(
-                f"The pager for {self.layout.paths[0]} cannot be opened: {error.strerror}.",
-                errno=error.errno or 0, path=str(self.layout.paths[0]), offset_bytes=0,
-            ) from None
+        except (_native.OpenError, MemoryError) as error:
+            raise self._open_error(error, sum(stride * n for stride, n in classes)) from None
         self.n_slots = tuple(n_slots)
+
+    def _open_error(self, error: _native.OpenError | MemoryError, arena_bytes: int) -> PagerError:
+        """Return the exception for what the system did not give."""
+        if isinstance(error, MemoryError) or error.lack == "memory":
+            return BudgetError(f"The system does not give {arena_bytes:,} bytes for experts: lower the budget. Or raise the "
+                               "limit on memory (ulimit -v) if there is one.")
+        if error.lack == "thread":
+            return EngineError(f"A thread that reads cannot be started: {error.strerror}. Raise the limit on processes "
+                               "(ulimit -u, or pids.max of the cgroup) or on memory (ulimit -v), or lower n_readers.")
+        if error.lack == "sense":
+            return EngineError(f"{self.layout.paths[0]} cannot be paged with these options: {error.strerror}. "
+                               "Leave n_readers, piece_bytes and io as they are by default.")
+        path = str(self.paths[error.file])
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return EngineError(f"{path} cannot be opened: {error.strerror}. Raise the limit on open files (ulimit -n), or "
+                               "close some.")
+        return PagerIOError(f"{path} cannot be opened: {error.strerror}.", errno=error.errno or 0, path=path, offset_bytes=0)
 
     def wait_present(self) -> None:
         """Wait until all of the arena is resident; a thread sees to it since `open`. One caller at a time."""

@@ -227,13 +227,15 @@ static int open_layers(gp_pager *p) {
     return 0;
 }
 
-int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config) {
+int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config, gp_open_failure *failure) {
     *out = NULL;
+    *failure = (gp_open_failure) { .lack = GP_LACKS_SENSE };
     const gp_policy *policy = gp_policy_find(config->policy);
     int error = policy ? check_config(config) : -EINVAL;
     if (error != 0) {
         return error;
     }
+    failure->lack = GP_LACKS_MEMORY;
     gp_pager *p = calloc(1, sizeof *p);
     if (!p) {
         return -ENOMEM;
@@ -245,10 +247,14 @@ int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config) {
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->released, NULL);
     if ((error = open_arena(p)) != 0 || (error = open_layers(p)) != 0
-        || (error = gp_copies_open(&p->copies, os, config)) != 0
-        || (error = os->thread_start(&p->populating, populate, p)) != 0) {
+        || (error = gp_copies_open(&p->copies, os, config, failure)) != 0) {
         goto fail;
     }
+    failure->lack = GP_LACKS_THREAD;
+    if ((error = os->thread_start(&p->populating, populate, p)) != 0) {
+        goto fail;
+    }
+    failure->lack = GP_LACKS_NOTHING;
     p->has_populating = true;
     /* The caller's arrays may go now; what is needed of them is in layers and classes. */
     p->config.paths = NULL;

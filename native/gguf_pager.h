@@ -103,10 +103,18 @@ typedef struct {
     uint64_t offset_bytes;
 } gp_failure;
 
+/* What could not be had when a pager was to be opened. */
+typedef enum { GP_LACKS_NOTHING, GP_LACKS_SENSE, GP_LACKS_MEMORY, GP_LACKS_FILE, GP_LACKS_THREAD } gp_lack;
+
+typedef struct {
+    gp_lack  lack;              /* GP_LACKS_SENSE: the config contradicts itself */
+    uint32_t file;              /* GP_LACKS_FILE: as in gp_failure */
+} gp_open_failure;
+
 typedef struct gp_pager gp_pager;
 typedef struct gp_tap gp_tap;
 
-int  gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config);
+int  gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config, gp_open_failure *failure);
 void gp_pager_close(gp_pager *pager);
 
 /* The arena becomes present while the pager is used already; waits until it is. Not from two threads at once. */

@@ -30,6 +30,7 @@ typedef struct {
 
 typedef struct {
     PyObject *pager_type;
+    PyObject *open_error;
 } module_state;
 
 static PyObject *raise_errno(int error) {
@@ -218,6 +219,23 @@ static bool parse_arrays(config_arrays *arrays, PyObject *paths, PyObject *mirro
 
 /* ---- Pager ------------------------------------------------------------------------------------------------------ */
 
+static void raise_open_error(PyTypeObject *type, int error, const gp_open_failure *failure) {
+    static const char *const lacks[] = {
+        [GP_LACKS_NOTHING] = "nothing", [GP_LACKS_SENSE] = "sense", [GP_LACKS_MEMORY] = "memory", [GP_LACKS_FILE] = "file",
+        [GP_LACKS_THREAD] = "thread",
+    };
+    const module_state *state = PyType_GetModuleState(type);
+    PyObject *exception = PyObject_CallFunction(state->open_error, "is", -error, strerror(-error));
+    PyObject *lack = exception ? PyUnicode_FromString(lacks[failure->lack]) : NULL;
+    PyObject *file = lack ? PyLong_FromUnsignedLong(failure->file) : NULL;
+    if (file && PyObject_SetAttrString(exception, "lack", lack) == 0 && PyObject_SetAttrString(exception, "file", file) == 0) {
+        PyErr_SetObject(state->open_error, exception);
+    }
+    Py_XDECREF(file);
+    Py_XDECREF(lack);
+    Py_XDECREF(exception);
+}
+
 static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
     static char *names[] = { "paths", "mirrors", "layers", "classes", "policy", "direct", "read_ahead", "offset_align",
                              "memory_align", "n_readers", "piece_bytes", NULL };
@@ -260,12 +278,13 @@ static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     self->n_layers = config.n_layers;
     self->n_copies = config.n_mirrors + 1;
     n_experts = NULL;
+    gp_open_failure failure;
     int error;
     Py_BEGIN_ALLOW_THREADS
-    error = gp_pager_open(&self->pager, &gp_os_system, &config);
+    error = gp_pager_open(&self->pager, &gp_os_system, &config, &failure);
     Py_END_ALLOW_THREADS
     if (error != 0) {
-        raise_errno(error);
+        raise_open_error(type, error, &failure);
         Py_DECREF((PyObject *) self);
         self = NULL;
     }
@@ -913,6 +932,10 @@ static int fill_module(PyObject *module) {
     if (!state->pager_type || PyModule_AddObjectRef(module, "Pager", state->pager_type) != 0) {
         return -1;
     }
+    state->open_error = PyErr_NewException("gguf_pager._native.OpenError", PyExc_OSError, NULL);
+    if (!state->open_error || PyModule_AddObjectRef(module, "OpenError", state->open_error) != 0) {
+        return -1;
+    }
     PyObject *tap_type = PyType_FromModuleAndSpec(module, &tap_spec, NULL);
     const int error = tap_type ? PyModule_AddObjectRef(module, "Tap", tap_type) : -1;
     Py_XDECREF(tap_type);
@@ -923,6 +946,7 @@ static void free_module(void *module) {
     module_state *state = PyModule_GetState((PyObject *) module);
     if (state) {
         Py_CLEAR(state->pager_type);
+        Py_CLEAR(state->open_error);
     }
 }
 

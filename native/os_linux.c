@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "os.h"
 
+#include <dlfcn.h>
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -160,11 +161,22 @@ static void memory_close(void *memory, size_t bytes) {
     }
 }
 
+/* glibc takes every thread's copy of all static thread-local storage out of its stack, whosever it is: a preloaded library
+ * with an array of 245 KB left a stack of 256 KiB nothing to run on, one of 250 KB made pthread_create fail with EINVAL (2.36).
+ * It says how much that is, with a page or two on top, by a name that it keeps for Java and Rust. Other C libraries (musl)
+ * make room for it by themselves. */
+static size_t stack_bytes(const pthread_attr_t *attributes) {
+    enum { OWN_BYTES = 256 << 10 };     /* a reader's frames are small; the default would be 8 MB of address space */
+    size_t (*least)(const pthread_attr_t *);
+    *(void **) &least = dlsym(RTLD_DEFAULT, "__pthread_get_minstack");
+    const size_t page = (size_t) sysconf(_SC_PAGESIZE);
+    return (OWN_BYTES + (least ? least(attributes) : 0) + page - 1) / page * page;
+}
+
 static int thread_start(pthread_t *thread, void *(*body)(void *), void *data) {
-    enum { STACK_BYTES = 256 << 10 };   /* a reader's frames are small; the default would be 8 MB of address space */
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, STACK_BYTES);
+    pthread_attr_setstacksize(&attributes, stack_bytes(&attributes));
     const int error = pthread_create(thread, &attributes, body, data);
     pthread_attr_destroy(&attributes);
     return -error;

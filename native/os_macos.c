@@ -108,7 +108,9 @@ static void memory_close(void *memory, size_t bytes) {
 }
 
 static int thread_start(pthread_t *thread, void *(*body)(void *), void *data) {
-    enum { STACK_BYTES = 256 << 10 };   /* a reader's frames are small; a multiple of the page, or it is EINVAL */
+    /* A reader's frames are small; a multiple of the page, or it is EINVAL. Thread-local storage lies elsewhere: dyld allocates
+     * it when a thread first uses it. */
+    enum { STACK_BYTES = 256 << 10 };
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
