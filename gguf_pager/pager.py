@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Literal
 from gguf_pager import _native, budget, profile
 from gguf_pager.errors import BudgetError, EngineError, PagerError, PagerIOError
 from gguf_pager.layout import Layout
+
+log = logging.getLogger("gguf_pager")
 
 IoMode = Literal["auto", "direct", "buffered"]
 
@@ -143,12 +146,13 @@ def _alignment(paths: Sequence[Path], io: IoMode) -> tuple[bool, int, int]:
         try:
             at, memory = _native.file_alignment(str(path))
         except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.EINVAL) or io == "direct":
+            if io == "direct":
                 raise PagerIOError(
                     f"{path} cannot be read directly: {error.strerror}. Use io='buffered'.",
                     errno=error.errno or 0, path=str(path), offset_bytes=0,
                 ) from None
-            return False, 1, 1
+            log.info("%s is read through the page cache, because it cannot be read directly: %s", path, error.strerror)
+            return False, 1, 1  # where that fails, too, it says why
         offset_align, memory_align = max(offset_align, at), max(memory_align, memory)
     return True, offset_align, memory_align
 

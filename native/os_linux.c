@@ -93,10 +93,11 @@ static int direct_read_works(const char *path, uint32_t align) {
 static int file_alignment(const char *path, uint32_t *offset_align, uint32_t *memory_align) {
     enum { SAFE_ALIGN = 4096 };     /* no device in use has larger sectors */
     const int error = stated_alignment(path, offset_align, memory_align);
-    if (error == -ENODATA || error == -ENOSYS || error == -EINVAL) {
-        *offset_align = *memory_align = SAFE_ALIGN;
-    } else if (error != 0) {
+    if (error == -ENOTSUP) {
         return error;
+    }
+    if (error != 0) {       /* an old kernel; or a container that knows no statx and says EPERM (Docker before 18.04) */
+        *offset_align = *memory_align = SAFE_ALIGN;
     }
     return direct_read_works(path, *offset_align > *memory_align ? *offset_align : *memory_align);
 }

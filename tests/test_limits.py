@@ -33,7 +33,7 @@ for io in sys.argv[2:]:
 def test_static_thread_local_storage_of_others_leaves_threads_their_stacks(
     zoo_model: Model, tmp_path: Path, n_kilobytes: int
 ) -> None:
-    """glibc takes it out of every thread's stack."""
+    """The C library takes it out of every thread's stack."""
     compiler = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc")
     if compiler is None or platform.system() != "Linux":
         pytest.skip("there is no C compiler, or no LD_PRELOAD")
