@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf_pager import probe
+from gguf_pager import kernel, probe
 
 _ROOT = Path("/sys/fs/cgroup")
 _TRIAL_BYTES = 64 << 20
@@ -44,7 +44,7 @@ class Cap:
             return None
         name = "memory.max_usage_in_bytes" if self.method == "cgroup1" else "memory.peak"
         try:
-            return int((self.folder / name).read_text())
+            return int(kernel.read_text(self.folder / name))
         except (OSError, ValueError):
             return None
 
@@ -54,7 +54,7 @@ class Cap:
             return None
         name = "memory.oom_control" if self.method == "cgroup1" else "memory.events"
         try:
-            fields = dict(line.split() for line in (self.folder / name).read_text().splitlines())
+            fields = dict(line.split() for line in kernel.read_lines(self.folder / name))
             return int(fields["oom_kill"])
         except (OSError, ValueError, KeyError):
             return None
@@ -120,7 +120,7 @@ def _make_v1(limit_bytes: int) -> Path:
 def _make_v2(limit_bytes: int) -> Path:
     if not (_ROOT / "cgroup.controllers").exists():
         raise OSError("not mounted")
-    name = next((line.split("::", 1)[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if "::" in line), "/")
+    name = next((line.split("::", 1)[1] for line in kernel.read_lines(Path("/proc/self/cgroup")) if "::" in line), "/")
     # A group with processes may not hand controllers down, so a sibling of ours is made, not a child.
     own = _ROOT / name.lstrip("/")
     base = own.parent if own != _ROOT else _ROOT
@@ -157,7 +157,7 @@ def _systemd_allows() -> bool:
     ask = f'cat "{_ROOT}$(sed -n s/^0:://p /proc/self/cgroup)/memory.max"'
     trial = ["systemd-run", "--user", "--scope", "--quiet", "-p", f"MemoryMax={_TRIAL_BYTES}", "sh", "-c", ask]
     try:
-        done = subprocess.run(trial, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(trial, capture_output=True, text=True, errors="replace", timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.stdout.strip() == str(_TRIAL_BYTES)

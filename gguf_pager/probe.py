@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from gguf_pager import kernel
+
 _CGROUP_V1_UNLIMITED = 1 << 60
 """cgroup v1 states 'no limit' as the largest multiple of a page."""
 
@@ -73,7 +75,7 @@ def memory() -> Memory:
 
 def _read_int(path: Path) -> int | None:
     try:
-        return int(path.read_text().strip())
+        return int(kernel.read_text(path))
     except (OSError, ValueError):
         return None
 
@@ -81,7 +83,7 @@ def _read_int(path: Path) -> int | None:
 def _cgroup_memory(membership: Path, root: Path) -> tuple[int, int] | None:
     """Return (limit, used without reclaimable cache) of the tightest memory cgroup above this process, if there is one."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = kernel.read_lines(membership)
     except OSError:
         return None
     tightest: tuple[int, int] | None = None
@@ -108,7 +110,7 @@ def _cgroup_memory(membership: Path, root: Path) -> tuple[int, int] | None:
 def _reclaimable(stat: Path) -> int:
     """Return the bytes of file cache that the kernel would give up first."""
     try:
-        fields = dict(line.split() for line in stat.read_text().splitlines())
+        fields = dict(line.split() for line in kernel.read_lines(stat))
     except (OSError, ValueError):
         return 0
     return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
@@ -118,7 +120,7 @@ def process_memory() -> ProcessMemory:
     """Return what this process uses now."""
     if sys.platform == "linux":
         fields = {}
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in kernel.read_lines(Path("/proc/self/status")):
             key, _, value = line.partition(":")
             if value.endswith("kB"):
                 fields[key] = int(value.split()[0]) * 1024
@@ -181,7 +183,7 @@ def cpu_name() -> str:
         asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
         return asked.stdout.strip() or platform.machine()
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in kernel.read_lines(Path("/proc/cpuinfo")):
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.machine()
@@ -194,7 +196,7 @@ def device_name(path: str | Path) -> str | None:
         return None
     disk = setting.parent.parent
     try:
-        model = (disk / "device" / "model").read_text().strip()
+        model = kernel.read_text(disk / "device" / "model")
     except OSError:
         return disk.name
     return f"{disk.name} ({model})" if model else disk.name

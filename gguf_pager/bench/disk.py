@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
+from gguf_pager import kernel
 from gguf_pager.bench.memory import huge_buffer
 from gguf_pager.probe import page_cache_bytes
 
@@ -73,7 +74,7 @@ def read_ahead(setting: Path | None, kb: int | None) -> Iterator[int | None]:
     Yields the value in force, in KiB: what it was where setting it is not permitted; None where unknown.
     """
     try:
-        before = int(setting.read_text()) if setting is not None else None
+        before = int(kernel.read_text(setting)) if setting is not None else None
     except (OSError, ValueError):
         before = None
     if setting is None or kb is None or before is None or kb == before:
@@ -85,7 +86,7 @@ def read_ahead(setting: Path | None, kb: int | None) -> Iterator[int | None]:
         except OSError:
             yield before
             return
-        yield int(setting.read_text())  # the kernel rounds to whole pages
+        yield int(kernel.read_text(setting))  # the kernel rounds to whole pages
     finally:
         with suppress(OSError):  # where it could not be set, either
             setting.write_text(str(before))
