@@ -23,7 +23,8 @@ LINUX = pytest.mark.skipif(platform.system() != "Linux", reason="needs /dev/full
 
 def arguments_of(command: str, model: Path) -> list[str]:
     more = {"run": ["-p", "hello", "-n", "3", "-t", "1", "--budget", "min"], "inspect": [],
-            "bench": "--budget min --cap none --baseline none --warm --idle 0 -p 8 -n 4 -r 1 -t 1".split()}
+            "bench": ["--budget", "min", "--cap", "none", "--baseline", "none", "--warm", "--idle", "0", "-p", "8",
+                      "-n", "4", "-r", "1", "-t", "1"]}
     first, *options = command.split()
     return [first, *([str(model), *more[first]] if first in more else []), *options]
 
