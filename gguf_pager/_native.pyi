@@ -79,7 +79,10 @@ class Tap:
         """Return how many shapes of feed-forwards are computed an expert at a time, and how many gave other bits so."""
     def take_failure(self) -> _Failure | None: ...
     def watch(self) -> None:
-        """Until take_exception, in the main thread: run the handlers of signals while it decodes; end the decode if one raises."""
+        """Until take_exception, in the main thread: run the handlers of signals while it decodes; end the decode if one raises.
+
+        What was left of an earlier decode is forgotten.
+        """
     def take_exception(self) -> BaseException | None:
         """Return what one has raised."""
     def close(self) -> None: ...

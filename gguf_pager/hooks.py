@@ -1,4 +1,4 @@
-"""Where gguf_pager meets llama_cpp: its load, context, decode and free functions, wrapped while someone needs them.
+"""Where gguf_pager meets llama_cpp: what opens, computes with or frees a model or a context, wrapped while someone needs it.
 
 llama_cpp calls these through its module `llama_cpp.llama_cpp`, and offers no other way to set a context's eval callback
 or to turn weight repacking off. The wrappers pass every model and context that is not paged straight on.
@@ -9,18 +9,21 @@ from __future__ import annotations
 import atexit
 import ctypes
 import errno
+import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import llama_cpp
 from llama_cpp import llama_cpp as low
 
-from gguf_pager import _native, budget, engine, probe, residency
+from gguf_pager import _native, budget, engine, guard, probe, residency
+from gguf_pager.arguments import take_request
 from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.layout import Layout
 from gguf_pager.loading import Loader
@@ -28,43 +31,54 @@ from gguf_pager.pager import Pager
 from gguf_pager.residency import FileIdentity
 from gguf_pager.sizing import Request, open_or_shrink
 from gguf_pager.threads import Threads
+from gguf_pager.wrapping import Wrapping
 
 log = logging.getLogger("gguf_pager")
 
-_WRAPPED = (
-    "llama_model_load_from_file",
-    "llama_model_free",
-    "llama_init_from_model",
-    "llama_free",
-    "llama_decode",
-    "llama_encode",
-    "llama_set_abort_callback",
-    "llama_set_causal_attn",
-    "llama_set_n_threads",
-)
+_Result = TypeVar("_Result")
+
+_OF_A_CONTEXT = {
+    "llama_state_get_data": 0, "llama_copy_state_data": 0, "llama_state_set_data": 0, "llama_set_state_data": 0,
+    "llama_state_load_file": 0, "llama_load_session_file": 0, "llama_state_save_file": 0, "llama_save_session_file": 0,
+    "llama_state_seq_get_data": 0, "llama_state_seq_set_data": 0, "llama_state_seq_get_data_ext": 0,
+    "llama_state_seq_set_data_ext": 0, "llama_state_seq_save_file": 0, "llama_state_seq_load_file": 0,
+    "llama_sampler_sample": 1,
+}
+"""Functions that end the process when the context decodes at the same time in another thread, and which argument it is."""
+
+_OF_A_MEMORY = ("llama_memory_clear", "llama_memory_seq_rm", "llama_memory_seq_cp", "llama_memory_seq_keep",
+                "llama_memory_seq_add", "llama_memory_seq_div")
+"""The same for a context's memory, their first argument."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Model:
-    """A paged model. `contexts` by address."""
+    """A paged model. `contexts` by address; `requests` of all who have opened it, `n_openings` of whom have not freed it."""
 
     address: int
     request: Request
     pager: Pager
     identities: list[FileIdentity | None]
     residency: residency.Residency
+    key: tuple[Any, ...]
+    n_openings: int = 0
+    requests: list[Request] = field(default_factory=list)
     contexts: dict[int, _Context] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Context:
     model: _Model
+    address: int
+    memory: int
     tap: _native.Tap
     pid: int
     is_cut: bool
     threads: Threads
     keep: tuple[Any, ...]
     """The user's own callbacks, which must live as long as the context."""
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Held while it computes: llama.cpp's contexts know no threads."""
 
     def close(self) -> None:
         """End what belongs to a context that is gone."""
@@ -72,20 +86,59 @@ class _Context:
         if self.pid == os.getpid():
             self.threads.close()
 
+    def refuse_fork(self) -> None:
+        """Raise EngineError in a child: the threads and the lock's owner are the parent's."""
+        if self.pid != os.getpid():
+            raise EngineError("This model was opened before a fork and cannot be used in the child: "
+                              "open it again there.")
+
+    def refuse_callback(self, what: str) -> None:
+        """Raise EngineError if this thread is computing with the context right now, in a callback of its own."""
+        if self.lock._is_owned():  # type: ignore[attr-defined]
+            raise EngineError(f"A context cannot {what} from inside a callback of its own llama_decode: do it afterwards.")
+
+
+class _Scope:
+    """Somebody is constructing a Llama. Known weakly: whoever is interrupted leaves none behind."""
+
+    __slots__ = ("__weakref__",)
+
+
+_constructing: ContextVar[Request | None] = ContextVar("gguf_pager_request", default=None)
+"""For what opens a model here: a context variable ends with the call that it was set for, whatever interrupts that."""
+
 
 class _Hooks:
     """The wrappers and what they know. There is one, because there is one module to wrap."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._opening = threading.RLock()
+        """Held while memory is measured and taken: two at a time would take the same bytes."""
+        self._wrapping = Wrapping()
         self._loader = Loader(self._call)
-        self._n_holders = 0
-        self._original: dict[str, Callable[..., Any]] = {}
-        self._in_package: set[str] = set()
-        self._by_thread: dict[int, Request] = {}
+        self._scopes: weakref.WeakSet[_Scope] = weakref.WeakSet()
         self._installed: list[Request] = []
         self.models: dict[int, _Model] = {}
         self.contexts: dict[int, _Context] = {}
+        self._add_places()
+
+    def _add_places(self) -> None:
+        for name in (
+            "llama_model_load_from_file", "llama_load_model_from_file", "llama_model_load_from_splits",
+            "llama_model_load_from_file_ptr", "llama_model_init_from_user", "llama_model_free", "llama_free_model",
+            "llama_init_from_model", "llama_new_context_with_model", "llama_free", "llama_decode", "llama_encode",
+            "llama_process", "llama_set_abort_callback", "llama_set_causal_attn", "llama_set_n_threads",
+        ):
+            self._wrapping.add((low, llama_cpp), name, getattr(self, name))
+        for name, index in _OF_A_CONTEXT.items():
+            self._wrapping.add((low, llama_cpp), name, self._taking_turns(name, index, self._find_context))
+        for name in _OF_A_MEMORY:
+            self._wrapping.add((low, llama_cpp), name, self._taking_turns(name, 0, self._find_memory))
+        for name in guard.NAMES:
+            method = getattr(llama_cpp.Llama, name)
+            self._wrapping.add((llama_cpp.Llama,), name, guard.guarded(name, method, self.is_paged))
+        self._wrapping.add((llama_cpp.Llama,), "__init__", self._taking_options(llama_cpp.Llama.__init__))
 
     def keep_profiles(self) -> None:
         """Keep what models that nobody has closed have learned: when the program ends, it is too late to write files
@@ -95,107 +148,179 @@ class _Hooks:
 
     # ---- wrapping ----
 
-    def hold(self) -> None:
-        """Wrap the functions, if nobody has yet."""
+    def sync(self) -> None:
+        """Wrap if somebody needs it, else unwrap. Whether somebody does is never counted, always looked at."""
         with self._lock:
-            self._n_holders += 1
-            if self._n_holders > 1:
-                return
-            for name in _WRAPPED:
-                self._original[name] = getattr(low, name)
-                setattr(low, name, getattr(self, name))
-                if getattr(llama_cpp, name, None) is self._original[name]:
-                    self._in_package.add(name)
-                    setattr(llama_cpp, name, getattr(self, name))
-
-    def drop(self) -> None:
-        """Unwrap them with the last holder."""
-        with self._lock:
-            self._n_holders -= 1
-            if self._n_holders == 0:
-                for name, original in self._original.items():
-                    setattr(low, name, original)
-                    if name in self._in_package:
-                        setattr(llama_cpp, name, original)
-                self._in_package.clear()
-
-    @contextmanager
-    def constructing(self, request: Request) -> Iterator[None]:
-        """Page what this thread opens meanwhile."""
-        thread = threading.get_ident()
-        self.hold()
-        outer = self._by_thread.get(thread)
-        self._by_thread[thread] = request
-        try:
-            yield
-        finally:
-            if outer is None:
-                del self._by_thread[thread]
+            if self._scopes or self._installed or self.models:
+                self._wrapping.put_on()
             else:
-                self._by_thread[thread] = outer
-            self.drop()
+                self._wrapping.take_off()
+
+    def construct(self, request: Request, function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        """Call a function; page what it opens meanwhile in this thread."""
+        scope = _Scope()
+        try:
+            self._scopes.add(scope)
+            self.sync()
+            context = copy_context()
+            context.run(_constructing.set, request)
+            return context.run(function, *args, **kwargs)
+        finally:
+            self._scopes.discard(scope)
+            self.sync()
 
     def install(self, request: Request) -> None:
         """Page what any thread opens from now on."""
-        self.hold()
-        self._installed.append(request)
+        try:
+            self._installed.append(request)
+            self.sync()
+        except BaseException:
+            self.uninstall(request)
+            raise
 
     def uninstall(self, request: Request) -> None:
         """Stop that. Models that are open stay paged."""
-        self._installed.remove(request)
-        self.drop()
+        self._installed[:] = [other for other in self._installed if other is not request]
+        self.sync()
 
     def _request(self) -> Request | None:
-        own = self._by_thread.get(threading.get_ident())
-        return own or (self._installed[-1] if self._installed else None)
+        return _constructing.get() or (self._installed[-1] if self._installed else None)
 
     def _call(self, name: str, *args: Any) -> Any:
-        original = self._original.get(name) or getattr(low, name)
-        return original(*args)
+        return self._wrapping.call(name, *args)
 
     # ---- models ----
 
     def llama_model_load_from_file(self, path_model: bytes, params: Any, /) -> Any:
         """Load a model; without reading its experts, when it is to be paged."""
-        request = self._request()
-        if request is None or params.vocab_only:
-            return self._call("llama_model_load_from_file", path_model, params)
-        opened = self._loader.load(path_model, params, request)
-        if opened.pager is None:
-            return opened.address
-        assert opened.address is not None and opened.residency is not None
+        return self._load("llama_model_load_from_file", (path_model, params), path_model, params)
+
+    def llama_load_model_from_file(self, path_model: bytes, params: Any, /) -> Any:
+        """Load a model, by the older name of the same function."""
+        return self._load("llama_load_model_from_file", (path_model, params), path_model, params)
+
+    def llama_model_load_from_splits(self, paths: Any, n_paths: int, params: Any, /) -> Any:
+        """Load a model whose files are named one by one."""
+        named = [paths[i] for i in range(n_paths)]
+        return self._load("llama_model_load_from_splits", (paths, n_paths, params), named, params)
+
+    def llama_model_load_from_file_ptr(self, file: Any, params: Any, /) -> Any:
+        """Load a model from an open C file, as stock: who hands that over has reasons of his own. Said in the log."""
+        if self._request() is not None:
+            log.warning("A model read from an open FILE is not paged: load it by its path.")
+        return self._forgetting(self._call("llama_model_load_from_file_ptr", file, params))
+
+    def llama_model_init_from_user(self, *args: Any) -> Any:
+        """Make a model of the caller's own tensors: there is no file to page."""
+        return self._forgetting(self._call("llama_model_init_from_user", *args))
+
+    def _forgetting(self, address: Any) -> Any:
+        """Forget who had the address of a model or context that llama.cpp has just made: he was freed behind our back."""
         with self._lock:
-            self.models[opened.address] = _Model(
-                opened.address, request, opened.pager, opened.identities, opened.residency)
-            self.hold()
-        request.opened.append(opened.pager)
+            model = self.models.get(int(address or 0))
+            context = self._forget_context(int(address or 0))
+        if context is not None:
+            context.close()
+        if model is not None:
+            self._forget_model(model)
+        return address
+
+    def _load(self, name: str, args: tuple[Any, ...], path: bytes | list[bytes], params: Any) -> Any:
+        request = self._request()
+        if request is None or params.vocab_only or params.no_alloc:
+            if request is not None:
+                request.reason = "none of its weights were asked for"
+            return self._forgetting(self._call(name, *args))
+        with self._opening:
+            key = _key(path, params, request)
+            known = next((model for model in self.models.values() if key is not None and model.key == key), None)
+            if known is not None and known.pager.is_usable():
+                return self._open_again(known, request)
+            opened = self._loader.load(path[0] if isinstance(path, list) else path, params, request)
+            self._forgetting(opened.address)
+            if opened.pager is None:
+                return opened.address
+            assert opened.address is not None and opened.residency is not None
+            model = _Model(opened.address, request, opened.pager, opened.identities, opened.residency, key or ())
+            try:
+                self._add_opening(model, request)
+                self.models[opened.address] = model
+                self.sync()
+            except BaseException:
+                self.llama_model_free(opened.address)
+                raise
         return opened.address
 
+    def _open_again(self, known: _Model, request: Request) -> int:
+        """Share a model that is open, its slots included, with somebody who opens the same file in the same way."""
+        log.info("%s is open already: its slots are shared", known.pager.paths[0])
+        request.reason = None
+        self._add_opening(known, request)
+        return known.address
+
+    def _add_opening(self, model: _Model, request: Request) -> None:
+        model.n_openings += 1
+        model.requests.append(request)
+        if model.pager not in request.opened:
+            request.opened.append(model.pager)
+
     def llama_model_free(self, model: Any, /) -> None:
-        """Free a model, its contexts' taps and its pager."""
-        with self._lock:  # before the address can be given to another model
-            paged = self.models.pop(_handle(model), None)
-            forgotten = [self._forget_context(address) for address in list(paged.contexts)] if paged else []
-        self._call("llama_model_free", model)
-        if paged is None:
+        """Free a model, its contexts' taps and its pager, with the last of those who have opened it."""
+        self._free_model("llama_model_free", model)
+
+    def llama_free_model(self, model: Any, /) -> None:
+        """Free a model, by the older name of the same function."""
+        self._free_model("llama_free_model", model)
+
+    def _free_model(self, name: str, model: Any) -> None:
+        known = self.models.get(_handle(model))
+        if known is None:
+            self._call(name, model)
             return
-        for entry in forgotten:
-            if entry is not None:
-                entry.close()
-        paged.pager.close()
         with self._lock:
-            paged.request.opened.remove(paged.pager)
-            self.drop()
+            known.n_openings -= 1
+            if known.n_openings > 0:
+                return
+        for context in list(known.contexts.values()):
+            context.refuse_callback("free its model")
+            with context.lock:  # whoever decodes comes to the end of it
+                self._close_context(context)
+        with self._lock:  # before the address can be given to another model
+            self.models.pop(known.address, None)
+        self._call(name, model)
+        self._forget_model(known)
+
+    def _forget_model(self, model: _Model) -> None:
+        with self._lock:
+            if self.models.get(model.address) is model:
+                del self.models[model.address]
+        for context in list(model.contexts.values()):
+            self._close_context(context)
+        model.pager.close()
+        for request in model.requests:
+            request.opened[:] = [pager for pager in request.opened if pager is not model.pager]
+        self.sync()
 
     # ---- contexts ----
 
     def llama_init_from_model(self, model: Any, params: Any, /) -> Any:
         """Make a context; of a paged model one whose graph passes through a tap."""
+        return self._make("llama_init_from_model", model, params)
+
+    def llama_new_context_with_model(self, model: Any, params: Any, /) -> Any:
+        """Make a context, by the older name of the same function."""
+        return self._make("llama_new_context_with_model", model, params)
+
+    def _make(self, name: str, model: Any, params: Any) -> Any:
         paged = self.models.get(_handle(model))
         if paged is None:
-            return self._call("llama_init_from_model", model, params)
-        params = type(params).from_buffer_copy(params)
+            return self._forgetting(self._call(name, model, params))
+        with self._opening:
+            return self._make_paged(paged, type(params).from_buffer_copy(params))
+
+    def _make_paged(self, paged: _Model, params: Any) -> Any:
         is_cut = False
+        request = _constructing.get() or paged.request
         self._wait_for_other_arenas(paged)
         was_open = paged.pager.is_open
         params.op_offload = False  # a GPU build would copy host experts to the device for large batches
@@ -208,7 +333,8 @@ class _Hooks:
             try:
                 wanted = int(low.llama_n_ubatch(context))  # not params.n_ubatch: 0 means n_batch there
                 is_uncut = _is_uncut(params, context, paged.pager.layout)
-                n_ubatch = open_or_shrink(paged.pager, paged.request, paged.residency, wanted, is_uncut, before)
+                request.count_outputs(int(low.llama_n_ctx(context)), int(low.llama_n_batch(context)))
+                n_ubatch = open_or_shrink(paged.pager, request, paged.residency, wanted, is_uncut, before)
                 if n_ubatch == wanted:
                     if not was_open:
                         _check_opened(paged)
@@ -220,21 +346,25 @@ class _Hooks:
             self._call("llama_free", context)
             log.info("n_ubatch is %d instead of %d: the budget has no slots for more", n_ubatch, wanted)
             params.n_ubatch, is_cut = n_ubatch, True
-        keep = (params, params.cb_eval, params.abort_callback)
-        kept = Threads(int(context))
-        kept.provide()
-        with self._lock:
-            self.contexts[int(context)] = paged.contexts[int(context)] = _Context(
-                paged, tap, os.getpid(), is_cut, kept, keep)
-        paged.pager.warm_up()
+        try:
+            self._forgetting(context)
+            keep = (params, params.cb_eval, params.abort_callback)
+            kept = Threads(int(context))
+            kept.provide()
+            memory = int(low.llama_get_memory(context) or 0)
+            entry = _Context(paged, int(context), memory, tap, os.getpid(), is_cut, kept, keep)
+            paged.contexts[int(context)] = self.contexts[int(context)] = entry
+            paged.pager.warm_up()
+        except BaseException:
+            self.llama_free(context)
+            raise
         return context
 
     def _wait_for_other_arenas(self, paged: _Model) -> None:
         """What this process uses is measured to size an arena: others that are still being made present would be missed."""
         if not paged.pager.is_open:
-            with self._lock:
-                for other in self.models.values():
-                    other.pager.wait_present()
+            for other in list(self.models.values()):
+                other.pager.wait_present()
 
     def _make_context(self, paged: _Model, params: Any) -> tuple[_native.Tap, Any]:
         ours = type(params).from_buffer_copy(params)
@@ -262,13 +392,30 @@ class _Hooks:
             entry.model.contexts.pop(address, None)
         return entry
 
+    def _close_context(self, entry: _Context) -> None:
+        with self._lock:
+            if self.contexts.get(entry.address) is entry:
+                self._forget_context(entry.address)
+            entry.model.contexts.pop(entry.address, None)
+        entry.close()
+
     def llama_free(self, ctx: Any, /) -> None:
-        """Free a context and its tap."""
-        with self._lock:  # before the address can be given to another context
-            entry = self._forget_context(_handle(ctx))
-        self._call("llama_free", ctx)
-        if entry is not None:
-            entry.close()
+        """Free a context and its tap; while another thread decodes with it, once that has come to the end."""
+        entry = self.contexts.get(_handle(ctx))
+        if entry is None or entry.pid != os.getpid():
+            with self._lock:  # before the address can be given to another context
+                self._forget_context(_handle(ctx))
+            self._call("llama_free", ctx)
+            if entry is not None:
+                entry.close()
+            return
+        entry.refuse_callback("be freed")
+        with entry.lock:
+            with self._lock:
+                is_first = self._forget_context(entry.address) is entry
+            if is_first:
+                self._call("llama_free", ctx)
+                entry.close()
 
     def llama_decode(self, ctx: Any, batch: Any, /) -> int:
         """Decode; raise what went wrong while experts were brought in."""
@@ -278,27 +425,52 @@ class _Hooks:
         """Encode; raise what went wrong while experts were brought in."""
         return self._compute("llama_encode", ctx, batch)
 
-    def _compute(self, name: str, ctx: Any, batch: Any) -> int:
+    def llama_process(self, ctx: Any, kind: int, batch: Any, /) -> int:
+        """Decode or encode a batch of the extended kind; raise what went wrong while experts were brought in."""
+        return self._compute("llama_process", ctx, kind, batch)
+
+    def _compute(self, name: str, ctx: Any, *args: Any) -> int:
         entry = self.contexts.get(_handle(ctx))
         if entry is None:
-            return int(self._call(name, ctx, batch))
-        if entry.pid != os.getpid():
-            raise EngineError("This model was opened before a fork and cannot be used in the child: "
-                              "open it again there.")
-        pager, identities = entry.model.pager, entry.model.identities
-        failure = residency.find_change(pager.paths, identities)
-        if failure is not None:
-            raise pager.failure_error(failure)
-        entry.tap.watch()
-        result = int(self._call(name, ctx, batch))
-        entry.tap.idle()
-        interruption, failure = entry.tap.take_exception(), entry.tap.take_failure()
-        if interruption is not None:
-            raise interruption
-        failure = failure or residency.find_change(pager.paths, identities)
-        if failure is not None:
-            raise pager.failure_error(failure)
-        return result
+            return int(self._call(name, ctx, *args))
+        entry.refuse_fork()
+        entry.refuse_callback("compute")
+        with entry.lock:
+            if self.contexts.get(entry.address) is not entry:
+                raise EngineError("This context was freed by another thread: make a new one.")
+            pager, identities = entry.model.pager, entry.model.identities
+            failure = residency.find_change(pager.paths, identities)
+            if failure is not None:
+                raise pager.failure_error(failure)
+            entry.tap.watch()
+            result = int(self._call(name, ctx, *args))
+            entry.tap.idle()
+            interruption, failure = entry.tap.take_exception(), entry.tap.take_failure()
+            if interruption is not None:
+                raise interruption
+            failure = failure or residency.find_change(pager.paths, identities)
+            if failure is not None:
+                raise pager.failure_error(failure)
+            return result
+
+    def _find_context(self, handle: int) -> _Context | None:
+        return self.contexts.get(handle)
+
+    def _find_memory(self, handle: int) -> _Context | None:
+        return next((entry for entry in list(self.contexts.values()) if entry.memory == handle), None)
+
+    def _taking_turns(self, name: str, index: int, find: Callable[[int], _Context | None]) -> Callable[..., Any]:
+        """Return a function that waits until nobody computes with the context it is about."""
+
+        @functools.wraps(getattr(low, name))
+        def waiting(*args: Any) -> Any:
+            entry = find(_handle(args[index])) if len(args) > index else None
+            if entry is None or entry.pid != os.getpid():
+                return self._call(name, *args)
+            with entry.lock:
+                return self._call(name, *args)
+
+        return waiting
 
     def llama_set_causal_attn(self, ctx: Any, causal_attn: bool, /) -> None:
         """Refuse to let tokens see all others where batches were cut: llama.cpp would end the process."""
@@ -324,6 +496,25 @@ class _Hooks:
         entry = self.contexts.get(_handle(ctx))
         if entry is not None and entry.pid == os.getpid():
             entry.threads.provide()
+
+    # ---- llama_cpp.Llama ----
+
+    def _taking_options(self, init: Callable[..., None]) -> Callable[..., None]:
+        """Return a constructor that takes our arguments as well, while we are installed: stock's would swallow them."""
+
+        @functools.wraps(init)
+        def construct(llm: Any, *args: Any, **kwargs: Any) -> None:
+            if _constructing.get() is not None or not self._installed:
+                return init(llm, *args, **kwargs)
+            request = take_request(kwargs, self._installed[-1])
+            return self.construct(request, init, llm, *args, **kwargs)
+
+        return construct
+
+    def is_paged(self, llm: Any) -> bool:
+        """Return whether a Llama's context is one of ours."""
+        context = getattr(llm.__dict__.get("_ctx"), "ctx", None)
+        return context is not None and _handle(context) in self.contexts
 
 
 hooks = _Hooks()
@@ -371,3 +562,31 @@ def _is_uncut(params: Any, context: Any, layout: Layout) -> bool:
     is_pooled = params.embeddings and low.llama_pooling_type(context) > low.LLAMA_POOLING_TYPE_NONE
     return (params.attention_type == low.LLAMA_ATTENTION_TYPE_NON_CAUSAL or not is_causal or not has_memory
             or is_pooled)
+
+
+_PLAIN_FIELDS = ("n_gpu_layers", "split_mode", "main_gpu", "check_tensors", "no_host", "load_mtp")
+
+
+def _key(path: bytes | list[bytes], params: Any, request: Request) -> tuple[Any, ...] | None:
+    """Return what tells whether two openings may share a model: the file, what changes what is loaded from it, the slots.
+
+    None where that cannot be told: the file is gone, or somebody else decides which memory tensors lie in.
+    """
+    if params.devices or params.tensor_buft_overrides:
+        return None
+    paths = path if isinstance(path, list) else [path]
+    try:
+        files = tuple((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) for status in map(os.stat, paths))
+    except OSError:
+        return None
+    shares = tuple(params.tensor_split[: int(low.llama_max_devices())]) if params.tensor_split else ()
+    return (files, shares, request.budget, request.options, *_overrides(params),
+            *(getattr(params, name) for name in _PLAIN_FIELDS))
+
+
+def _overrides(params: Any) -> list[bytes]:
+    """Return the overridden metadata, entry by entry."""
+    found: list[bytes] = []
+    while params.kv_overrides and params.kv_overrides[len(found)].key:
+        found.append(bytes(params.kv_overrides[len(found)]))
+    return found

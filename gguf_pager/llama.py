@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import llama_cpp
 
+from gguf_pager import guard
+from gguf_pager.arguments import OPTION_NAMES, take_request
 from gguf_pager.budget import parse_budget
 from gguf_pager.errors import EngineError, PagerError
 from gguf_pager.hooks import hooks
 from gguf_pager.pager import Options, Pager
 from gguf_pager.sizing import Request
 
-_OPTION_NAMES = tuple(Options.__dataclass_fields__)
-
-_STOCK_NAMES = tuple(
-    name for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
-    if name != "self" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-)
-
 _NEED_THE_MODEL = (
-    "tokenize", "detokenize", "reset", "eval", "sample", "generate", "create_embedding", "embed", "create_completion",
-    "create_chat_completion", "save_state", "load_state", "n_ctx", "n_embd", "n_vocab", "token_eos", "token_bos",
-    "token_nl", "set_seed", "pooling_type", "tokenizer",
+    "tokenize", "detokenize", "n_ctx", "n_embd", "n_vocab", "token_eos", "token_bos", "token_nl", "set_seed", "pooling_type",
+    "tokenizer",
 )
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _while_open(method: _Method) -> _Method:
-    """Stock methods reach for freed memory after close(); ours say so instead."""
-
-    @functools.wraps(method)
-    def guarded(self: Llama, *args: Any, **kwargs: Any) -> Any:
-        if self._is_closed:
-            raise EngineError("This Llama is closed: make a new one.")
-        return method(self, *args, **kwargs)
-
-    return guarded  # type: ignore[return-value]
+"""Methods that change nothing, and need no turn; but a model that is open."""
 
 
 class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
@@ -55,7 +32,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
             dense weights, KV cache and buffers leave). "25%": a share of the experts, everything else on top. "min": as
             few experts as can compute one token. "auto": what the machine can spare; if the model fits, it runs as stock
             llama.cpp.
-        policy, io, n_readers, piece_bytes, read_ahead, lock_dense, mirror: see `gguf_pager.Options`.
+        policy, io, n_readers, piece_bytes, read_ahead, lock_dense, mirror, profile: see `gguf_pager.Options`.
+
+    May be used by several threads: one request after the other. A stream that another request has overtaken, because nobody has
+    asked it for a token for `gguf_pager.turns.PATIENCE_S` seconds, raises EngineError when it is asked again.
 
     Raises:
         TypeError: an argument that neither knows.
@@ -71,13 +51,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         self.pager: Pager | None = None
         self.not_paged_reason: str | None = None
         self._budget = budget
-        _check_names(kwargs)
-        self._pager_options = {name: kwargs.pop(name) for name in _OPTION_NAMES if name in kwargs}
-        rows = int(kwargs.get("n_batch", 512)) + int(kwargs.get("n_ctx", 512)) if kwargs.get("logits_all") else 1
-        request = Request(parse_budget(budget), Options(**self._pager_options), output_rows=rows)
+        self._pager_options = {name: value for name, value in kwargs.items() if name in OPTION_NAMES}
+        kwargs["budget"] = budget
+        request = take_request(kwargs)
         try:
-            with hooks.constructing(request):
-                super().__init__(model_path=model_path, **kwargs)
+            hooks.construct(request, super().__init__, model_path=model_path, **kwargs)
+            if not request.opened and request.reason is None:
+                raise EngineError("This model was opened past gguf_pager: some other package has replaced llama_cpp's functions "
+                                  "for good. Import gguf_pager before it, or do without it.")
         except BaseException:
             self.close()
             raise
@@ -85,14 +66,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         self.not_paged_reason = request.reason
 
     def close(self) -> None:
-        """Free the context, the model and the slots; twice is fine. Everything else raises EngineError afterwards."""
-        self._is_closed = True
-        self._free()
+        """Free the context, the model and the slots; twice is fine. Everything else raises EngineError afterwards.
 
-    def _free(self) -> None:
-        stack = getattr(self, "_stack", None)
-        if stack is not None:
-            stack.close()
+        While another thread computes with it, it waits for the token being computed; that thread gets the EngineError.
+        """
+        self._is_closed = True
+        with guard.turn_of(self).last():
+            stack = getattr(self, "_stack", None)
+            if stack is not None:
+                stack.close()
 
     def __del__(self) -> None:
         self.close()
@@ -101,38 +83,32 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         return {**super().__getstate__(), "budget": self._budget, **self._pager_options}
 
 
+def _is_ours(llm: Any) -> bool:
+    return True
+
+
+for _name in guard.NAMES:
+    if _name != "close":
+        setattr(Llama, _name, guard.guarded(_name, getattr(llama_cpp.Llama, _name), _is_ours))
 for _name in _NEED_THE_MODEL:
-    setattr(Llama, _name, _while_open(getattr(llama_cpp.Llama, _name)))
-
-
-def _check_names(kwargs: dict[str, Any]) -> None:
-    """Refuse what llama_cpp.Llama would swallow in silence."""
-    known = {*_STOCK_NAMES, *_OPTION_NAMES, "budget"}
-    for name in kwargs:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise TypeError(f"Llama() got an unknown argument {name!r}.{hint}")
+    setattr(Llama, _name, guard.while_open(getattr(llama_cpp.Llama, _name)))
 
 
 class Installation:
     """What `install` returns; `uninstall()` it, or use it as a context manager."""
 
     def __init__(self, request: Request) -> None:
-        self._request: Request | None = request
-        self._pagers = request.opened
+        self._request = request
 
     @property
     def pagers(self) -> list[Pager]:
         """The pagers of models that are open."""
-        return [pager for pager in self._pagers if pager.is_open]
+        return [pager for pager in self._request.opened if pager.is_open]
 
     def uninstall(self) -> None:
         """Page no more models; those that are open stay paged. Twice is fine."""
-        request, self._request = self._request, None
-        if request is not None:
-            hooks.uninstall(request)
-            _installations.remove(self)
+        _installations[:] = [other for other in _installations if other is not self]
+        hooks.uninstall(self._request)
 
     def __enter__(self) -> Self:
         return self
@@ -146,6 +122,9 @@ _installations: list[Installation] = []
 
 def install(budget: float | str = "auto", **options: Any) -> Installation:
     """Page every mixture-of-experts model that llama_cpp opens from now on, by its high or its low-level functions.
+
+    Meanwhile llama_cpp.Llama takes `budget` and the options as well, for the one model, refuses names that it does not know
+    instead of swallowing them, and threads that share one take turns, as with `gguf_pager.Llama`.
 
     Code that has bound the low-level functions earlier (`from llama_cpp import llama_decode`) keeps the unwrapped ones:
     models are then paged all the same if loading and context creation were bound later, and a failed read makes
@@ -161,13 +140,16 @@ def install(budget: float | str = "auto", **options: Any) -> Installation:
         TypeError: an unknown option.
     """
     for name in options:
-        if name not in _OPTION_NAMES:
-            raise TypeError(f"install() got an unknown argument {name!r}: it knows budget, {', '.join(_OPTION_NAMES)}.")
-    request = Request(parse_budget(budget), Options(**options), is_any_model=True)
-    installation = Installation(request)
-    hooks.install(request)
-    _installations.append(installation)
-    return installation
+        if name not in OPTION_NAMES:
+            raise TypeError(f"install() got an unknown argument {name!r}: it knows budget, {', '.join(OPTION_NAMES)}.")
+    installation = Installation(Request(parse_budget(budget), Options(**options), is_any_model=True))
+    try:
+        hooks.install(installation._request)
+        _installations.append(installation)
+        return installation
+    except BaseException:
+        installation.uninstall()
+        raise
 
 
 def uninstall() -> None:

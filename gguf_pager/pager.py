@@ -6,7 +6,8 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -178,6 +179,8 @@ class Pager:
         self._native: _native.Pager | None = None
         self._last_stats: Stats | None = None
         self._pid = os.getpid()
+        self._in_use = threading.Lock()
+        """Held by what takes long without Python's lock, so that closing waits for it."""
         self._is_warmed = self._is_profile_kept = False
 
     @property
@@ -199,6 +202,10 @@ class Pager:
     def is_open(self) -> bool:
         """Whether the slots exist."""
         return self._native is not None
+
+    def is_usable(self) -> bool:
+        """Return whether this process may share it: it was not closed, and not opened before a fork."""
+        return self._last_stats is None and os.getpid() == self._pid
 
     def open(self, n_slots: Sequence[int]) -> None:
         """Allocate the arena, with this many slots per shape class.
@@ -255,9 +262,10 @@ class Pager:
         return PagerIOError(f"{path} cannot be opened: {error.strerror}.", errno=error.errno or 0, path=path, offset_bytes=0)
 
     def wait_present(self) -> None:
-        """Wait until all of the arena is resident; a thread sees to it since `open`. One caller at a time."""
-        if self._native is not None and os.getpid() == self._pid:
-            self._native.wait_present()
+        """Wait until all of the arena is resident; a thread sees to it since `open`."""
+        if os.getpid() == self._pid:
+            with self._in_use, contextlib.suppress(EngineError), self._at_work() as native:
+                native.wait_present()
 
     def warm_up(self) -> None:
         """Begin to read, in the background, what the model's profile says is used most; once, and without a profile not."""
@@ -282,17 +290,35 @@ class Pager:
         Raises:
             EngineError: the pager is not open.
         """
-        if self._native is None:
+        native = self._native
+        if native is None:
             raise EngineError("The pager is closed: open the model again.")
-        return self._native
+        return native
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[_native.Pager]:
+        """Yield the C side; that another thread has closed it is said as in `native`."""
+        native = self.native()
+        try:
+            yield native
+        except ValueError:
+            self.native()
+            raise
 
     def stats(self) -> Stats:
         """Return the counters, in total and per layer; after close the last ones."""
-        if self._native is None:
+        native = self._native  # another thread may close it meanwhile
+        if native is None:
             return self._last_stats or Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, ())
+        try:
+            return self._count(native)
+        except ValueError:  # it was closed
+            return self._last_stats or Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, ())
+
+    def _count(self, native: _native.Pager) -> Stats:
         layers = tuple(
             LayerStats(layer.block, *row, resident_bytes=row[-1] * layer.expert_bytes)
-            for layer, row in zip(self.layout.layers, self._native.counters(), strict=True)
+            for layer, row in zip(self.layout.layers, native.counters(), strict=True)
         )
         return Stats(
             hits=sum(layer.hits for layer in layers),
@@ -305,16 +331,18 @@ class Pager:
             resident_bytes=sum(layer.resident_bytes for layer in layers),
             arena_bytes=self.arena_bytes,
             layers=layers,
-            copies=tuple(self._native.copies()),
+            copies=tuple(native.copies()),
         )
 
     def resident_experts(self, layer: int) -> list[int]:
         """Return the experts of a layer (an index into `layout.layers`) that are in slots now."""
-        return [expert for expert, state in enumerate(self.native().resident(layer)) if state]
+        with self._at_work() as native:
+            return [expert for expert, state in enumerate(native.resident(layer)) if state]
 
     def times_chosen(self, layer: int) -> list[int]:
         """Return how many tokens have chosen each expert of a layer (an index into `layout.layers`) since the start."""
-        return self.native().chosen(layer)
+        with self._at_work() as native:
+            return native.chosen(layer)
 
     def pin(self, experts: Mapping[int, Sequence[int]]) -> None:
         """Read experts and keep them until `unpin_all`: {layer index: experts}.
@@ -325,7 +353,8 @@ class Pager:
         """
         for layer, chosen in experts.items():
             try:
-                failure = self.native().pin(layer, list(chosen))
+                with self._in_use, self._at_work() as native:
+                    failure = native.pin(layer, list(chosen))
             except OSError as error:
                 if error.errno == errno.ENOSPC:
                     raise BudgetError(
@@ -343,7 +372,8 @@ class Pager:
 
     def unpin_all(self) -> None:
         """Let the policy decide about all experts again."""
-        self.native().unpin_all()
+        with self._at_work() as native:
+            native.unpin_all()
 
     def failure_error(self, failure: tuple[int, int, int]) -> PagerError:
         """Return the exception for what the C side reports as (errno, file, offset)."""
@@ -366,11 +396,15 @@ class Pager:
 
     def close(self) -> None:
         """Free the arena and end the readers; twice is fine. Contexts must be freed before."""
-        native, self._native = self._native, None
-        if native is not None:
-            self._native = native
-            if os.getpid() == self._pid:
-                self._last_stats = self.stats()
-                self.keep_profile()
+        native = self._native
+        if native is None:
+            return
+        if os.getpid() != self._pid:  # the parent's lock and threads mean nothing here
             self._native = None
+            native.close()
+            return
+        self._last_stats = self.stats()
+        self.keep_profile()
+        self._native = None  # nobody begins anything with it any more
+        with self._in_use:
             native.close()

@@ -17,17 +17,25 @@ from gguf_pager.residency import Residency
 class Request:
     """What somebody who opens a model wants.
 
-    `output_rows` is the number of logit rows the caller keeps, for the budget; `opened` and `reason` tell what became
-    of the last model opened: its pager, or why it runs as stock llama.cpp. `is_any_model`: it is for whatever is opened,
-    so that a mirror may be another model's.
+    `output_rows` is the number of logit rows that will be kept, for the budget: by llama.cpp of a batch's tokens where
+    `has_all_outputs`, by the caller of a context's tokens where `keeps_all_outputs`. `opened` and `reason` tell what became of the
+    last model opened: its pager, or why it runs as stock llama.cpp. `is_any_model`: it is for whatever is opened, so that
+    a mirror may be another model's.
     """
 
     budget: Budget
     options: Options
     output_rows: int = 1
     is_any_model: bool = False
+    has_all_outputs: bool = False
+    keeps_all_outputs: bool = False
     opened: list[Pager] = field(default_factory=list)
     reason: str | None = None
+
+    def count_outputs(self, n_ctx: int, n_batch: int) -> None:
+        """Set `output_rows` for a context of so many tokens, and batches of so many."""
+        if self.has_all_outputs:
+            self.output_rows = n_batch + (n_ctx if self.keeps_all_outputs else n_batch)
 
 
 _DRIFT_BYTES, _DRIFT_SHARE = 4 << 20, 0.01

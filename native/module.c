@@ -763,10 +763,14 @@ static PyObject *tap_take_failure(PyObject *object, PyObject *unused) {
 
 static PyObject *tap_watch(PyObject *object, PyObject *unused) {
     (void) unused;
-    if (!opened_tap(object)) {
+    gp_tap *tap = opened_tap(object);
+    if (!tap) {
         return NULL;
     }
-    ((TapObject *) object)->is_watched = true;
+    TapObject *self = (TapObject *) object;
+    (void) gp_tap_take_failure(tap);    /* of a decode whose caller was interrupted before he could take it */
+    Py_CLEAR(self->exception);
+    self->is_watched = true;
     Py_RETURN_NONE;
 }
 

@@ -34,7 +34,8 @@ from gguf_pager import hooks
 # One thread: two beside the readers, on a machine with two cores, spin for seconds at ggml's barriers.
 ARGUMENTS: dict[str, Any] = {"n_ctx": 128, "n_batch": 64, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 
-UNWRAPPED = {name: getattr(low, name) for name in hooks._WRAPPED}
+PLACES = [(place.owner, place.name, place.pristine) for place in hooks.hooks._wrapping._places]
+UNWRAPPED = {name: function for owner, name, function in PLACES if owner is low}
 
 Logits = npt.NDArray[np.single]
 Factory = Callable[..., Any]
@@ -201,7 +202,7 @@ def footprint_of(folder: Path) -> Footprint:
         n_fds=len(os.listdir("/proc/self/fd")),
         n_threads=len(os.listdir("/proc/self/task")),
         mappings=tuple(line for line in maps if str(folder) in line),
-        wrapped=tuple(name for name, function in UNWRAPPED.items() if getattr(low, name) is not function),
+        wrapped=tuple(name for owner, name, function in PLACES if getattr(owner, name) is not function),
     )
 
 

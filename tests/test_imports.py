@@ -14,14 +14,14 @@ PACKAGE = Path(__file__).parent.parent / "gguf_pager"
 
 # A module imports from those above it only.
 ORDER = ("errors", "_native", "kernel", "cache", "engine", "layout", "mirror", "budget", "probe", "cap", "profile", "pager", "bandwidth",
-         "device", "residency", "sizing", "loading", "threads", "hooks", "llama", "doctor", "energy", "bench", "report", "cli", "__main__")
+         "device", "residency", "sizing", "loading", "threads", "turns", "wrapping", "guard", "arguments", "hooks", "llama", "doctor", "energy", "bench", "report", "cli", "__main__")
 
 FOLDERS = ("energy", "bench", "report", "cli")  # rooms of several files, which may import each other
 
 ANY_NAME = ("__version__",)  # of the package itself, which is complete before any module is
 
 OPEN_MODELS = {"bench", "cli"}
-USERS_OF_LLAMA_CPP = {"hooks", "llama", "loading"}
+USERS_OF_LLAMA_CPP = {"arguments", "guard", "hooks", "llama", "loading"}
 USERS_OF_NATIVE = {"engine", "pager", "residency", "loading", "hooks", "doctor"}
 
 
@@ -95,7 +95,7 @@ def test_importing_the_package_loads_nothing() -> None:
     assert not {"llama_cpp", "numpy", "gguf", "psutil", "ctypes", "click"} & set(loaded)
 
 
-@pytest.mark.parametrize("module", [name for name in ORDER if name not in ("loading", "hooks", "llama", "cli", "__main__")])
+@pytest.mark.parametrize("module", [name for name in ORDER if name not in ("loading", "guard", "arguments", "hooks", "llama", "cli", "__main__")])
 def test_modules_load_without_llama_cpp(module: str) -> None:
     assert python(f"import sys, gguf_pager.{module}; print('llama_cpp' in sys.modules)") == "False"
 

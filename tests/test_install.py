@@ -120,8 +120,9 @@ def test_models_of_all_threads_are_paged(zoo_model: Model) -> None:
 
 
 def test_functions_of_the_package_itself_are_wrapped_too() -> None:
+    decode = low.llama_decode
     with gguf_pager.install(budget="min"):
-        assert llama_cpp.llama_decode == low.llama_decode != UNWRAPPED["llama_decode"]
+        assert llama_cpp.llama_decode == low.llama_decode != decode
     assert llama_cpp.llama_decode is low.llama_decode is UNWRAPPED["llama_decode"]
 
 

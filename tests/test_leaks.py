@@ -65,7 +65,7 @@ def test_contexts_on_one_model_leak_nothing(zoo_model: Model) -> None:
 
     with gguf_pager.install(budget="60%") as installed:
         check_constant(cycle, 100, path)
-        assert installed.pagers == [] and len(installed._pagers) == 0
+        assert installed.pagers == [] and len(installed._request.opened) == 0
 
 
 def test_refused_budgets_leak_nothing(zoo_model: Model) -> None:

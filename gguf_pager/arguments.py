@@ -1,0 +1,56 @@
+"""What a Llama is told on top of stock's arguments: whichever class takes them, a name that nobody knows is refused."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import llama_cpp
+
+from gguf_pager.budget import parse_budget
+from gguf_pager.pager import Options
+from gguf_pager.sizing import Request
+
+OPTION_NAMES = tuple(Options.__dataclass_fields__)
+
+STOCK_NAMES = tuple(
+    name for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
+    if name != "self" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+)
+
+_KNOWN = {*STOCK_NAMES, *OPTION_NAMES, "budget"}
+
+
+def check_names(kwargs: dict[str, Any]) -> None:
+    """Refuse what llama_cpp.Llama would swallow in silence.
+
+    Raises:
+        TypeError: an argument that neither knows.
+    """
+    for name in kwargs:
+        if name not in _KNOWN:
+            near = difflib.get_close_matches(name, _KNOWN, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise TypeError(f"Llama() got an unknown argument {name!r}.{hint}")
+
+
+def take_request(kwargs: dict[str, Any], installed: Request | None = None) -> Request:
+    """Take our arguments out of a Llama's; what is not given is as installed, or as by default.
+
+    Raises:
+        TypeError: an argument that neither knows.
+        PagerError: a value that does not exist.
+    """
+    check_names(kwargs)
+    request = installed or Request(parse_budget("auto"), Options())
+    if "budget" in kwargs:
+        request = replace(request, budget=parse_budget(kwargs.pop("budget")))
+    given = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
+    return replace(
+        request,
+        options=replace(request.options, **given) if given else request.options,
+        has_all_outputs=bool(kwargs.get("logits_all")) or kwargs.get("draft_model") is not None,
+        keeps_all_outputs=bool(kwargs.get("logits_all")),
+    )

@@ -1,0 +1,130 @@
+"""Who computes with a Llama: one at a time, and what an interrupt leaves half done is known to the next one."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+from gguf_pager.errors import EngineError
+
+PATIENCE_S = 10.0
+"""A stream that nobody has asked for its next token for so long gives way to a request of another thread. Shorter would take
+it from a slow reader; a stream that was abandoned without being closed must not stop the others for good."""
+
+_LOOK_S = 0.02
+
+
+class Doubt(IntEnum):
+    """What is not known to be right, because somebody did not come to the end."""
+
+    NONE = 0
+    TAIL = 1
+    """The last tokens: the context's memory and `n_tokens` may disagree."""
+    ALL = 2
+    """All of the context's memory: it was being replaced."""
+
+
+class Stream:
+    """A generator that is not exhausted. Between two steps it rests, and others may have their turn."""
+
+    __slots__ = ("rested_s", "thread")
+
+    def __init__(self) -> None:
+        self.rest()
+
+    def rest(self) -> None:
+        """Note who has made the last step, and when."""
+        self.thread, self.rested_s = threading.get_ident(), time.monotonic()
+
+    def is_kept_for_another(self) -> bool:
+        """Return whether its reader, another thread, is still likely to go on."""
+        return self.thread != threading.get_ident() and time.monotonic() - self.rested_s < PATIENCE_S
+
+
+class Turn:
+    """The right to compute with one Llama.
+
+    A request holds it from beginning to end, a stream during each step. While a stream rests, requests of other threads wait for
+    its end, or until it has been resting for PATIENCE_S; its own thread need not wait. A stream that was overtaken raises
+    EngineError at its next step: to go on would give another text.
+
+    Attributes:
+        doubt: what has to be looked at before the next step. Set before a step and taken back after it, so that no
+            interrupt can come between a change and its note.
+        has_outputs: whether the context has a row of results to sample from.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._stream: Stream | None = None
+        self.doubt = Doubt.NONE
+        self.has_outputs = False
+
+    def is_mine(self) -> bool:
+        """Return whether this thread is in the middle of a step."""
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined]
+
+    @contextmanager
+    def step(self, doubt: Doubt, settle: Callable[[Doubt], None], stream: Stream | None = None, *, is_first: bool = True,
+             is_aside: bool = False) -> Iterator[None]:
+        """Compute: a whole request, or one step of a stream. A step within a step is part of the outer one.
+
+        Args:
+            doubt: what is not known to be right any more if the step does not come to its end.
+            settle: called with what an earlier step has left in doubt.
+            stream: what the step belongs to, and with `is_first` begins.
+            is_aside: a resting stream of this thread is not disturbed by it.
+
+        Raises:
+            EngineError: the stream was overtaken.
+        """
+        if self.is_mine():
+            before, self.doubt = self.doubt, max(self.doubt, doubt)
+            yield
+            self.doubt = before
+            return
+        if os.getpid() != self._pid:  # nobody lives in a fork who could release the lock
+            self._lock, self._stream, self._pid = threading.RLock(), None, os.getpid()
+        with self._come_to(stream):
+            if not is_first and self._stream is not stream:
+                raise EngineError("Another request has used this model while this stream was waiting: begin the stream again.")
+            if self.doubt is not Doubt.NONE:
+                settle(self.doubt)
+                self.doubt = Doubt.NONE
+            if not (is_aside and self._stream is not None and self._stream.thread == threading.get_ident()):
+                self._stream = stream
+            self.doubt = doubt
+            yield
+            self.doubt = Doubt.NONE
+            if stream is not None:
+                stream.rest()
+
+    @contextmanager
+    def _come_to(self, stream: Stream | None) -> Iterator[None]:
+        """Hold the lock once no stream of another thread is in the middle of its text."""
+        while True:
+            with self._lock:
+                resting = self._stream
+                if resting is None or resting is stream or not resting.is_kept_for_another():
+                    yield
+                    return
+            time.sleep(_LOOK_S)
+
+    def end(self, stream: Stream) -> None:
+        """Note that a stream is exhausted, closed or failed."""
+        if self._stream is stream:
+            self._stream = None
+
+    @contextmanager
+    def last(self) -> Iterator[None]:
+        """Wait for the step that is being computed, not for streams that rest: the model is going to be closed."""
+        if os.getpid() != self._pid:
+            yield
+            return
+        with self._lock:
+            yield

@@ -1,0 +1,332 @@
+"""Several threads with one model: they take turns, get their own answers, and never end or hang the process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import pytest
+from conftest import ARGUMENTS, Factory, evaluate, some_tokens
+from llama_cpp import llama_cpp as low
+from test_llama import check_equal, context_of, decode, run_all
+
+import gguf_pager
+from gguf_pager import EngineError, turns
+
+Model = Callable[..., Path]
+PROMPTS = ("the rain in", "a hen and", "once upon a", "is it the")
+GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0}
+
+
+@pytest.fixture(params=("ours", "installed"))
+def llm(request: pytest.FixtureRequest, zoo_model: Model) -> Iterator[llama_cpp.Llama]:
+    """Our class, and stock's own while we are installed."""
+    path = str(zoo_model("qwen3moe"))
+    if request.param == "ours":
+        made = gguf_pager.Llama(path, budget="min", **ARGUMENTS)
+        yield made
+        made.close()
+        return
+    with gguf_pager.install(budget="min") as installed:
+        made = llama_cpp.Llama(path, **ARGUMENTS)
+        assert len(installed.pagers) == 1
+        yield made
+        made.close()
+
+
+def text_of(llm: llama_cpp.Llama, prompt: str) -> str:
+    return str(llm(prompt, **GREEDY)["choices"][0]["text"])
+
+
+def streamed(llm: llama_cpp.Llama, prompt: str) -> str:
+    return "".join(chunk["choices"][0]["text"] for chunk in llm(prompt, stream=True, **GREEDY))
+
+
+@pytest.fixture
+def expected(llm: llama_cpp.Llama) -> dict[str, str]:
+    return {prompt: text_of(llm, prompt) for prompt in PROMPTS}
+
+
+def test_requests_of_several_threads_get_their_own_answers(llm: llama_cpp.Llama, expected: dict[str, str]) -> None:
+    """A framework's `.batch()`: it ended the process."""
+
+    def work(prompt: str, ask: Callable[[llama_cpp.Llama, str], str]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(4):
+                assert ask(llm, prompt) == expected[prompt]
+        return run
+
+    run_all(*(work(prompt, ask) for prompt, ask in zip(PROMPTS, (text_of, streamed, text_of, streamed), strict=True)))
+
+
+def test_state_embedding_and_answers_take_turns(zoo_model: Model) -> None:
+    llm = gguf_pager.Llama(str(zoo_model("qwen3moe")), budget="min", embedding=True, **ARGUMENTS)
+    expected, vector = text_of(llm, "the rain in"), llm.embed("a hen")
+
+    def ask() -> None:
+        for _ in range(6):
+            assert text_of(llm, "the rain in") == expected
+
+    def embed() -> None:
+        for _ in range(6):
+            assert llm.embed("a hen") == vector
+
+    def keep() -> None:
+        for _ in range(6):
+            llm.load_state(llm.save_state())
+            llm.reset()
+
+    run_all(ask, embed, keep)
+    llm.close()
+
+
+def test_stream_of_another_thread_comes_to_its_end_first(llm: llama_cpp.Llama, expected: dict[str, str]) -> None:
+    order: list[str] = []
+    has_begun = threading.Event()
+
+    def read_slowly() -> None:
+        text = ""
+        for chunk in llm(PROMPTS[0], stream=True, **GREEDY):
+            has_begun.set()
+            time.sleep(0.02)
+            text += chunk["choices"][0]["text"]
+        order.append(text)
+
+    def ask() -> None:
+        assert has_begun.wait(30)
+        order.append(text_of(llm, PROMPTS[1]))
+
+    run_all(read_slowly, ask)
+    assert order == [expected[PROMPTS[0]], expected[PROMPTS[1]]]
+
+
+def test_stream_that_nobody_reads_is_overtaken_and_says_so(
+    llm: llama_cpp.Llama, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "PATIENCE_S", 0.2)
+    stream = llm(PROMPTS[0], stream=True, **GREEDY)
+    next(stream)
+    run_all(lambda: check_text(llm, PROMPTS[1], expected))
+    with pytest.raises(EngineError, match="begin the stream again"):
+        next(stream)
+    assert text_of(llm, PROMPTS[0]) == expected[PROMPTS[0]]
+
+
+def check_text(llm: llama_cpp.Llama, prompt: str, expected: dict[str, str]) -> None:
+    assert text_of(llm, prompt) == expected[prompt]
+
+
+def test_thread_need_not_wait_for_its_own_stream(llm: llama_cpp.Llama, expected: dict[str, str]) -> None:
+    """A loop that was left early, its generator still alive in a variable, must not stop the next request."""
+    stream = llm(PROMPTS[0], stream=True, **GREEDY)
+    next(stream)
+    started = time.monotonic()
+    assert text_of(llm, PROMPTS[1]) == expected[PROMPTS[1]]
+    assert time.monotonic() - started < turns.PATIENCE_S / 2
+    with pytest.raises(EngineError, match="begin the stream again"):
+        next(stream)
+
+
+def test_looking_at_the_state_leaves_the_own_stream_alone(llm: llama_cpp.Llama, expected: dict[str, str]) -> None:
+    text = ""
+    for chunk in llm(PROMPTS[2], stream=True, **GREEDY):
+        llm.save_state()
+        llm.tokenize(b"the")
+        text += chunk["choices"][0]["text"]
+    assert text == expected[PROMPTS[2]]
+
+
+@pytest.mark.parametrize("streams", (False, True))
+def test_close_waits_for_the_token_being_computed_and_the_other_thread_is_told(
+    zoo_model: Model, streams: bool
+) -> None:
+    """It ended or hung the process in 18 of 20 cases."""
+    for _ in range(6):
+        llm = gguf_pager.Llama(str(zoo_model("qwen3moe")), budget="min", **ARGUMENTS | {"n_ctx": 2048})
+        has_begun = threading.Event()
+
+        def ask(llm: llama_cpp.Llama = llm, has_begun: threading.Event = has_begun) -> None:
+            def note(*_: Any) -> bool:
+                has_begun.set()
+                return False
+
+            with pytest.raises(EngineError, match="closed"):
+                answer = llm("the rain", max_tokens=1900, temperature=1.0, stream=streams,
+                             stopping_criteria=llama_cpp.StoppingCriteriaList([note]))
+                if streams:
+                    list(answer)
+
+        def close(llm: llama_cpp.Llama = llm, has_begun: threading.Event = has_begun) -> None:
+            assert has_begun.wait(30)
+            llm.close()
+
+        run_all(ask, close)
+        assert llm.pager is not None and not llm.pager.is_open
+
+
+def test_low_level_context_used_by_two_threads_takes_turns(zoo_model: Model) -> None:
+    tokens = some_tokens(8)
+    with gguf_pager.install(budget="min"):
+        model = low.llama_model_load_from_file(str(zoo_model("qwen3moe")).encode(), low.llama_model_default_params())
+        n_vocab = low.llama_vocab_n_tokens(low.llama_model_get_vocab(model))
+        with context_of(model) as context:
+            memory = low.llama_get_memory(context)
+
+            def work() -> None:
+                for _ in range(30):
+                    low.llama_memory_clear(memory, True)
+                    batch = low.llama_batch_init(len(tokens), 0, 1)
+                    batch.n_tokens = len(tokens)
+                    for i, token in enumerate(tokens):
+                        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+                        batch.seq_id[i][0] = 0
+                    assert low.llama_decode(context, batch) in (0, -1)  # the other thread's tokens may be there
+                    low.llama_batch_free(batch)
+
+            run_all(work, work, work)
+            low.llama_memory_clear(memory, True)
+            first = decode(context, tokens, 0, n_vocab)
+            low.llama_memory_clear(memory, True)
+            check_equal(decode(context, tokens, 0, n_vocab), first)
+        low.llama_model_free(model)
+
+
+def test_context_freed_while_another_thread_decodes_is_freed_afterwards(zoo_model: Model) -> None:
+    tokens = some_tokens(30)
+    with gguf_pager.install(budget="min"):
+        model = low.llama_model_load_from_file(str(zoo_model("qwen3moe")).encode(), low.llama_model_default_params())
+        n_vocab = low.llama_vocab_n_tokens(low.llama_model_get_vocab(model))
+        for _ in range(10):
+            with context_of(model) as other:
+                decode(other, tokens[:2], 0, n_vocab)
+            params = low.llama_context_default_params()
+            params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads, params.n_threads_batch = 128, 32, 1, 1, 1
+            context = low.llama_init_from_model(model, params)
+            is_decoding = threading.Event()
+
+            def work(context: Any = context, is_decoding: threading.Event = is_decoding) -> None:
+                batch = low.llama_batch_init(len(tokens), 0, 1)
+                batch.n_tokens = len(tokens)
+                for i, token in enumerate(tokens):
+                    batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+                    batch.seq_id[i][0] = 0
+                is_decoding.set()
+                try:
+                    assert low.llama_decode(context, batch) == 0
+                except EngineError as error:
+                    assert "freed" in str(error)  # it came too late
+                finally:
+                    low.llama_batch_free(batch)
+
+            def free(context: Any = context, is_decoding: threading.Event = is_decoding) -> None:
+                assert is_decoding.wait(30)
+                time.sleep(0.002)
+                low.llama_free(context)
+
+            run_all(work, free)
+        low.llama_model_free(model)
+
+
+def test_context_is_not_freed_from_its_own_callback(zoo_model: Model) -> None:
+    refused = []
+    with gguf_pager.install(budget="min"):
+        model = low.llama_model_load_from_file(str(zoo_model("qwen3moe")).encode(), low.llama_model_default_params())
+        n_vocab = low.llama_vocab_n_tokens(low.llama_model_get_vocab(model))
+
+        @low.ggml_backend_sched_eval_callback
+        def free(address: int, ask: bool, data: int | None) -> bool:
+            if not refused:
+                try:
+                    low.llama_free(made[0])
+                except EngineError as error:
+                    refused.append(str(error))
+            return False
+
+        with context_of(model, cb_eval=free) as context:
+            made = [context]
+            decode(context, some_tokens(3), 0, n_vocab)
+        low.llama_model_free(model)
+    assert "cannot be freed" in refused[0]
+
+
+# ---- what is counted, while it is closed ----
+
+def test_stats_pins_and_close_in_three_threads(zoo_model: Model) -> None:
+    for _ in range(15):
+        llm = gguf_pager.Llama(str(zoo_model("qwen3moe")), budget="60%", **ARGUMENTS)
+        llm.eval(some_tokens(3))
+        pager = llm.pager
+        assert pager is not None
+        is_closed = threading.Event()
+
+        def look(pager: gguf_pager.Pager = pager, is_closed: threading.Event = is_closed) -> None:
+            while not is_closed.is_set():
+                assert pager.stats().misses > 0
+            assert pager.stats().misses > 0
+
+        def pin(pager: gguf_pager.Pager = pager) -> None:
+            try:
+                for i in range(1000):
+                    pager.pin({0: [i % 4]})
+                    pager.unpin_all()
+                    pager.resident_experts(0)
+            except EngineError as error:
+                assert "closed" in str(error)
+
+        def close(llm: gguf_pager.Llama = llm, is_closed: threading.Event = is_closed) -> None:
+            time.sleep(0.005)
+            llm.close()
+            is_closed.set()
+
+        run_all(look, pin, close)
+        assert not pager.is_open
+
+
+# ---- opened at the same time ----
+
+def test_first_contexts_of_one_model_share_one_arena(zoo_model: Model) -> None:
+    """Made at once by two threads they had an arena each, 77 times of 120."""
+    for _ in range(10):
+        with gguf_pager.install(budget="min") as installed:
+            model = low.llama_model_load_from_file(str(zoo_model("qwen3moe")).encode(), low.llama_model_default_params())
+            opened, contexts = [], []
+            pager = installed.pagers or installed._request.opened
+            original = type(pager[0]).open
+
+            def count(self: Any, n_slots: Any, original: Any = original, opened: list[Any] = opened) -> None:
+                opened.append(n_slots)
+                original(self, n_slots)
+
+            def make(model: Any = model, contexts: list[Any] = contexts) -> None:
+                params = low.llama_context_default_params()
+                params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads = 64, 8, 8, 1
+                contexts.append(low.llama_init_from_model(model, params))
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(type(pager[0]), "open", count)
+                run_all(make, make, make)
+            assert len(opened) == 1 and len(contexts) == 3
+            for context in contexts:
+                low.llama_free(context)
+            low.llama_model_free(model)
+
+
+def test_same_file_opened_twice_shares_slots_until_the_last_is_closed(zoo_model: Model, stock: Factory) -> None:
+    path, tokens = zoo_model("qwen3moe"), some_tokens(12)
+    expected = evaluate(stock(path, logits_all=True, n_ubatch=1), tokens)
+    first = gguf_pager.Llama(str(path), budget="min", logits_all=True, **ARGUMENTS)
+    second = gguf_pager.Llama(str(path), budget="min", embedding=True, logits_all=True, **ARGUMENTS)
+    other = gguf_pager.Llama(str(path), budget="60%", logits_all=True, **ARGUMENTS)
+    assert first.pager is second.pager is not other.pager
+    check_equal(evaluate(first, tokens), expected)
+    first.close()
+    assert second.pager is not None and second.pager.is_open
+    check_equal(evaluate(second, tokens), expected)
+    second.close()
+    assert not second.pager.is_open
+    check_equal(evaluate(other, tokens), expected)
+    other.close()
