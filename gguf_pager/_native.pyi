@@ -83,6 +83,8 @@ class Tap:
 
         What was left of an earlier decode is forgotten.
         """
+    def is_handling(self) -> bool:
+        """Return whether such a handler is running."""
     def take_exception(self) -> BaseException | None:
         """Return what one has raised."""
     def close(self) -> None: ...

@@ -79,6 +79,8 @@ class _Context:
     """The user's own callbacks, which must live as long as the context."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while it computes: llama.cpp's contexts know no threads."""
+    afterwards: list[Callable[[], None]] = field(default_factory=list)
+    """What a signal handler wants freed in the middle of a decode: it is, at the decode's end."""
 
     def close(self) -> None:
         """End what belongs to a context that is gone."""
@@ -91,6 +93,10 @@ class _Context:
         if self.pid != os.getpid():
             raise EngineError("This model was opened before a fork and cannot be used in the child: "
                               "open it again there.")
+
+    def is_in_a_handler(self) -> bool:
+        """Return whether this thread runs a signal handler in the middle of a decode with the context."""
+        return self.tap.is_handling() and bool(self.lock._is_owned())  # type: ignore[attr-defined]
 
     def refuse_callback(self, what: str) -> None:
         """Raise EngineError if this thread is computing with the context right now, in a callback of its own."""
@@ -277,6 +283,10 @@ class _Hooks:
         if known is None:
             self._call(name, model)
             return
+        for context in list(known.contexts.values()):
+            if context.is_in_a_handler():
+                context.afterwards.append(lambda: self._free_model(name, model))
+                return
         with self._lock:
             known.n_openings -= 1
             if known.n_openings > 0:
@@ -409,6 +419,9 @@ class _Hooks:
             if entry is not None:
                 entry.close()
             return
+        if entry.is_in_a_handler():
+            entry.afterwards.append(lambda: self.llama_free(ctx))
+            return
         entry.refuse_callback("be freed")
         with entry.lock:
             with self._lock:
@@ -435,6 +448,13 @@ class _Hooks:
             return int(self._call(name, ctx, *args))
         entry.refuse_fork()
         entry.refuse_callback("compute")
+        try:
+            return self._compute_locked(entry, name, ctx, *args)
+        finally:
+            while entry.afterwards:
+                entry.afterwards.pop(0)()
+
+    def _compute_locked(self, entry: _Context, name: str, ctx: Any, *args: Any) -> int:
         with entry.lock:
             if self.contexts.get(entry.address) is not entry:
                 raise EngineError("This context was freed by another thread: make a new one.")
@@ -448,6 +468,8 @@ class _Hooks:
             interruption, failure = entry.tap.take_exception(), entry.tap.take_failure()
             if interruption is not None:
                 raise interruption
+            if entry.afterwards:
+                raise EngineError("This model was closed by a signal handler while it computed.")
             failure = failure or residency.find_change(pager.paths, identities)
             if failure is not None:
                 raise pager.failure_error(failure)

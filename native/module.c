@@ -25,6 +25,7 @@ typedef struct {
     PagerObject  *pager;
     unsigned long main_thread;      /* the only one in which signal handlers run */
     bool          is_watched;       /* what a handler raises will be taken, and raised */
+    bool          is_handling;      /* one is running */
     PyObject     *exception;        /* what one has raised */
 } TapObject;
 
@@ -576,7 +577,9 @@ static bool has_raised(void *data) {
         return false;
     }
     const PyGILState_STATE state = PyGILState_Ensure();
+    self->is_handling = true;
     const bool has_raised = PyErr_CheckSignals() != 0;
+    self->is_handling = false;
     if (has_raised) {
         PyObject *type, *traceback;
         Py_CLEAR(self->exception);
@@ -774,6 +777,11 @@ static PyObject *tap_watch(PyObject *object, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+static PyObject *tap_is_handling(PyObject *object, PyObject *unused) {
+    (void) unused;
+    return PyBool_FromLong(((TapObject *) object)->is_handling);
+}
+
 static PyObject *tap_take_exception(PyObject *object, PyObject *unused) {
     (void) unused;
     TapObject *self = (TapObject *) object;
@@ -818,6 +826,7 @@ static PyMethodDef tap_methods[] = {
     { "idle", tap_idle, METH_NOARGS, NULL },
     { "take_failure", tap_take_failure, METH_NOARGS, NULL },
     { "watch", tap_watch, METH_NOARGS, NULL },
+    { "is_handling", tap_is_handling, METH_NOARGS, NULL },
     { "take_exception", tap_take_exception, METH_NOARGS, NULL },
     { NULL, NULL, 0, NULL },
 };

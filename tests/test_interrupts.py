@@ -127,6 +127,45 @@ def test_low_level_decode_is_interrupted_and_the_context_goes_on(zoo_model: Mode
     np.testing.assert_array_equal(np.concatenate(rows), np.concatenate(expected))
 
 
+CLOSES = """
+import signal, sys
+import gguf_pager
+path, n, n_begun, end = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
+llm = gguf_pager.Llama(path, budget="min", n_ctx=n + 96, n_batch=n, n_ubatch=1, n_threads=1, verbose=False)
+pager = llm.pager
+
+def close(*_):
+    if pager.stats().tokens >= n_begun:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        llm.close()
+        print(pager.is_open)
+        if end == "exit":
+            sys.exit(7)
+
+signal.signal(signal.SIGALRM, close)
+signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+try:
+    llm.eval([5 + i % 290 for i in range(n)])
+except gguf_pager.EngineError as error:
+    print(error)
+finally:
+    print(pager.is_open, pager.stats().tokens)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("exit", 7), ("go on", 0)])
+def test_handler_may_close_the_model_that_computes(zoo_model: Model, end: str, code: int) -> None:
+    """Services close what they have on SIGTERM. It is freed when nobody computes with it any more."""
+    n_tokens = N_TOKENS if end == "exit" else N_TOKENS // 4
+    done = subprocess.run([sys.executable, "-c", CLOSES, str(zoo_model("qwen3moe")), str(n_tokens), str(N_BEGUN), end],
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    while_computing, *message, afterwards = done.stdout.splitlines()
+    assert while_computing == "True" and message == ([] if code else ["This model was closed by a signal handler while it computed."])
+    is_open, n_computed = afterwards.split()
+    assert is_open == "False" and (int(n_computed) < n_tokens / 2 if code else int(n_computed) == n_tokens)
+
+
 CHILD = """
 import os, signal, sys, threading, time
 import llama_cpp, gguf_pager
