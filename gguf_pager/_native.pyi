@@ -44,6 +44,8 @@ class Pager:
     ) -> Self:
         """`classes` are (stride_bytes, n_slots), `mirrors` (paths, direct), 7 at most."""
     def close(self) -> None: ...
+    def is_present(self) -> bool:
+        """Return whether the arena's memory is there."""
     def wait_present(self) -> None:
         """Wait until the arena's memory is there; one thread at a time."""
     def counters(self) -> list[_Counters]: ...

@@ -159,9 +159,7 @@ static void choose_pages(gp_pager *p, const page_trial *trial, size_t at, size_t
 /* Pages that nobody has touched cost the token that first reads into them; making them present takes seconds for a large
  * arena, in which the model can be used already. Slots are filled from the first on, so this runs ahead of the reads.
  * Where it fails, reads make the pages present themselves, and fail with what the system then says. */
-static void *populate(void *data) {
-    gp_pager *p = data;
-    p->os->thread_step_back();
+static void make_present(gp_pager *p) {
     page_trial trial = { .least_ns = { UINT64_MAX / 2, UINT64_MAX / 2 } };
     size_t step = 0;
     for (size_t at = 0; at < p->arena_bytes; at += POPULATE_BYTES, step++) {
@@ -170,7 +168,7 @@ static void *populate(void *data) {
         const uint64_t started_ns = p->os->now_ns();
         if (atomic_load(&p->is_closing)
             || p->os->memory_populate(p->arena + at, left < POPULATE_BYTES ? left : POPULATE_BYTES) != 0) {
-            return NULL;
+            return;
         }
         const uint64_t took_ns = p->os->now_ns() - started_ns;
         uint64_t *const least_ns = &trial.least_ns[step % 2 == 0];
@@ -178,6 +176,13 @@ static void *populate(void *data) {
     }
     /* Never swapped where the limit allows it; where it does not, doctor says what that means on a machine with swap. */
     (void) gp_os_memory_lock(p->arena, p->arena_bytes);
+}
+
+static void *populate(void *data) {
+    gp_pager *p = data;
+    p->os->thread_step_back();
+    make_present(p);
+    atomic_store(&p->has_populated, true);
     return NULL;
 }
 
@@ -274,6 +279,10 @@ void gp_pager_wait_present(gp_pager *p) {
         pthread_join(p->populating, NULL);
         p->has_populating = false;
     }
+}
+
+bool gp_pager_is_present(const gp_pager *p) {
+    return atomic_load(&p->has_populated) || getpid() != p->pid;
 }
 
 /* Whoever finishes one copy's read may be submitting to another copy, to warm up: no fetch closes before. */

@@ -114,11 +114,16 @@ typedef struct {
 typedef struct gp_pager gp_pager;
 typedef struct gp_tap gp_tap;
 
+typedef bool (*gp_eval_callback)(void *tensor, bool ask, void *data);
+typedef bool (*gp_abort_callback)(void *data);
+
 int  gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config, gp_open_failure *failure);
 void gp_pager_close(gp_pager *pager);
 
 /* The arena becomes present while the pager is used already; waits until it is. Not from two threads at once. */
 void gp_pager_wait_present(gp_pager *pager);
+/* Whether there is nothing to wait for. */
+bool gp_pager_is_present(const gp_pager *pager);
 
 /* counters: one per layer, n_layers of them. */
 void gp_pager_counters(gp_pager *pager, gp_counters *counters);
@@ -135,8 +140,10 @@ int  gp_pager_resident(gp_pager *pager, uint32_t layer, uint8_t *resident);
 /* chosen: n_experts numbers for `layer`; how many tokens have chosen each expert since the pager was opened. */
 int  gp_pager_chosen(gp_pager *pager, uint32_t layer, uint64_t *chosen);
 
-/* Reads the experts and keeps them until unpinned. -ENOSPC when too few slots would be left to compute with. */
-int  gp_pager_pin(gp_pager *pager, uint32_t layer, const int32_t *experts, uint32_t n_experts, gp_failure *failure);
+/* Reads the experts and keeps them until unpinned. -ENOSPC when too few slots would be left to compute with. `shall_stop`, which
+ * may be NULL, is asked as gp_tap_watch does: -EINTR. */
+int  gp_pager_pin(gp_pager *pager, uint32_t layer, const int32_t *experts, uint32_t n_experts,
+                  gp_abort_callback shall_stop, void *data, gp_failure *failure);
 void gp_pager_unpin_all(gp_pager *pager);
 
 /* An expert of a layer, and the share of tokens that are likely to choose it. */
@@ -203,9 +210,6 @@ typedef struct {
     int      n_tasks;
     void    *data;
 } gp_custom;
-
-typedef bool (*gp_eval_callback)(void *tensor, bool ask, void *data);
-typedef bool (*gp_abort_callback)(void *data);
 
 /* max_ids: the most ids one router result can hold, n_ubatch * n_used of the widest layer. batch_bytes: memory for batches
  * that are computed an expert at a time; larger ones are left to ggml.

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "ggml_tensor.h"
 #include "gguf_pager.h"
@@ -303,11 +304,27 @@ static PyObject *pager_wait_present(PyObject *object, PyObject *unused) {
         return NULL;
     }
     self->n_users++;
-    Py_BEGIN_ALLOW_THREADS
-    gp_pager_wait_present(pager);
-    Py_END_ALLOW_THREADS
+    bool is_interrupted = false;
+    for (long ms = 1; !gp_pager_is_present(pager) && !is_interrupted; ms = ms < 50 ? 2 * ms : ms) {
+        Py_BEGIN_ALLOW_THREADS
+        nanosleep(&(struct timespec) { .tv_nsec = ms * 1000000 }, NULL);
+        Py_END_ALLOW_THREADS
+        is_interrupted = PyErr_CheckSignals() != 0;
+    }
+    if (!is_interrupted) {
+        gp_pager_wait_present(pager);
+    }
     self->n_users--;
+    if (is_interrupted) {
+        return NULL;
+    }
     Py_RETURN_NONE;
+}
+
+static PyObject *pager_is_present(PyObject *object, PyObject *unused) {
+    (void) unused;
+    const gp_pager *pager = opened((PagerObject *) object);
+    return pager ? PyBool_FromLong(gp_pager_is_present(pager)) : NULL;
 }
 
 static PyObject *pager_close(PyObject *object, PyObject *unused) {
@@ -447,6 +464,15 @@ static PyObject *failure_tuple(const gp_failure *failure) {
     return Py_BuildValue("(iIK)", -failure->error, failure->file, (unsigned long long) failure->offset_bytes);
 }
 
+/* In a thread of Python's that has let go of the lock; what is raised stays with it. */
+static bool is_raising(void *unused) {
+    (void) unused;
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool is_raising = PyErr_CheckSignals() != 0;
+    PyGILState_Release(state);
+    return is_raising;
+}
+
 static PyObject *pager_pin(PyObject *object, PyObject *args) {
     PagerObject *self = (PagerObject *) object;
     unsigned int layer;
@@ -486,11 +512,13 @@ static PyObject *pager_pin(PyObject *object, PyObject *args) {
     int error;
     self->n_users++;    /* nor may another thread meanwhile */
     Py_BEGIN_ALLOW_THREADS
-    error = gp_pager_pin(pager, layer, experts, (uint32_t) n, &failure);
+    error = gp_pager_pin(pager, layer, experts, (uint32_t) n, is_raising, NULL, &failure);
     Py_END_ALLOW_THREADS
     self->n_users--;
     if (error == 0) {
         result = Py_BuildValue("");
+    } else if (PyErr_Occurred()) {
+        result = NULL;      /* what a signal handler has raised */
     } else if (failure.error != 0) {
         result = failure_tuple(&failure);
     } else {
@@ -543,6 +571,7 @@ done:
 
 static PyMethodDef pager_methods[] = {
     { "close", pager_close, METH_NOARGS, NULL },
+    { "is_present", pager_is_present, METH_NOARGS, NULL },
     { "wait_present", pager_wait_present, METH_NOARGS, NULL },
     { "counters", pager_counters, METH_NOARGS, NULL },
     { "copies", pager_copies, METH_NOARGS, NULL },

@@ -66,6 +66,7 @@ struct gp_pager {
     size_t           arena_bytes;
     pthread_t        populating;        /* the thread that makes the arena present */
     bool             has_populating;    /* and that it was started */
+    atomic_bool      has_populated;     /* and that it has nothing more to do */
     atomic_bool      is_closing;
     gp_read         *reads;             /* GP_MAX_SLICES per slot */
     pthread_mutex_t  lock;              /* guards all below */

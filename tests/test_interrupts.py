@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,45 @@ def test_handler_may_close_the_model_that_computes(zoo_model: Model, end: str, c
     assert while_computing == "True" and message == ([] if code else ["This model was closed by a signal handler while it computed."])
     is_open, n_computed = afterwards.split()
     assert is_open == "False" and (int(n_computed) < n_tokens / 2 if code else int(n_computed) == n_tokens)
+
+
+SLOW_MEMORY = """
+#include <sys/syscall.h>
+#include <unistd.h>
+int madvise(void *at, unsigned long n_bytes, int advice) {
+    if (advice == 23) { sleep(3); }
+    return (int) syscall(SYS_madvise, at, n_bytes, advice);
+}
+"""
+
+WAITS_FOR_MEMORY = """
+import signal, sys
+import gguf_pager
+llm = gguf_pager.Llama(sys.argv[1], budget="min", n_ctx=64, n_batch=16, n_threads=1, verbose=False)
+class Alarm(Exception): pass
+def handle(*_): raise Alarm
+signal.signal(signal.SIGALRM, handle)
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+try:
+    llm.pager.wait_present()
+except Alarm:
+    print(llm.pager.native().is_present())
+llm.pager.wait_present()
+print(llm.pager.native().is_present())
+"""
+
+
+def test_waiting_for_the_arena_is_interrupted(zoo_model: Model, tmp_path: Path) -> None:
+    """It takes a second or more per gigabyte on a virtual machine, and another model's opening waits for it."""
+    compiler = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("there is no C compiler, or no LD_PRELOAD to slow memory down")
+    source, library = tmp_path / "memory.c", tmp_path / "memory.so"
+    source.write_text(SLOW_MEMORY)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", WAITS_FOR_MEMORY, str(zoo_model("qwen3moe"))], capture_output=True, text=True,
+                          timeout=60, check=False, env={**os.environ, "LD_PRELOAD": str(library)})
+    assert (done.returncode, done.stdout) == (0, "False\nTrue\n"), done.stderr
 
 
 CHILD = """

@@ -198,6 +198,23 @@ static void stops_while_others_hold_the_slots(void) {
     end();
 }
 
+static void pin_stops(void) {
+    begin((model_shape) { .n_slots = 12, .n_used = 3 });
+    fake_hold_reads();
+    stop_at(2);
+    gp_failure failure;
+    const int error = gp_pager_pin(pager, 1, (int32_t[]) { 2, 5 }, 2, shall_stop, &m, &failure);
+    CHECK(error == -EINTR && failure.error == -EINTR, "a pin stops");
+    fake_let_reads_go();
+    model_settle(pager);
+    model_check_invariants(pager);
+    for (uint32_t i = 0; i < pager->n_slots; i++) {
+        CHECK(!pager->slots[i].is_pinned, "and pins nothing");
+    }
+    CHECK(gp_pager_pin(pager, 1, (int32_t[]) { 2, 5 }, 2, shall_stop, &m, &failure) == 0, "the next one does");
+    end();
+}
+
 /* Of what is queued for nobody, closing reads only what has begun. */
 static void closing_reads_no_queue(void) {
     graph_set_kernels(NO_KERNELS);
@@ -234,6 +251,7 @@ int main(void) {
     stops_while_giving_up();
     asks_seldom();
     stops_while_others_hold_the_slots();
+    pin_stops();
     closing_reads_no_queue();
     return 0;
 }

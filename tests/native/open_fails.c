@@ -173,7 +173,7 @@ static void pin_works_or_refuses(void) {
         CHECK(k < MAX_TRIES, "the calls come to an end");
         gp_failure failure;
         fake_fail_any(k, -EIO);
-        const int error = gp_pager_pin(pager, 1, experts, 2, &failure);
+        const int error = gp_pager_pin(pager, 1, experts, 2, NULL, NULL, &failure);
         const bool is_armed = fake_is_armed();
         fake_fail_any(0, 0);
         CHECK(fake_allocations() == before + 2, "a pin leaves nothing behind but the pin");
