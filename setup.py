@@ -7,7 +7,7 @@ from setuptools import Extension, setup
 
 SYSTEM_SOURCES = {"Linux": ["os_linux.c", "os_linux_aio.c"], "Darwin": ["os_macos.c"]}
 SOURCES = ["ahead.c", "arena.c", "compute.c", "copies.c", "fetch.c", "ffn.c", "ffn_batch.c", "ffn_between.c", "ffn_shape.c",
-           "ffn_shares.c", "module.c", "pager.c", "pins.c", "policy.c", "product.c", "slots.c", "tap.c", "warm.c"]
+           "ffn_shares.c", "module.c", "pager.c", "pins.c", "policy.c", "product.c", "slots.c", "tap.c", "waits.c", "warm.c"]
 
 system_sources = SYSTEM_SOURCES.get(platform.system())
 if system_sources is None:
@@ -28,7 +28,7 @@ setup(
             sources=[f"native/{name}" for name in SOURCES + system_sources],
             depends=[f"native/{name}" for name in
                      ("gguf_pager.h", "os.h", "compute.h", "copies.h", "fetch.h", "ffn.h", "ffn_batch.h", "ffn_between.h", "ffn_shape.h",
-                      "ffn_shares.h", "policy.h", "pager.h", "product.h", "slots.h", "watch.h",
+                      "ffn_shares.h", "policy.h", "pager.h", "product.h", "slots.h", "waits.h", "watch.h",
                       "ggml_tensor.h")],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,

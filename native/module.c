@@ -27,6 +27,7 @@ typedef struct {
     unsigned long main_thread;      /* the only one in which signal handlers run */
     bool          is_watched;       /* what a handler raises will be taken, and raised */
     bool          is_handling;      /* one is running */
+    bool          has_stopped;      /* one has raised, and the failure that it causes is not taken yet */
     PyObject     *exception;        /* what one has raised */
 } TapObject;
 
@@ -609,6 +610,7 @@ static bool has_raised(void *data) {
     self->is_handling = true;
     const bool has_raised = PyErr_CheckSignals() != 0;
     self->is_handling = false;
+    self->has_stopped |= has_raised;
     if (has_raised) {
         PyObject *type, *traceback;
         Py_CLEAR(self->exception);
@@ -787,7 +789,10 @@ static PyObject *tap_take_failure(PyObject *object, PyObject *unused) {
         return NULL;
     }
     const gp_failure failure = gp_tap_take_failure(tap);
-    if (failure.error == 0 || failure.error == -EINTR) {    /* what stopped it is in `exception` */
+    TapObject *self = (TapObject *) object;
+    const bool has_stopped = self->has_stopped;
+    self->has_stopped = false;
+    if (failure.error == 0 || (failure.error == -EINTR && has_stopped)) {       /* what stopped it is in `exception` */
         Py_RETURN_NONE;
     }
     return failure_tuple(&failure);
@@ -802,6 +807,7 @@ static PyObject *tap_watch(PyObject *object, PyObject *unused) {
     TapObject *self = (TapObject *) object;
     (void) gp_tap_take_failure(tap);    /* of a decode whose caller was interrupted before he could take it */
     Py_CLEAR(self->exception);
+    self->has_stopped = false;
     self->is_watched = true;
     Py_RETURN_NONE;
 }

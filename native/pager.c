@@ -1,16 +1,15 @@
 /* Serving contexts: experts wanted become slots held, misses become reads waited for. The states of a slot and the
  * invariants are at the head of slots.c. */
-#define _POSIX_C_SOURCE 200809L  /* clock_gettime */
 #include "pager.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "slots.h"
+#include "waits.h"
 
 enum { BUSY_WAIT_SECONDS = 2 };         /* a context gives its slots back within one layer's compute */
 
@@ -171,46 +170,6 @@ static bool is_worth_waiting(const gp_pager *p, const gp_class *c, const gp_hold
     return false;
 }
 
-static struct timespec ms_from_now(int ms) {
-    struct timespec when;
-    clock_gettime(CLOCK_REALTIME, &when);
-    when.tv_sec += ms / 1000;
-    when.tv_nsec += ms % 1000 * 1000000L;
-    if (when.tv_nsec >= 1000000000) {
-        when.tv_sec++;
-        when.tv_nsec -= 1000000000;
-    }
-    return when;
-}
-
-static bool has_stopped(const gp_hold *hold) {
-    return hold->watch && gp_watch_has_stopped(hold->watch);
-}
-
-bool gp_hold_stops(gp_hold *hold, bool is_decoding) {
-    return is_decoding && hold->watch ? gp_watch_stops(hold->watch) : has_stopped(hold);
-}
-
-/* Waits for the condition, with the lock held, but no longer than a moment where somebody may want to stop; who decodes asks
- * then, without the lock. The caller looks at what it waits for in any case. False: it is not to be waited for any more. */
-static bool wait_on(gp_pager *p, gp_hold *hold, pthread_cond_t *condition, bool is_decoding) {
-    if (!hold->watch || !hold->watch->ask) {
-        pthread_cond_wait(condition, &p->lock);
-        return true;
-    }
-    if (has_stopped(hold)) {
-        return false;
-    }
-    const struct timespec when = ms_from_now(GP_LOOK_UP_MS);
-    if (pthread_cond_timedwait(condition, &p->lock, &when) == 0 || !is_decoding) {
-        return true;
-    }
-    pthread_mutex_unlock(&p->lock);
-    const bool stops = gp_watch_stops(hold->watch);
-    pthread_mutex_lock(&p->lock);
-    return !stops;
-}
-
 /* Looks at the files once the reads are done, so that no change during them is missed, for slots that nobody has done
  * it for: our misses, reads of others that we joined, read-ahead. Unlocks meanwhile; we hold the slots. */
 static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, const gp_layer_spec *spec,
@@ -234,44 +193,10 @@ static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, con
     return error;
 }
 
-/* When a stall began, and what had arrived until then. */
-typedef struct {
-    uint64_t ns, bytes;
-} stall;
-
-static stall begin_stall(const gp_pager *p) {
-    return (stall) { p->os->now_ns(), gp_copies_arrived_bytes(p->copies) };
-}
-
-static void end_stall(const gp_pager *p, gp_layer *l, const stall *begun) {
-    l->counters.stall_ns += p->os->now_ns() - begun->ns;
-    l->counters.stall_bytes += gp_copies_arrived_bytes(p->copies) - begun->bytes;
-}
-
-enum { ALL_SLICES = (1 << GP_MAX_SLICES) - 1 };
-
-static bool is_pending(const gp_hold *hold, uint32_t slices) {
-    bool is_any = false;
-    for (uint32_t i = 0; i < GP_MAX_SLICES; i++) {
-        is_any |= (slices >> i & 1) && hold->pending_slices[i] > 0;
-    }
-    return is_any;
-}
-
-/* False: some are not there, and not to be waited for. */
-static bool wait_for_slices(gp_pager *p, gp_hold *hold, uint32_t slices) {
-    while (is_pending(hold, slices)) {
-        if (!wait_on(p, hold, &hold->arrived, true)) {
-            return false;
-        }
-    }
-    return true;
-}
-
 /* Gives back what was taken, once nothing of it is being read: a slot that has failed is emptied then, and whoever wants
  * its expert next reads anew. Of a decode that has stopped it is given back as it is: nobody's, and READING until it is read. */
 static void give_up(gp_pager *p, gp_hold *hold, uint32_t first) {
-    (void) wait_for_slices(p, hold, ALL_SLICES);
+    (void) gp_hold_wait(p, hold, GP_ALL_SLICES);
     release_and_tell(p, hold, first);
 }
 
@@ -287,7 +212,7 @@ static int find_failed(const gp_pager *p, const gp_hold *hold, uint32_t first, g
 
 /* After a wait: why what was waited for is of no use, if it is not. */
 static int find_fault(gp_pager *p, const gp_hold *hold, uint32_t first, const gp_layer_spec *spec, gp_failure *failure) {
-    if (has_stopped(hold)) {
+    if (gp_hold_has_stopped(hold)) {
         *failure = (gp_failure) { .error = -EINTR };
         return -EINTR;
     }
@@ -314,75 +239,14 @@ int gp_pager_wait(gp_pager *p, gp_hold *hold, uint32_t layer_index, uint32_t sli
     gp_layer *l = &p->layers[layer_index];
     *failure = (gp_failure) { 0 };
     pthread_mutex_lock(&p->lock);
-    if (is_pending(hold, slices)) {
-        const stall begun = begin_stall(p);
-        (void) wait_for_slices(p, hold, slices);
-        end_stall(p, l, &begun);
+    if (gp_hold_is_pending(hold, slices)) {
+        const gp_stall begun = gp_stall_begin(p);
+        (void) gp_hold_wait(p, hold, slices);
+        gp_stall_end(p, l, &begun);
     }
     const int error = find_fault(p, hold, 0, &l->spec, failure);
     pthread_mutex_unlock(&p->lock);
     return error;
-}
-
-static const gp_slot *slot_at(const gp_pager *p, uint32_t layer, uint32_t slot) {
-    return &p->slots[p->classes[p->layers[layer].spec.shape_class].first + slot];
-}
-
-bool gp_pager_has_slice(const gp_pager *p, uint32_t layer, uint32_t slot, uint32_t slice) {
-    return !(atomic_load_explicit(&slot_at(p, layer, slot)->missing, memory_order_acquire) >> slice & 1);
-}
-
-bool gp_pager_wait_slice(gp_pager *p, gp_hold *hold, uint32_t layer, uint32_t slot, uint32_t slice, bool is_decoding) {
-    const stall begun = begin_stall(p);
-    pthread_mutex_lock(&p->lock);
-    hold->n_watching++;
-    bool is_there;
-    while (!(is_there = gp_pager_has_slice(p, layer, slot, slice))
-           && wait_on(p, hold, &hold->slice_arrived, is_decoding)) {
-    }
-    hold->n_watching--;
-    if (is_decoding) {
-        end_stall(p, &p->layers[layer], &begun);
-    }
-    pthread_mutex_unlock(&p->lock);
-    return is_there;
-}
-
-unsigned gp_hold_n_arrived(const gp_hold *hold) {
-    return atomic_load_explicit(&hold->n_arrived, memory_order_acquire);
-}
-
-bool gp_pager_wait_arrival(gp_pager *p, gp_hold *hold, uint32_t layer, unsigned n_arrived, bool is_decoding) {
-    const stall begun = begin_stall(p);
-    pthread_mutex_lock(&p->lock);
-    hold->n_watching++;
-    bool has_arrived;
-    while (!(has_arrived = gp_hold_n_arrived(hold) != n_arrived)
-           && wait_on(p, hold, &hold->slice_arrived, is_decoding)) {
-    }
-    hold->n_watching--;
-    if (is_decoding) {
-        end_stall(p, &p->layers[layer], &begun);
-    }
-    pthread_mutex_unlock(&p->lock);
-    return has_arrived;
-}
-
-bool gp_pager_is_waiting(gp_pager *p, const gp_hold *hold, uint32_t slices) {
-    pthread_mutex_lock(&p->lock);
-    const bool is_waiting = is_pending(hold, slices);
-    pthread_mutex_unlock(&p->lock);
-    return is_waiting;
-}
-
-/* Waits a moment for others to give slots back. */
-static bool wait_on_others(gp_pager *p, gp_hold *hold) {
-    const struct timespec when = ms_from_now(GP_LOOK_UP_MS);
-    (void) pthread_cond_timedwait(&p->released, &p->lock, &when);
-    pthread_mutex_unlock(&p->lock);
-    const bool stops = gp_hold_stops(hold, true);
-    pthread_mutex_lock(&p->lock);
-    return !stops;
 }
 
 int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_t *slots, gp_failure *failure) {
@@ -406,7 +270,7 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
             pthread_mutex_unlock(&p->lock);
             return -EBUSY;
         }
-        if (!wait_on_others(p, hold)) {
+        if (!gp_hold_wait_for_others(p, hold)) {
             pthread_mutex_unlock(&p->lock);
             *failure = (gp_failure) { .error = -EINTR };
             return -EINTR;
@@ -417,7 +281,7 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         l->counters.misses += n_missed;
     }
     const bool is_stalled = hold->pending > 0;
-    const stall begun = is_stalled ? begin_stall(p) : (stall) { 0 };
+    const gp_stall begun = is_stalled ? gp_stall_begin(p) : (gp_stall) { 0 };
     /* What was read ahead in vain makes way first: the new reads come after all that are in the list. */
     gp_read **const unwanted = hold->reads + n_reads;
     const uint32_t n_unwanted = demand->is_again ? 0 : gp_ahead_drop(p, hold, demand->layer, unwanted);
@@ -431,8 +295,8 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         gp_ahead_withdrawn(p, unwanted, n_unwanted);
     }
     if (is_stalled) {
-        (void) wait_for_slices(p, hold, ALL_SLICES & ~demand->later);
-        end_stall(p, l, &begun);
+        (void) gp_hold_wait(p, hold, GP_ALL_SLICES & ~demand->later);
+        gp_stall_end(p, l, &begun);
     }
     const int error = find_fault(p, hold, first_held, &l->spec, failure);
     for (uint32_t i = 0; i < demand->n_experts; i++) {

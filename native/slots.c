@@ -14,7 +14,9 @@
  *      is missing.
  *   4. layer.resident is the number of slots READING or READY for it; layer.kept those of them that are neither transient
  *      nor warmed. pager.n_in_flight is the number of slots that are READING or LEAVING.
- *   5. The lock is held for arithmetic only: never across a read, never together with the lock of fetch or of copies.
+ *   5. A slot may be READING for nobody: read ahead, warmed up, or let go by a decode that has stopped (watch.h). It becomes
+ *      READY all the same, or FREE if it could not be read.
+ *   6. The lock is held for arithmetic only: never across a read, never together with the lock of fetch or of copies.
  */
 #include "slots.h"
 

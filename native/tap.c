@@ -12,7 +12,7 @@
  *   4. Reads may go on after a node was answered for. What is computed by us (compute.h) waits for its own experts; before a
  *      MUL_MAT_ID that needs slices which are still on their way the piece of graph ends, and the slots are kept over that end.
  *   5. After a failure the node still points at slots, any slots: what it computes is thrown away by the abort, and the
- *      mapping, whose file may have lost its end, is not touched.
+ *      mapping, whose file may have lost its end, is not touched. After an interrupt (watch.h) reads may still write there.
  */
 #include <assert.h>
 #include <errno.h>
