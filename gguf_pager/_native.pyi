@@ -22,6 +22,13 @@ _Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, tuple
 row (row_ops of gp_ggml); type_i32, type_f32; the addresses of ggml_backend_buffer_is_host, ggml_get_type_traits_cpu (0: all
 multiplying is left to ggml), ggml_blck_size, ggml_type_size; those of the functions in gp_graphs (0: no small graphs)"""
 
+class OpenError(OSError):
+    """A pager could not be opened for want of "memory", a "thread" or a "file", or of "sense" in what it was given."""
+
+    lack: str
+    file: int
+    """Of the model's paths, then of each mirror's."""
+
 class Pager:
     """Slots, files and reader threads of one model."""
 
@@ -43,6 +50,8 @@ class Pager:
     ) -> Self:
         """`classes` are (stride_bytes, n_slots), `mirrors` (paths, direct), 7 at most."""
     def close(self) -> None: ...
+    def is_present(self) -> bool:
+        """Return whether the arena's memory is there."""
     def wait_present(self) -> None:
         """Wait until the arena's memory is there; one thread at a time."""
     def counters(self) -> list[_Counters]: ...
@@ -79,6 +88,15 @@ class Tap:
     def count_ffns(self) -> tuple[int, int]:
         """Return how many shapes of feed-forwards are computed an expert at a time, and how many gave other bits so."""
     def take_failure(self) -> _Failure | None: ...
+    def watch(self) -> None:
+        """Until take_exception, in the main thread: run the handlers of signals while it decodes; end the decode if one raises.
+
+        What was left of an earlier decode is forgotten.
+        """
+    def is_handling(self) -> bool:
+        """Return whether such a handler is running."""
+    def take_exception(self) -> BaseException | None:
+        """Return what one has raised."""
     def close(self) -> None: ...
 
 class Mutex:

@@ -270,7 +270,7 @@ def _systemd_folder() -> Path | None:
     ask = f'name=$(sed -n s/^0:://p /proc/self/cgroup) && echo "$name" && cat "{_ROOT}$name/memory.max"'
     trial = ["systemd-run", "--user", "--scope", "--quiet", "-p", f"MemoryMax={_TRIAL_BYTES}", "sh", "-c", ask]
     try:
-        done = subprocess.run(trial, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(trial, capture_output=True, text=True, errors="replace", timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = done.stdout.splitlines()

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from gguf_pager import bandwidth, cache
+from gguf_pager import bandwidth, cache, kernel
 from gguf_pager.bandwidth import Findings, Io, Way
 from gguf_pager.errors import PagerError, printable
 from gguf_pager.layout import Layout
@@ -39,7 +39,7 @@ class Device:
     @property
     def cache_name(self) -> str:
         """Where cache.py keeps what is remembered. A file each: processes that meet two devices at once lose neither."""
-        return f"devices/{hashlib.sha256(self.identity.encode()).hexdigest()[:16]}.json"
+        return f"devices/{hashlib.sha256(os.fsencode(self.identity)).hexdigest()[:16]}.json"
 
 
 def identify(path: Path, blocks: Path = Path("/sys/dev/block")) -> Device | None:
@@ -81,7 +81,7 @@ def _special_number(device: str) -> int:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(errors="replace").strip("\0 \n")
+        return kernel.read_text(path).strip("\0 \n")
     except OSError:
         return ""
 

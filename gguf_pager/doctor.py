@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import psutil
 
-from gguf_pager import __version__, _native, bandwidth, budget, cache, device, engine, probe
+from gguf_pager import __version__, _native, bandwidth, budget, cache, device, engine, kernel, probe
 from gguf_pager.budget import format_bytes
 from gguf_pager.cap import memory_cap
 from gguf_pager.errors import EngineError, PagerError
@@ -117,7 +117,7 @@ def _spinning(said: dict[str, str]) -> Check:
     except EngineError:
         return Check("spinning", "note", "not known without the engine", None, facts)
     if sys.platform == "linux":
-        facts["has_libgomp"] = "libgomp" in Path("/proc/self/maps").read_text()
+        facts["has_libgomp"] = "libgomp" in kernel.read_text(Path("/proc/self/maps"))
         if not facts["has_libgomp"]:
             return Check("spinning", "note", "this ggml does not use libgomp: its threads are started anew for every "
                          "piece of graph", "A llama-cpp-python built with OpenMP decodes faster.", facts)
@@ -189,7 +189,7 @@ def _memory_lock(layout: Layout | None) -> Check:
 
 def _huge_pages(setting: Path) -> Check:
     try:
-        chosen = setting.read_text().split("[")[1].split("]")[0]
+        chosen = kernel.read_text(setting).split("[")[1].split("]")[0]
     except (OSError, IndexError):
         return Check("huge_pages", "note", "the setting is not known here", None, {"setting": None})
     facts = {"setting": chosen}
@@ -297,6 +297,6 @@ def _energy(classes: Path) -> Check:
 def _is_ina(device: Path) -> bool:
     """Return whether a sensor is one of TI's ina2xx and ina3221, which measure a board's supply."""
     try:
-        return (device / "name").read_text().startswith("ina")
+        return kernel.read_text(device / "name").startswith("ina")
     except OSError:
         return False

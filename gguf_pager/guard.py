@@ -107,6 +107,7 @@ def _clear(llm: Any) -> None:
 
 def _eval(method: Method, llm: Any, tokens: Any) -> None:
     method(llm, tokens)
+    check_open(llm)  # a signal handler may have closed it meanwhile
     if len(tokens) > 0:
         turn_of(llm).has_outputs = True
 

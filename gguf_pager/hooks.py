@@ -86,6 +86,8 @@ class _Context:
     adaptation: Adaptation | None
     mutex: _native.Mutex = field(default_factory=_native.Mutex)
     """Held while it computes: llama.cpp's contexts know no threads."""
+    afterwards: list[Callable[[], None]] = field(default_factory=list)
+    """What a signal handler wants freed in the middle of a decode: it is, at the decode's end."""
 
     def close(self) -> None:
         """End what belongs to a context that is gone."""
@@ -99,6 +101,10 @@ class _Context:
         if self.pid != os.getpid():
             raise EngineError("This model was opened before a fork and cannot be used in the child: "
                               "open it again there.")
+
+    def is_in_a_handler(self) -> bool:
+        """Return whether this thread runs a signal handler in the middle of a decode with the context."""
+        return self.tap.is_handling() and self.mutex.is_mine()
 
     def refuse_callback(self, what: str) -> None:
         """Raise EngineError if this thread is computing with the context right now, in a callback of its own."""
@@ -317,6 +323,10 @@ class _Hooks:
             known.openings.remove(request if request in known.openings else known.openings[-1])
             return
         for context in list(known.contexts.values()):
+            if context.is_in_a_handler():
+                context.afterwards.append(partial(self._free_model, name, model))
+                return
+        for context in list(known.contexts.values()):
             context.refuse_callback("free its model")
             self._locked(context, self._close_context, context)  # whoever decodes comes to the end of it
         # Forgotten before the address can be given to another model.
@@ -416,13 +426,16 @@ class _Hooks:
         ours = type(params).from_buffer_copy(params)
         n_used = max(layer.n_used for layer in paged.pager.layout.layers)
         n_ubatch = params.n_ubatch or params.n_batch
-        tap = _native.Tap(
-            ggml=engine.ggml_numbers(), max_ids=n_ubatch * n_used,
-            batch_bytes=budget.batch_bytes(paged.pager.layout, n_ubatch),
-            row_bytes=budget.row_bytes(paged.pager.layout, n_ubatch),
-            next_eval=_address(params.cb_eval), next_eval_data=params.cb_eval_user_data or 0,
-            next_abort=_address(params.abort_callback), next_abort_data=params.abort_callback_data or 0,
-        )
+        try:
+            tap = _native.Tap(
+                ggml=engine.ggml_numbers(), max_ids=n_ubatch * n_used,
+                batch_bytes=budget.batch_bytes(paged.pager.layout, n_ubatch),
+                row_bytes=budget.row_bytes(paged.pager.layout, n_ubatch),
+                next_eval=_address(params.cb_eval), next_eval_data=params.cb_eval_user_data or 0,
+                next_abort=_address(params.abort_callback), next_abort_data=params.abort_callback_data or 0,
+            )
+        except OSError as error:
+            raise _no_tables(error) from None
         eval_address, abort_address, data = tap.addresses()
         ours.cb_eval = ctypes.cast(eval_address, type(params.cb_eval))
         ours.cb_eval_user_data = data
@@ -459,6 +472,9 @@ class _Hooks:
         if entry is None:
             self._call("llama_free", ctx)
             return
+        if entry.is_in_a_handler():
+            entry.afterwards.append(partial(self.llama_free, ctx))
+            return
         entry.refuse_callback("be freed")
         self._locked(entry, self._free, entry, ctx)
 
@@ -488,7 +504,11 @@ class _Hooks:
             return int(self._call(name, ctx, *args))
         entry.refuse_fork()
         entry.refuse_callback("compute")
-        return entry.mutex.call(self._compute_alone, entry, name, ctx, *args)
+        try:
+            return entry.mutex.call(self._compute_alone, entry, name, ctx, *args)
+        finally:
+            while entry.afterwards:
+                entry.afterwards.pop(0)()
 
     def _compute_alone(self, entry: _Context, name: str, ctx: Any, *args: Any) -> int:
         if self.contexts.get(entry.address) is not entry:
@@ -500,10 +520,16 @@ class _Hooks:
         # More tokens than one are computed with a number of threads of their own, which is left alone.
         adaptation = entry.adaptation if getattr(args[-1], "n_tokens", None) == 1 else None
         compute = partial(self._call, name, ctx, *args)
+        entry.tap.watch()
         result = int(adaptation.compute(compute) if adaptation else compute())
         entry.tap.idle()
+        interruption, failure = entry.tap.take_exception(), entry.tap.take_failure()
+        if interruption is not None:
+            raise interruption
+        if entry.afterwards:
+            raise EngineError("This model was closed by a signal handler while it computed.")
         pager.note_use()
-        failure = entry.tap.take_failure() or residency.find_change(pager.paths, identities)
+        failure = failure or residency.find_change(pager.paths, identities)
         if failure is not None:
             raise pager.failure_error(failure)
         return result
@@ -603,7 +629,11 @@ def _attach(tap: _native.Tap, pager: Pager) -> None:
     except OSError as error:
         if error.errno == errno.EMFILE:
             raise EngineError("This model has as many contexts as a paged model can have: free one.") from None
-        raise BudgetError(f"The tables of a context cannot be allocated: {error.strerror}. Lower the budget.") from None
+        raise _no_tables(error) from None
+
+
+def _no_tables(error: OSError) -> BudgetError:
+    return BudgetError(f"The tables of a context cannot be allocated: {error.strerror}. Lower the budget or n_ubatch.")
 
 
 def _address(function: Any) -> int:

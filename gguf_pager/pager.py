@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Literal
 from gguf_pager import _native, budget, profile
 from gguf_pager.errors import BudgetError, EngineError, PagerError, PagerIOError
 from gguf_pager.layout import Layout
+
+log = logging.getLogger("gguf_pager")
 
 IoMode = Literal["auto", "direct", "buffered"]
 
@@ -159,12 +162,13 @@ def _alignment(paths: Sequence[Path], io: IoMode) -> tuple[bool, int, int]:
         try:
             at, memory = _native.file_alignment(str(path))
         except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.EINVAL) or io == "direct":
+            if io == "direct":
                 raise PagerIOError(
                     f"{path} cannot be read directly: {error.strerror}. Use io='buffered'.",
                     errno=error.errno or 0, path=str(path), offset_bytes=0,
                 ) from None
-            return False, 1, 1
+            log.info("%s is read through the page cache, because it cannot be read directly: %s", path, error.strerror)
+            return False, 1, 1  # where that fails, too, it says why
         offset_align, memory_align = max(offset_align, at), max(memory_align, memory)
     return True, offset_align, memory_align
 
@@ -229,6 +233,7 @@ class Pager:
         Raises:
             PagerIOError: a file cannot be opened.
             BudgetError: the system does not give that much memory.
+            EngineError: it gives no further thread, or no further descriptor.
         """
         layers = []
         for layer in self.layout.layers:
@@ -258,14 +263,8 @@ class Pager:
                 n_readers=self.options.n_readers or DEFAULT_READERS,
                 piece_bytes=self.options.piece_bytes or DEFAULT_PIECE_BYTES,
             )
-        except OSError as error:
-            wanted = sum(stride * n for stride, n in classes)
-            if error.errno == errno.ENOMEM:
-                raise BudgetError(f"The system does not give {wanted:,} bytes for experts: lower the budget.") from None
-            raise PagerIOError(
-                f"The pager for {self.layout.paths[0]} cannot be opened: {error.strerror}.",
-                errno=error.errno or 0, path=str(self.layout.paths[0]), offset_bytes=0,
-            ) from None
+        except (_native.OpenError, MemoryError) as error:
+            raise self._open_error(error, sum(stride * n for stride, n in classes)) from None
         self.n_slots = tuple(n_slots)
         if self.options.profile:
             with contextlib.suppress(OSError):  # a file is gone that has just been opened: it would have no name
@@ -274,6 +273,23 @@ class Pager:
     def note_batches(self, n_ubatch_asked: int, n_ubatch: int) -> None:
         """Remember for `stats` what a context was asked for, and what it has got."""
         self._n_ubatch_asked, self._n_ubatch = n_ubatch_asked, n_ubatch
+
+    def _open_error(self, error: _native.OpenError | MemoryError, arena_bytes: int) -> PagerError:
+        """Return the exception for what the system did not give."""
+        if isinstance(error, MemoryError) or error.lack == "memory":
+            return BudgetError(f"The system does not give {arena_bytes:,} bytes for experts: lower the budget. Or raise the "
+                               "limit on memory (ulimit -v) if there is one.")
+        if error.lack == "thread":
+            return EngineError(f"A thread that reads cannot be started: {error.strerror}. Raise the limit on processes "
+                               "(ulimit -u, or pids.max of the cgroup) or on memory (ulimit -v), or lower n_readers.")
+        if error.lack == "sense":
+            return EngineError(f"{self.layout.paths[0]} cannot be paged with these options: {error.strerror}. "
+                               "Leave n_readers, piece_bytes and io as they are by default.")
+        path = str(self.paths[error.file])
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return EngineError(f"{path} cannot be opened: {error.strerror}. Raise the limit on open files (ulimit -n), or "
+                               "close some.")
+        return PagerIOError(f"{path} cannot be opened: {error.strerror}.", errno=error.errno or 0, path=path, offset_bytes=0)
 
     def wait_present(self) -> None:
         """Wait until all of the arena is resident; a thread sees to it since `open`."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from gguf_pager import allocator, cgroup
+from gguf_pager import allocator, cgroup, kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +100,8 @@ def _own_pages() -> _OwnPages:
 
 
 def _kilobytes(path: Path) -> dict[str, int]:
-    """Return the fields of a file of /proc that end in kB, in bytes. Names of processes in it need not be text."""
-    lines = (line.partition(":") for line in path.read_text("utf-8", "replace").splitlines())
+    """Return the fields of a file of /proc that end in kB, in bytes."""
+    lines = (line.partition(":") for line in kernel.read_lines(path))
     return {key: int(value.split()[0]) * 1024 for key, _, value in lines if value.endswith("kB")}
 
 
@@ -176,7 +176,7 @@ def cpu_name() -> str:
         asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
         return asked.stdout.strip() or platform.machine()
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in kernel.read_lines(Path("/proc/cpuinfo")):
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.machine()
@@ -189,7 +189,7 @@ def device_name(path: str | Path) -> str | None:
         return None
     disk = setting.parent.parent
     try:
-        model = (disk / "device" / "model").read_text().strip()
+        model = kernel.read_text(disk / "device" / "model")
     except OSError:
         return disk.name
     return f"{disk.name} ({model})" if model else disk.name

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf_pager import _native
+from gguf_pager import _native, kernel
 from gguf_pager.errors import BudgetError, PagerIOError
 from gguf_pager.layout import Layout, Range
 
@@ -46,7 +46,7 @@ def find_mappings(path: Path) -> list[Mapping]:
         return []
     wanted = os.stat(path)
     found = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in kernel.read_lines(Path("/proc/self/maps")):
         fields = line.split(None, 5)
         if len(fields) < 6 or int(fields[4]) != wanted.st_ino or not fields[1].startswith("r--s"):
             continue

@@ -65,6 +65,7 @@ class Turn:
         self._mutex = _native.Mutex()
         self._pid = os.getpid()
         self._stream: Stream | None = None
+        self._afterwards: list[Callable[[], None]] = []
         self.doubt = Doubt.NONE
         self.has_outputs = False
 
@@ -108,8 +109,12 @@ class Turn:
 
         if os.getpid() != self._pid:  # nobody lives in a fork who could give the turn back
             self._mutex, self._stream, self._pid = _native.Mutex(), None, os.getpid()
-        while (done := self._mutex.call(step)) is None:
-            time.sleep(_LOOK_S)
+        try:
+            while (done := self._mutex.call(step)) is None:
+                time.sleep(_LOOK_S)
+        finally:
+            while self._afterwards:
+                self._mutex.call(self._afterwards.pop(0))
         return done[0]
 
     def end(self, stream: Stream) -> None:
@@ -118,8 +123,14 @@ class Turn:
             self._stream = None
 
     def close(self, work: Callable[[], None]) -> None:
-        """Do the last thing: after the step that is being computed, not after streams that rest."""
-        if os.getpid() != self._pid:
+        """Do the last thing: after the step that is being computed, not after streams that rest.
+
+        From within that step, in a callback or a signal handler, it is done at the step's end: nothing that is being used is
+        freed.
+        """
+        if self._mutex.is_mine():
+            self._afterwards.append(work)
+        elif os.getpid() != self._pid:
             work()
         else:
             self._mutex.call(work)

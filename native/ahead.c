@@ -71,12 +71,9 @@ uint32_t gp_ahead_drop(gp_pager *p, const gp_hold *hold, uint32_t layer_index, g
             continue;
         }
         const uint32_t index = (uint32_t) l->slot_of[e];
-        gp_slot *s = &p->slots[index];
+        const gp_slot *s = &p->slots[index];
         if (s->state == READING && s->ahead_for >> hold->bit & 1 && !s->users) {
-            gp_slot_leave(p, s);
-            for (uint32_t i = 0; i < l->spec.n_slices; i++) {
-                reads[n_reads++] = &p->reads[index * GP_MAX_SLICES + i];
-            }
+            n_reads += gp_slot_withdraw(p, index, reads + n_reads);
         }
     }
     return n_reads;

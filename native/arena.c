@@ -172,9 +172,7 @@ static void choose_pages(gp_pager *p, const page_trial *trial, size_t at, size_t
 /* Pages that nobody has touched cost the token that first reads into them; making them present takes seconds for a large
  * arena, in which the model can be used already. Slots are filled from the first on, so this runs ahead of the reads.
  * Where it fails, reads make the pages present themselves, and fail with what the system then says. */
-static void *populate(void *data) {
-    gp_pager *p = data;
-    p->os->thread_step_back();
+static void make_present(gp_pager *p) {
     page_trial trial = { .least_ns = { UINT64_MAX / 2, UINT64_MAX / 2 } };
     size_t step = 0;
     for (size_t at = 0; at < p->arena_bytes; at += POPULATE_BYTES, step++) {
@@ -183,7 +181,7 @@ static void *populate(void *data) {
         const uint64_t started_ns = p->os->now_ns();
         if (atomic_load(&p->is_closing)
             || p->os->memory_populate(p->arena + at, left < POPULATE_BYTES ? left : POPULATE_BYTES) != 0) {
-            return NULL;
+            return;
         }
         const uint64_t took_ns = p->os->now_ns() - started_ns;
         uint64_t *const least_ns = &trial.least_ns[step % 2 == 0];
@@ -191,6 +189,13 @@ static void *populate(void *data) {
     }
     /* Never swapped where the limit allows it; where it does not, doctor says what that means on a machine with swap. */
     (void) gp_os_memory_lock(p->arena, p->arena_bytes);
+}
+
+static void *populate(void *data) {
+    gp_pager *p = data;
+    p->os->thread_step_back();
+    make_present(p);
+    atomic_store(&p->has_populated, true);
     return NULL;
 }
 
@@ -240,13 +245,15 @@ static int open_layers(gp_pager *p) {
     return 0;
 }
 
-int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config) {
+int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config, gp_open_failure *failure) {
     *out = NULL;
+    *failure = (gp_open_failure) { .lack = GP_LACKS_SENSE };
     const gp_policy *policy = gp_policy_find(config->policy);
     int error = policy ? check_config(config) : -EINVAL;
     if (error != 0) {
         return error;
     }
+    failure->lack = GP_LACKS_MEMORY;
     gp_pager *p = calloc(1, sizeof *p);
     if (!p) {
         return -ENOMEM;
@@ -258,11 +265,15 @@ int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config) {
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->released, NULL);
     if ((error = open_arena(p)) != 0 || (error = open_layers(p)) != 0
-        || (error = gp_copies_open(&p->copies, os, config)) != 0
-        || (error = gp_tables_open(&p->tables, os, config, p->copies)) != 0
-        || (error = os->thread_start(&p->populating, populate, p)) != 0) {
+        || (error = gp_copies_open(&p->copies, os, config, failure)) != 0
+        || (error = gp_tables_open(&p->tables, os, config, p->copies, failure)) != 0) {
         goto fail;
     }
+    failure->lack = GP_LACKS_THREAD;
+    if ((error = os->thread_start(&p->populating, populate, p)) != 0) {
+        goto fail;
+    }
+    failure->lack = GP_LACKS_NOTHING;
     p->has_populating = true;
     /* The caller's arrays may go now; what is needed of them is in layers and classes. */
     p->config.paths = NULL;
@@ -285,9 +296,29 @@ void gp_pager_wait_present(gp_pager *p) {
     }
 }
 
+bool gp_pager_is_present(const gp_pager *p) {
+    return atomic_load(&p->has_populated) || getpid() != p->pid;
+}
+
 /* Whoever finishes one copy's read may be submitting to another copy, to warm up: no fetch closes before. */
 static void wait_for_reads(gp_pager *p) {
     pthread_mutex_lock(&p->lock);
+    while (gp_warm_up_is_submitting(p)) {
+        pthread_cond_wait(&p->released, &p->lock);
+    }
+    /* After a decode that has stopped a layer's reads may be queued, gigabytes, for nobody. */
+    uint32_t n_reads = 0;
+    for (uint32_t i = 0; p->n_in_flight > 0 && i < p->n_slots; i++) {
+        if (p->slots[i].state == READING) {
+            n_reads += gp_slot_withdraw(p, i, p->ahead_reads + n_reads);
+        }
+    }
+    pthread_mutex_unlock(&p->lock);
+    if (n_reads > 0) {
+        gp_copies_withdraw(p->copies, p->ahead_reads, n_reads);
+    }
+    pthread_mutex_lock(&p->lock);
+    gp_ahead_withdrawn(p, p->ahead_reads, n_reads);
     while (p->n_in_flight > 0) {
         pthread_cond_wait(&p->released, &p->lock);
     }

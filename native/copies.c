@@ -169,13 +169,17 @@ const gp_file_id *gp_copies_file(const gp_copies *copies, uint32_t file) {
     return &copies->copies[0].ids[file];
 }
 
-static int open_copy(gp_copies *copies, copy *c, const gp_config *config, const char *const *paths, bool direct) {
+static int open_copy(gp_copies *copies, copy *c, const gp_config *config, const char *const *paths, bool direct,
+                     gp_open_failure *failure) {
+    *failure = (gp_open_failure) { .lack = GP_LACKS_MEMORY };
     c->fds = calloc(copies->n_files, sizeof *c->fds);
     c->ids = calloc(copies->n_files, sizeof *c->ids);
     if (!c->fds || !c->ids) {
         return -ENOMEM;
     }
+    const uint32_t first_file = (uint32_t) (c - copies->copies) * copies->n_files;
     for (uint32_t i = 0; i < copies->n_files; i++) {
+        *failure = (gp_open_failure) { GP_LACKS_FILE, first_file + i };
         int error = copies->os->file_open(paths[i], direct, &c->fds[i]);
         if (error != 0) {
             return error;
@@ -189,11 +193,15 @@ static int open_copy(gp_copies *copies, copy *c, const gp_config *config, const 
     const gp_fetch_config fetch = { .direct = direct, .offset_align = config->offset_align,
                                     .memory_align = config->memory_align, .n_readers = config->n_readers,
                                     .piece_bytes = config->piece_bytes, .fd = c->fds[0] };
-    return gp_fetch_open(&c->fetch, copies->os, &fetch);
+    bool lacks_thread;
+    const int error = gp_fetch_open(&c->fetch, copies->os, &fetch, &lacks_thread);
+    failure->lack = lacks_thread ? GP_LACKS_THREAD : error == -EINVAL ? GP_LACKS_SENSE : GP_LACKS_MEMORY;
+    return error;
 }
 
-int gp_copies_open(gp_copies **out, const gp_os *os, const gp_config *config) {
+int gp_copies_open(gp_copies **out, const gp_os *os, const gp_config *config, gp_open_failure *failure) {
     *out = NULL;
+    *failure = (gp_open_failure) { .lack = GP_LACKS_MEMORY };
     gp_copies *copies = calloc(1, sizeof *copies);
     if (!copies) {
         return -ENOMEM;
@@ -202,10 +210,10 @@ int gp_copies_open(gp_copies **out, const gp_os *os, const gp_config *config) {
     copies->n_copies = config->n_mirrors + 1;
     copies->n_files = config->n_paths;
     pthread_mutex_init(&copies->lock, NULL);
-    int error = open_copy(copies, &copies->copies[0], config, config->paths, config->direct);
+    int error = open_copy(copies, &copies->copies[0], config, config->paths, config->direct, failure);
     for (uint32_t i = 0; error == 0 && i < config->n_mirrors; i++) {
         const gp_mirror_spec *mirror = &config->mirrors[i];
-        error = open_copy(copies, &copies->copies[i + 1], config, mirror->paths, mirror->direct);
+        error = open_copy(copies, &copies->copies[i + 1], config, mirror->paths, mirror->direct, failure);
     }
     if (error != 0) {
         gp_copies_close(copies);

@@ -17,7 +17,7 @@ typedef struct {
 } gp_pace;
 
 /* Opens the files of every copy. */
-int  gp_copies_open(gp_copies **out, const gp_os *os, const gp_config *config);
+int  gp_copies_open(gp_copies **out, const gp_os *os, const gp_config *config, gp_open_failure *failure);
 /* Waits for the reads in flight. */
 void gp_copies_close(gp_copies *copies);
 /* After a fork the threads are gone: closes files and frees memory only. */

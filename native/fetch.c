@@ -369,8 +369,9 @@ static int open_queue(gp_fetch *fetch) {
     return 0;
 }
 
-int gp_fetch_open(gp_fetch **out, const gp_os *os, const gp_fetch_config *config) {
+int gp_fetch_open(gp_fetch **out, const gp_os *os, const gp_fetch_config *config, bool *lacks_thread) {
     *out = NULL;
+    *lacks_thread = false;
     if (config->n_readers == 0 || config->piece_bytes == 0) {
         return -EINVAL;
     }
@@ -393,6 +394,7 @@ int gp_fetch_open(gp_fetch **out, const gp_os *os, const gp_fetch_config *config
     while (error == 0 && fetch->n_threads < n_wanted) {
         error = os->thread_start(&fetch->threads[fetch->n_threads], fetch->queue ? pump : reader, fetch);
         fetch->n_threads += error == 0;
+        *lacks_thread = error != 0;
     }
     if (error != 0) {
         gp_fetch_close(fetch);

@@ -44,7 +44,8 @@ typedef struct {
     int      fd;                /* one of the files, if reads are direct: to see how the system reads it */
 } gp_fetch_config;
 
-int  gp_fetch_open(gp_fetch **out, const gp_os *os, const gp_fetch_config *config);
+/* *lacks_thread: on failure, whether it was a thread that could not be had. */
+int  gp_fetch_open(gp_fetch **out, const gp_os *os, const gp_fetch_config *config, bool *lacks_thread);
 /* Waits for the reads in flight. */
 void gp_fetch_close(gp_fetch *fetch);
 /* After a fork the threads are gone: frees memory only. */

@@ -177,7 +177,9 @@ static void compute_all(ggml_tensor *node, int ith, int nth, void *data) {
             break;
         }
         if (next == A_SLICE) {
-            gp_pager_wait_arrival(p->pager, p->hold, p->layer, n_arrived, ith == 0);
+            if (!gp_pager_wait_arrival(p->pager, p->hold, p->layer, n_arrived, ith == 0)) {
+                break;
+            }
         } else if (n_idle > SPINS) {
             sched_yield();      /* the other thread has lost its processor */
         } else if (n_idle > 0) {

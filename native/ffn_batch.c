@@ -75,7 +75,7 @@ static void check(gp_ffn_batch *b, uint32_t slices) {
 static bool take_shares(gp_ffn_batch *b, uint32_t worker, bool *is_more) {
     bool is_any = false;
     *is_more = false;
-    for (uint32_t i = 0; i < b->shares.n_shares; i++) {
+    for (uint32_t i = 0; i < b->shares.n_shares && !gp_hold_stops(b->hold, worker == 0); i++) {
         gp_ffn_share *s = &b->shares.shares[i];
         if (atomic_load_explicit(&s->is_taken, memory_order_relaxed)) {
             continue;
@@ -98,7 +98,7 @@ static void compute_all(ggml_tensor *node, int ith, int nth, void *data) {
     for (bool is_more = ith < FFN_WORKERS; is_more;) {     /* further threads have nothing to do */
         const unsigned n_arrived = gp_hold_n_arrived(b->hold);      /* before looking what is there */
         if (!take_shares(b, (uint32_t) ith, &is_more) && is_more) {
-            gp_pager_wait_arrival(b->shares.pager, b->hold, b->shares.layer, n_arrived, ith == 0);
+            is_more = gp_pager_wait_arrival(b->shares.pager, b->hold, b->shares.layer, n_arrived, ith == 0);
         }
     }
     if (ith == 0) {
@@ -112,7 +112,9 @@ static void compute_all_to_try(ggml_tensor *node, int ith, int nth, void *data) 
     gp_ffn_batch *b = ((const part *) data)->batch;
     if (ith == 0) {     /* alone: the node needs a worker's graph */
         compute_all(node, ith, nth, data);
-        note_failure(b, gp_ffn_node_compute(&b->shares, node));
+        if (b->failure->error == 0) {
+            note_failure(b, gp_ffn_node_compute(&b->shares, node));
+        }
     }
 }
 
@@ -124,8 +126,10 @@ static void compute_alone(ggml_tensor *node, int ith, int nth, void *data) {
     if (ith == 0) {
         b->is_computed = true;
         check(b, 1u << b->shares.slices[own->index]);
-        note_failure(b, gp_ffn_node_compute(&b->shares, node));
-        check(b, 0);
+        if (b->failure->error == 0) {
+            note_failure(b, gp_ffn_node_compute(&b->shares, node));
+            check(b, 0);
+        }
     }
 }
 

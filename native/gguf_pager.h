@@ -121,14 +121,27 @@ typedef struct {
     uint64_t offset_bytes;
 } gp_failure;
 
+/* What could not be had when a pager was to be opened. */
+typedef enum { GP_LACKS_NOTHING, GP_LACKS_SENSE, GP_LACKS_MEMORY, GP_LACKS_FILE, GP_LACKS_THREAD } gp_lack;
+
+typedef struct {
+    gp_lack  lack;              /* GP_LACKS_SENSE: the config contradicts itself */
+    uint32_t file;              /* GP_LACKS_FILE: as in gp_failure */
+} gp_open_failure;
+
 typedef struct gp_pager gp_pager;
 typedef struct gp_tap gp_tap;
 
-int  gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config);
+typedef bool (*gp_eval_callback)(void *tensor, bool ask, void *data);
+typedef bool (*gp_abort_callback)(void *data);
+
+int  gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config, gp_open_failure *failure);
 void gp_pager_close(gp_pager *pager);
 
 /* The arena becomes present while the pager is used already; waits until it is. Not from two threads at once. */
 void gp_pager_wait_present(gp_pager *pager);
+/* Whether there is nothing to wait for. */
+bool gp_pager_is_present(const gp_pager *pager);
 
 /* counters: one per layer, n_layers of them. */
 void gp_pager_counters(gp_pager *pager, gp_counters *counters);
@@ -147,8 +160,10 @@ int  gp_pager_resident(gp_pager *pager, uint32_t layer, uint8_t *resident);
 /* chosen: n_experts numbers for `layer`; how many tokens have chosen each expert since the pager was opened. */
 int  gp_pager_chosen(gp_pager *pager, uint32_t layer, uint64_t *chosen);
 
-/* Reads the experts and keeps them until unpinned. -ENOSPC when too few slots would be left to compute with. */
-int  gp_pager_pin(gp_pager *pager, uint32_t layer, const int32_t *experts, uint32_t n_experts, gp_failure *failure);
+/* Reads the experts and keeps them until unpinned. -ENOSPC when too few slots would be left to compute with. `shall_stop`, which
+ * may be NULL, is asked as gp_tap_watch does: -EINTR. */
+int  gp_pager_pin(gp_pager *pager, uint32_t layer, const int32_t *experts, uint32_t n_experts,
+                  gp_abort_callback shall_stop, void *data, gp_failure *failure);
 void gp_pager_unpin_all(gp_pager *pager);
 
 /* An expert of a layer, and the share of tokens that are likely to choose it. */
@@ -217,9 +232,6 @@ typedef struct {
     void    *data;
 } gp_custom;
 
-typedef bool (*gp_eval_callback)(void *tensor, bool ask, void *data);
-typedef bool (*gp_abort_callback)(void *data);
-
 /* max_ids: the most ids one router result can hold, n_ubatch * n_used of the widest layer. batch_bytes: memory for batches
  * that are computed an expert at a time; larger ones are left to ggml. row_bytes: memory for the rows of tables that one
  * piece of graph looks up, and eight bytes for each id; what does not fit is left to ggml.
@@ -233,6 +245,10 @@ void gp_tap_close(gp_tap *tap);
 
 bool gp_tap_eval(void *tensor, bool ask, void *tap);    /* llama_context_params.cb_eval */
 bool gp_tap_abort(void *tap);                           /* llama_context_params.abort_callback */
+
+/* From now on the decoding thread asks, five times a second at most and holding no lock, whether its decode shall stop. If so it
+ * is aborted, and the failure is -EINTR. Reads are not waited for then; those that are on their way fill their slots. */
+void gp_tap_watch(gp_tap *tap, const gp_os *os, gp_abort_callback shall_stop, void *data);
 
 /* Replaces the chained abort callback (llama_set_abort_callback called by the user). */
 void gp_tap_chain_abort(gp_tap *tap, gp_abort_callback next_abort, void *next_abort_data);

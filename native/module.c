@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "ggml_tensor.h"
 #include "gguf_pager.h"
@@ -22,12 +23,18 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    gp_tap      *tap;
-    PagerObject *pager;
+    gp_tap       *tap;
+    PagerObject  *pager;
+    unsigned long main_thread;      /* the only one in which signal handlers run */
+    bool          is_watched;       /* what a handler raises will be taken, and raised */
+    bool          is_handling;      /* one is running */
+    bool          has_stopped;      /* one has raised, and the failure that it causes is not taken yet */
+    PyObject     *exception;        /* what one has raised */
 } TapObject;
 
 typedef struct {
     PyObject *pager_type;
+    PyObject *open_error;
 } module_state;
 
 static PyObject *raise_errno(int error) {
@@ -247,6 +254,23 @@ static bool parse_arrays(config_arrays *arrays, PyObject *paths, PyObject *mirro
 
 /* ---- Pager ------------------------------------------------------------------------------------------------------ */
 
+static void raise_open_error(PyTypeObject *type, int error, const gp_open_failure *failure) {
+    static const char *const lacks[] = {
+        [GP_LACKS_NOTHING] = "nothing", [GP_LACKS_SENSE] = "sense", [GP_LACKS_MEMORY] = "memory", [GP_LACKS_FILE] = "file",
+        [GP_LACKS_THREAD] = "thread",
+    };
+    const module_state *state = PyType_GetModuleState(type);
+    PyObject *exception = PyObject_CallFunction(state->open_error, "is", -error, strerror(-error));
+    PyObject *lack = exception ? PyUnicode_FromString(lacks[failure->lack]) : NULL;
+    PyObject *file = lack ? PyLong_FromUnsignedLong(failure->file) : NULL;
+    if (file && PyObject_SetAttrString(exception, "lack", lack) == 0 && PyObject_SetAttrString(exception, "file", file) == 0) {
+        PyErr_SetObject(state->open_error, exception);
+    }
+    Py_XDECREF(file);
+    Py_XDECREF(lack);
+    Py_XDECREF(exception);
+}
+
 static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
     static char *names[] = { "paths", "mirrors", "layers", "classes", "tables", "policy", "direct", "read_ahead", "offset_align",
                              "memory_align", "n_readers", "piece_bytes", NULL };
@@ -291,12 +315,13 @@ static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     self->n_layers = config.n_layers;
     self->n_copies = config.n_mirrors + 1;
     n_experts = NULL;
+    gp_open_failure failure;
     int error;
     Py_BEGIN_ALLOW_THREADS
-    error = gp_pager_open(&self->pager, &gp_os_system, &config);
+    error = gp_pager_open(&self->pager, &gp_os_system, &config, &failure);
     Py_END_ALLOW_THREADS
     if (error != 0) {
-        raise_errno(error);
+        raise_open_error(type, error, &failure);
         Py_DECREF((PyObject *) self);
         self = NULL;
     }
@@ -314,11 +339,27 @@ static PyObject *pager_wait_present(PyObject *object, PyObject *unused) {
         return NULL;
     }
     self->n_users++;
-    Py_BEGIN_ALLOW_THREADS
-    gp_pager_wait_present(pager);
-    Py_END_ALLOW_THREADS
+    bool is_interrupted = false;
+    for (long ms = 1; !gp_pager_is_present(pager) && !is_interrupted; ms = ms < 50 ? 2 * ms : ms) {
+        Py_BEGIN_ALLOW_THREADS
+        nanosleep(&(struct timespec) { .tv_nsec = ms * 1000000 }, NULL);
+        Py_END_ALLOW_THREADS
+        is_interrupted = PyErr_CheckSignals() != 0;
+    }
+    if (!is_interrupted) {
+        gp_pager_wait_present(pager);
+    }
     self->n_users--;
+    if (is_interrupted) {
+        return NULL;
+    }
     Py_RETURN_NONE;
+}
+
+static PyObject *pager_is_present(PyObject *object, PyObject *unused) {
+    (void) unused;
+    const gp_pager *pager = opened((PagerObject *) object);
+    return pager ? PyBool_FromLong(gp_pager_is_present(pager)) : NULL;
 }
 
 static PyObject *pager_close(PyObject *object, PyObject *unused) {
@@ -469,6 +510,15 @@ static PyObject *failure_tuple(const gp_failure *failure) {
     return Py_BuildValue("(iIK)", -failure->error, failure->file, (unsigned long long) failure->offset_bytes);
 }
 
+/* In a thread of Python's that has let go of the lock; what is raised stays with it. */
+static bool is_raising(void *unused) {
+    (void) unused;
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool is_raising = PyErr_CheckSignals() != 0;
+    PyGILState_Release(state);
+    return is_raising;
+}
+
 static PyObject *pager_pin(PyObject *object, PyObject *args) {
     PagerObject *self = (PagerObject *) object;
     unsigned int layer;
@@ -508,11 +558,13 @@ static PyObject *pager_pin(PyObject *object, PyObject *args) {
     int error;
     self->n_users++;    /* nor may another thread meanwhile */
     Py_BEGIN_ALLOW_THREADS
-    error = gp_pager_pin(pager, layer, experts, (uint32_t) n, &failure);
+    error = gp_pager_pin(pager, layer, experts, (uint32_t) n, is_raising, NULL, &failure);
     Py_END_ALLOW_THREADS
     self->n_users--;
     if (error == 0) {
         result = Py_BuildValue("");
+    } else if (PyErr_Occurred()) {
+        result = NULL;      /* what a signal handler has raised */
     } else if (failure.error != 0) {
         result = failure_tuple(&failure);
     } else {
@@ -565,6 +617,7 @@ done:
 
 static PyMethodDef pager_methods[] = {
     { "close", pager_close, METH_NOARGS, NULL },
+    { "is_present", pager_is_present, METH_NOARGS, NULL },
     { "wait_present", pager_wait_present, METH_NOARGS, NULL },
     { "counters", pager_counters, METH_NOARGS, NULL },
     { "copies", pager_copies, METH_NOARGS, NULL },
@@ -591,6 +644,46 @@ static PyType_Spec pager_spec = {
 };
 
 /* ---- Tap -------------------------------------------------------------------------------------------------------- */
+
+/* In the thread that decodes, without Python's lock. Runs the handlers of signals that have come: the decode goes on, unless
+ * one raises. Elsewhere than in the main thread it would run none, and only wait for the lock. */
+static bool has_raised(void *data) {
+    TapObject *self = data;
+    if (!self->is_watched || PyThread_get_thread_ident() != self->main_thread) {
+        return false;
+    }
+    const PyGILState_STATE state = PyGILState_Ensure();
+    self->is_handling = true;
+    const bool has_raised = PyErr_CheckSignals() != 0;
+    self->is_handling = false;
+    self->has_stopped |= has_raised;
+    if (has_raised) {
+        PyObject *type, *traceback;
+        Py_CLEAR(self->exception);
+        PyErr_Fetch(&type, &self->exception, &traceback);
+        PyErr_NormalizeException(&type, &self->exception, &traceback);
+        if (traceback) {
+            (void) PyException_SetTraceback(self->exception, traceback);
+        }
+        Py_XDECREF(type);
+        Py_XDECREF(traceback);
+    }
+    PyGILState_Release(state);
+    return has_raised;
+}
+
+/* threading.main_thread().ident; where Python is embedded it may not be the thread that runs handlers: then a decode is not
+ * interrupted. */
+static bool find_main_thread(unsigned long *ident) {
+    PyObject *threading = PyImport_ImportModule("threading");
+    PyObject *thread = threading ? PyObject_CallMethod(threading, "main_thread", NULL) : NULL;
+    PyObject *number = thread ? PyObject_GetAttrString(thread, "ident") : NULL;
+    *ident = number ? PyLong_AsUnsignedLong(number) : 0;
+    Py_XDECREF(number);
+    Py_XDECREF(thread);
+    Py_XDECREF(threading);
+    return !PyErr_Occurred();
+}
 
 static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
     static char *names[] = { "ggml", "max_ids", "batch_bytes", "row_bytes", "next_eval", "next_eval_data", "next_abort",
@@ -638,6 +731,11 @@ static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
         Py_DECREF((PyObject *) self);
         return raise_errno(error);
     }
+    if (!find_main_thread(&self->main_thread)) {
+        Py_DECREF((PyObject *) self);
+        return NULL;
+    }
+    gp_tap_watch(self->tap, &gp_os_system, has_raised, self);
     return (PyObject *) self;
 }
 
@@ -660,6 +758,7 @@ static PyObject *tap_close(PyObject *object, PyObject *unused) {
 static void tap_dealloc(PyObject *object) {
     PyTypeObject *type = Py_TYPE(object);
     close_tap((TapObject *) object);
+    Py_CLEAR(((TapObject *) object)->exception);
     freefunc release = (freefunc) PyType_GetSlot(type, Py_tp_free);
     release(object);
     Py_DECREF(type);
@@ -736,10 +835,44 @@ static PyObject *tap_take_failure(PyObject *object, PyObject *unused) {
         return NULL;
     }
     const gp_failure failure = gp_tap_take_failure(tap);
-    if (failure.error == 0) {
+    TapObject *self = (TapObject *) object;
+    const bool has_stopped = self->has_stopped;
+    self->has_stopped = false;
+    if (failure.error == 0 || (failure.error == -EINTR && has_stopped)) {       /* what stopped it is in `exception` */
         Py_RETURN_NONE;
     }
     return failure_tuple(&failure);
+}
+
+static PyObject *tap_watch(PyObject *object, PyObject *unused) {
+    (void) unused;
+    gp_tap *tap = opened_tap(object);
+    if (!tap) {
+        return NULL;
+    }
+    TapObject *self = (TapObject *) object;
+    (void) gp_tap_take_failure(tap);    /* of a decode whose caller was interrupted before he could take it */
+    Py_CLEAR(self->exception);
+    self->has_stopped = false;
+    self->is_watched = true;
+    Py_RETURN_NONE;
+}
+
+static PyObject *tap_is_handling(PyObject *object, PyObject *unused) {
+    (void) unused;
+    return PyBool_FromLong(((TapObject *) object)->is_handling);
+}
+
+static PyObject *tap_take_exception(PyObject *object, PyObject *unused) {
+    (void) unused;
+    TapObject *self = (TapObject *) object;
+    PyObject *exception = self->exception;
+    self->exception = NULL;
+    self->is_watched = false;
+    if (!exception) {
+        Py_RETURN_NONE;
+    }
+    return exception;
 }
 
 static PyObject *tap_count_kinds(PyObject *object, PyObject *unused) {
@@ -773,6 +906,9 @@ static PyMethodDef tap_methods[] = {
     { "chain_abort", tap_chain_abort, METH_VARARGS, NULL },
     { "idle", tap_idle, METH_NOARGS, NULL },
     { "take_failure", tap_take_failure, METH_NOARGS, NULL },
+    { "watch", tap_watch, METH_NOARGS, NULL },
+    { "is_handling", tap_is_handling, METH_NOARGS, NULL },
+    { "take_exception", tap_take_exception, METH_NOARGS, NULL },
     { NULL, NULL, 0, NULL },
 };
 
@@ -890,6 +1026,10 @@ static int fill_module(PyObject *module) {
     if (!state->pager_type || PyModule_AddObjectRef(module, "Pager", state->pager_type) != 0) {
         return -1;
     }
+    state->open_error = PyErr_NewException("gguf_pager._native.OpenError", PyExc_OSError, NULL);
+    if (!state->open_error || PyModule_AddObjectRef(module, "OpenError", state->open_error) != 0) {
+        return -1;
+    }
     PyObject *tap_type = PyType_FromModuleAndSpec(module, &tap_spec, NULL);
     int error = tap_type ? PyModule_AddObjectRef(module, "Tap", tap_type) : -1;
     Py_XDECREF(tap_type);
@@ -903,6 +1043,7 @@ static void free_module(void *module) {
     module_state *state = PyModule_GetState((PyObject *) module);
     if (state) {
         Py_CLEAR(state->pager_type);
+        Py_CLEAR(state->open_error);
     }
 }
 

@@ -68,6 +68,7 @@ typedef struct gp_os {
     /* The calling thread's work can wait: others go first where processors are short. */
     void    (*thread_step_back)(void);
     uint64_t (*now_ns)(void);
+    uint64_t (*now_roughly_ns)(void);   /* the same clock, some milliseconds late, for a few nanoseconds */
     const gp_queues *queues;    /* NULL: there are none */
 } gp_os;
 

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "os.h"
 
+#include <dlfcn.h>
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -96,10 +97,11 @@ static int direct_read_works(const char *path, uint32_t align) {
 static int file_alignment(const char *path, uint32_t *offset_align, uint32_t *memory_align) {
     enum { SAFE_ALIGN = 4096 };     /* no device in use has larger sectors */
     const int error = stated_alignment(path, offset_align, memory_align);
-    if (error == -ENODATA || error == -ENOSYS || error == -EINVAL) {
-        *offset_align = *memory_align = SAFE_ALIGN;
-    } else if (error != 0) {
+    if (error == -ENOTSUP) {
         return error;
+    }
+    if (error != 0) {       /* an old kernel; or a container that knows no statx and says EPERM (Docker before 18.04) */
+        *offset_align = *memory_align = SAFE_ALIGN;
     }
     return direct_read_works(path, *offset_align > *memory_align ? *offset_align : *memory_align);
 }
@@ -164,11 +166,22 @@ static void memory_close(void *memory, size_t bytes) {
     }
 }
 
+/* glibc takes every thread's copy of all static thread-local storage out of its stack, whosever it is: a preloaded library
+ * with an array of 245 KB left a stack of 256 KiB nothing to run on, one of 250 KB made pthread_create fail with EINVAL (2.36).
+ * It says how much that is, with a page or two on top, by a name that it keeps for Java and Rust. Other C libraries (musl)
+ * make room for it by themselves. */
+static size_t stack_bytes(const pthread_attr_t *attributes) {
+    enum { OWN_BYTES = 256 << 10 };     /* a reader's frames are small; the default would be 8 MB of address space */
+    size_t (*least)(const pthread_attr_t *);
+    *(void **) &least = dlsym(RTLD_DEFAULT, "__pthread_get_minstack");
+    const size_t page = (size_t) sysconf(_SC_PAGESIZE);
+    return (OWN_BYTES + (least ? least(attributes) : 0) + page - 1) / page * page;
+}
+
 static int thread_start(pthread_t *thread, void *(*body)(void *), void *data) {
-    enum { STACK_BYTES = 256 << 10 };   /* a reader's frames are small; the default would be 8 MB of address space */
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, STACK_BYTES);
+    pthread_attr_setstacksize(&attributes, stack_bytes(&attributes));
     const int error = pthread_create(thread, &attributes, body, data);
     pthread_attr_destroy(&attributes);
     return -error;
@@ -182,6 +195,12 @@ static void thread_step_back(void) {
 static uint64_t now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t) now.tv_sec * 1000000000u + (uint64_t) now.tv_nsec;
+}
+
+static uint64_t now_roughly_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
     return (uint64_t) now.tv_sec * 1000000000u + (uint64_t) now.tv_nsec;
 }
 
@@ -199,6 +218,7 @@ const gp_os gp_os_system = {
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,
     .now_ns = now_ns,
+    .now_roughly_ns = now_roughly_ns,
     .queues = &gp_queues_linux,
 };
 

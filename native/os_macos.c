@@ -113,7 +113,9 @@ static void memory_close(void *memory, size_t bytes) {
 }
 
 static int thread_start(pthread_t *thread, void *(*body)(void *), void *data) {
-    enum { STACK_BYTES = 256 << 10 };   /* a reader's frames are small; a multiple of the page, or it is EINVAL */
+    /* A reader's frames are small; a multiple of the page, or it is EINVAL. Thread-local storage lies elsewhere: dyld allocates
+     * it when a thread first uses it. */
+    enum { STACK_BYTES = 256 << 10 };
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
@@ -132,6 +134,12 @@ static uint64_t now_ns(void) {
     return (uint64_t) now.tv_sec * 1000000000u + (uint64_t) now.tv_nsec;
 }
 
+static uint64_t now_roughly_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC_RAW_APPROX, &now);
+    return (uint64_t) now.tv_sec * 1000000000u + (uint64_t) now.tv_nsec;
+}
+
 const gp_os gp_os_system = {
     .file_open = file_open,
     .file_close = file_close,
@@ -146,6 +154,7 @@ const gp_os gp_os_system = {
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,
     .now_ns = now_ns,
+    .now_roughly_ns = now_roughly_ns,
     .queues = NULL,     /* a pool of threads reads */
 };
 

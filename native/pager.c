@@ -1,16 +1,15 @@
 /* Serving contexts: experts wanted become slots held, misses become reads waited for. The states of a slot and the
  * invariants are at the head of slots.c. */
-#define _POSIX_C_SOURCE 200809L  /* clock_gettime */
 #include "pager.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "slots.h"
+#include "waits.h"
 
 enum { BUSY_WAIT_SECONDS = 2 };         /* a context gives its slots back within one layer's compute */
 
@@ -171,13 +170,6 @@ static bool is_worth_waiting(const gp_pager *p, const gp_class *c, const gp_hold
     return false;
 }
 
-static struct timespec seconds_from_now(int seconds) {
-    struct timespec when;
-    clock_gettime(CLOCK_REALTIME, &when);
-    when.tv_sec += seconds;
-    return when;
-}
-
 /* Looks at the files once the reads are done, so that no change during them is missed, for slots that nobody has done
  * it for: our misses, reads of others that we joined, read-ahead. Unlocks meanwhile; we hold the slots. */
 static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, const gp_layer_spec *spec,
@@ -201,40 +193,10 @@ static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, con
     return error;
 }
 
-/* When a stall began, and what had arrived until then. */
-typedef struct {
-    uint64_t ns, bytes;
-} stall;
-
-static stall begin_stall(const gp_pager *p) {
-    return (stall) { p->os->now_ns(), gp_copies_arrived_bytes(p->copies) };
-}
-
-static void end_stall(const gp_pager *p, gp_layer *l, const stall *begun) {
-    l->counters.stall_ns += p->os->now_ns() - begun->ns;
-    l->counters.stall_bytes += gp_copies_arrived_bytes(p->copies) - begun->bytes;
-}
-
-enum { ALL_SLICES = (1 << GP_MAX_SLICES) - 1 };
-
-static bool is_pending(const gp_hold *hold, uint32_t slices) {
-    bool is_any = false;
-    for (uint32_t i = 0; i < GP_MAX_SLICES; i++) {
-        is_any |= (slices >> i & 1) && hold->pending_slices[i] > 0;
-    }
-    return is_any;
-}
-
-static void wait_for_slices(gp_pager *p, gp_hold *hold, uint32_t slices) {
-    while (is_pending(hold, slices)) {
-        pthread_cond_wait(&hold->arrived, &p->lock);
-    }
-}
-
 /* Gives back what was taken, once nothing of it is being read: a slot that has failed is emptied then, and whoever wants
- * its expert next reads anew. */
+ * its expert next reads anew. Of a decode that has stopped it is given back as it is: nobody's, and READING until it is read. */
 static void give_up(gp_pager *p, gp_hold *hold, uint32_t first) {
-    wait_for_slices(p, hold, ALL_SLICES);
+    (void) gp_hold_wait(p, hold, GP_ALL_SLICES);
     release_and_tell(p, hold, first);
 }
 
@@ -246,6 +208,16 @@ static int find_failed(const gp_pager *p, const gp_hold *hold, uint32_t first, g
         }
     }
     return 0;
+}
+
+/* After a wait: why what was waited for is of no use, if it is not. */
+static int find_fault(gp_pager *p, const gp_hold *hold, uint32_t first, const gp_layer_spec *spec, gp_failure *failure) {
+    if (gp_hold_has_stopped(hold)) {
+        *failure = (gp_failure) { .error = -EINTR };
+        return -EINTR;
+    }
+    const int error = hold->pending ? 0 : check_new_slots(p, hold, first, spec, failure);
+    return error == 0 ? find_failed(p, hold, first, failure) : error;
 }
 
 void gp_pager_release(gp_pager *p, gp_hold *hold) {
@@ -267,64 +239,14 @@ int gp_pager_wait(gp_pager *p, gp_hold *hold, uint32_t layer_index, uint32_t sli
     gp_layer *l = &p->layers[layer_index];
     *failure = (gp_failure) { 0 };
     pthread_mutex_lock(&p->lock);
-    if (is_pending(hold, slices)) {
-        const stall begun = begin_stall(p);
-        wait_for_slices(p, hold, slices);
-        end_stall(p, l, &begun);
+    if (gp_hold_is_pending(hold, slices)) {
+        const gp_stall begun = gp_stall_begin(p);
+        (void) gp_hold_wait(p, hold, slices);
+        gp_stall_end(p, l, &begun);
     }
-    int error = hold->pending ? 0 : check_new_slots(p, hold, 0, &l->spec, failure);
-    if (error == 0) {
-        error = find_failed(p, hold, 0, failure);
-    }
+    const int error = find_fault(p, hold, 0, &l->spec, failure);
     pthread_mutex_unlock(&p->lock);
     return error;
-}
-
-static const gp_slot *slot_at(const gp_pager *p, uint32_t layer, uint32_t slot) {
-    return &p->slots[p->classes[p->layers[layer].spec.shape_class].first + slot];
-}
-
-bool gp_pager_has_slice(const gp_pager *p, uint32_t layer, uint32_t slot, uint32_t slice) {
-    return !(atomic_load_explicit(&slot_at(p, layer, slot)->missing, memory_order_acquire) >> slice & 1);
-}
-
-void gp_pager_wait_slice(gp_pager *p, gp_hold *hold, uint32_t layer, uint32_t slot, uint32_t slice, bool is_counted) {
-    const stall begun = begin_stall(p);
-    pthread_mutex_lock(&p->lock);
-    hold->n_watching++;
-    while (!gp_pager_has_slice(p, layer, slot, slice)) {
-        pthread_cond_wait(&hold->slice_arrived, &p->lock);
-    }
-    hold->n_watching--;
-    if (is_counted) {
-        end_stall(p, &p->layers[layer], &begun);
-    }
-    pthread_mutex_unlock(&p->lock);
-}
-
-unsigned gp_hold_n_arrived(const gp_hold *hold) {
-    return atomic_load_explicit(&hold->n_arrived, memory_order_acquire);
-}
-
-void gp_pager_wait_arrival(gp_pager *p, gp_hold *hold, uint32_t layer, unsigned n_arrived, bool is_counted) {
-    const stall begun = begin_stall(p);
-    pthread_mutex_lock(&p->lock);
-    hold->n_watching++;
-    while (gp_hold_n_arrived(hold) == n_arrived) {
-        pthread_cond_wait(&hold->slice_arrived, &p->lock);
-    }
-    hold->n_watching--;
-    if (is_counted) {
-        end_stall(p, &p->layers[layer], &begun);
-    }
-    pthread_mutex_unlock(&p->lock);
-}
-
-bool gp_pager_is_waiting(gp_pager *p, const gp_hold *hold, uint32_t slices) {
-    pthread_mutex_lock(&p->lock);
-    const bool is_waiting = is_pending(hold, slices);
-    pthread_mutex_unlock(&p->lock);
-    return is_waiting;
 }
 
 int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_t *slots, gp_failure *failure) {
@@ -339,14 +261,19 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         count_use(l, demand);
     }
     const uint32_t first_held = hold->n_slots;
-    const struct timespec deadline = seconds_from_now(BUSY_WAIT_SECONDS);
+    const uint64_t begun_ns = p->os->now_ns();
     uint32_t n_missed;
     int n_reads;
     while ((n_reads = take_slots(p, hold, demand, &n_missed)) == -EBUSY) {
         if (!is_worth_waiting(p, &p->classes[l->spec.shape_class], hold)
-            || pthread_cond_timedwait(&p->released, &p->lock, &deadline) != 0) {
+            || p->os->now_ns() - begun_ns >= BUSY_WAIT_SECONDS * UINT64_C(1000000000)) {
             pthread_mutex_unlock(&p->lock);
             return -EBUSY;
+        }
+        if (!gp_hold_wait_for_others(p, hold)) {
+            pthread_mutex_unlock(&p->lock);
+            *failure = (gp_failure) { .error = -EINTR };
+            return -EINTR;
         }
     }
     if (!demand->is_again) {
@@ -354,7 +281,7 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         l->counters.misses += n_missed;
     }
     const bool is_stalled = hold->pending > 0;
-    const stall begun = is_stalled ? begin_stall(p) : (stall) { 0 };
+    const gp_stall begun = is_stalled ? gp_stall_begin(p) : (gp_stall) { 0 };
     /* What was read ahead in vain makes way first: the new reads come after all that are in the list. */
     gp_read **const unwanted = hold->reads + n_reads;
     const uint32_t n_unwanted = demand->is_again ? 0 : gp_ahead_drop(p, hold, demand->layer, unwanted);
@@ -368,16 +295,13 @@ int gp_pager_acquire(gp_pager *p, gp_hold *hold, const gp_demand *demand, int32_
         gp_ahead_withdrawn(p, unwanted, n_unwanted);
     }
     if (is_stalled) {
-        wait_for_slices(p, hold, ALL_SLICES & ~demand->later);
-        end_stall(p, l, &begun);
+        (void) gp_hold_wait(p, hold, GP_ALL_SLICES & ~demand->later);
+        gp_stall_end(p, l, &begun);
     }
-    int error = hold->pending ? 0 : check_new_slots(p, hold, first_held, &l->spec, failure);
-    if (error == 0) {
-        error = find_failed(p, hold, first_held, failure);
-    }
+    const int error = find_fault(p, hold, first_held, &l->spec, failure);
     for (uint32_t i = 0; i < demand->n_experts; i++) {
         const int32_t index = l->slot_of[demand->experts[i]];
-        assert(index >= 0 && (p->slots[index].missing & ~demand->later) == 0);
+        assert(index >= 0 && (error == -EINTR || (p->slots[index].missing & ~demand->later) == 0));
         slots[i] = index - (int32_t) p->classes[l->spec.shape_class].first;
     }
     uint32_t n_ahead = 0;

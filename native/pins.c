@@ -5,9 +5,11 @@
 
 #include "slots.h"
 
-int gp_pager_pin(gp_pager *p, uint32_t layer_index, const int32_t *experts, uint32_t n_experts, gp_failure *failure) {
+int gp_pager_pin(gp_pager *p, uint32_t layer_index, const int32_t *experts, uint32_t n_experts,
+                 gp_abort_callback shall_stop, void *data, gp_failure *failure) {
     gp_layer *l = &p->layers[layer_index];
     const gp_class *c = &p->classes[l->spec.shape_class];
+    gp_watch watch = { .os = p->os, .ask = shall_stop, .data = data };
     gp_hold hold;
     int32_t *slots = malloc(n_experts * sizeof *slots);
     uint32_t *counts = calloc(n_experts, sizeof *counts);
@@ -16,6 +18,7 @@ int gp_pager_pin(gp_pager *p, uint32_t layer_index, const int32_t *experts, uint
     if (error != 0) {
         goto fail;
     }
+    hold.watch = &watch;
     pthread_mutex_lock(&p->lock);
     uint32_t n_pinned = 0;
     for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {

@@ -157,8 +157,9 @@ void gp_product_compute(ggml_tensor *node, int ith, int nth, void *data) {
     uint32_t chunk;
     while ((chunk = atomic_fetch_add_explicit(&p->next_chunk, 1, memory_order_relaxed)) < p->n_chunks) {
         const uint32_t rank = p->order[chunk / per_rank], slot = gp_product_slot(node, rank);
-        if (!gp_pager_has_slice(p->pager, p->layer, slot, p->slice)) {
-            gp_pager_wait_slice(p->pager, p->hold, p->layer, slot, p->slice, ith == 0);
+        if (!gp_pager_has_slice(p->pager, p->layer, slot, p->slice)
+            && !gp_pager_wait_slice(p->pager, p->hold, p->layer, slot, p->slice, ith == 0)) {
+            break;
         }
         gp_product_chunk(p->kind, node, rank, gp_product_input(p, node, rank),
                          (float *) ((char *) node->data + rank * node->nb[1]), chunk % per_rank);

@@ -29,6 +29,7 @@ typedef struct {
 struct gp_rows {
     const gp_ggml *ggml;
     gp_tables     *tables;
+    gp_watch      *watch;
     table_tensor  *tensors;         /* one per table */
     uint32_t       n_tables;
     char          *memory, *start;  /* as malloc gave it; aligned */
@@ -221,7 +222,7 @@ static bool bring_in(gp_rows *rows, ggml_tensor *node, bool are_known, gp_failur
     gp_failure happened;
     if (failure->error != 0) {
         memset(data, 0, n_rows * spec->row_bytes);
-    } else if (gp_tables_read(rows->tables, (uint32_t) table, wanted, n_rows, data, &happened) != 0) {
+    } else if (gp_tables_read(rows->tables, (uint32_t) table, wanted, n_rows, data, rows->watch, &happened) != 0) {
         memset(data, 0, n_rows * spec->row_bytes);
         *failure = happened;
     }
@@ -273,7 +274,8 @@ int gp_rows_open(gp_rows **out, const gp_ggml *ggml, size_t row_bytes) {
     return 0;
 }
 
-int gp_rows_attach(gp_rows *rows, gp_tables *tables) {
+int gp_rows_attach(gp_rows *rows, gp_tables *tables, gp_watch *watch) {
+    rows->watch = watch;
     uint32_t n = 0;
     while (gp_tables_spec(tables, n)) {
         n++;

@@ -16,7 +16,7 @@ typedef struct gp_rows gp_rows;
 int  gp_rows_open(gp_rows **out, const gp_ggml *ggml, size_t row_bytes);
 void gp_rows_close(gp_rows *rows);
 /* Before the first node; may fail, and be tried again. */
-int  gp_rows_attach(gp_rows *rows, gp_tables *tables);
+int  gp_rows_attach(gp_rows *rows, gp_tables *tables, gp_watch *watch);
 
 /* Makes a node that was served what it was before: first of all, whenever llama.cpp asks about it or has computed it.
  * -ENOTRECOVERABLE, each time: what it was is forgotten, and it computes nothing any more. */

@@ -14,7 +14,9 @@
  *      is missing.
  *   4. layer.resident is the number of slots READING or READY for it; layer.kept those of them that are neither transient
  *      nor warmed. pager.n_in_flight is the number of slots that are READING or LEAVING.
- *   5. The lock is held for arithmetic only: never across a read, never together with the lock of fetch or of copies.
+ *   5. A slot may be READING for nobody: read ahead, warmed up, or let go by a decode that has stopped (watch.h). It becomes
+ *      READY all the same, or FREE if it could not be read.
+ *   6. The lock is held for arithmetic only: never across a read, never together with the lock of fetch or of copies.
  */
 #include "slots.h"
 
@@ -142,12 +144,18 @@ void gp_slot_empty(gp_pager *p, gp_slot *s) {
     *s = (gp_slot) { .state = FREE };
 }
 
-void gp_slot_leave(gp_pager *p, gp_slot *s) {
+uint32_t gp_slot_withdraw(gp_pager *p, uint32_t index, gp_read **reads) {
+    gp_slot *s = &p->slots[index];
     assert(s->state == READING && !s->users && !s->is_pinned);
     forget_expert(p, s);
     s->state = LEAVING;
     s->is_transient = false;
     s->is_withdrawing = true;
+    const uint32_t n_slices = p->layers[s->layer].spec.n_slices;
+    for (uint32_t i = 0; i < n_slices; i++) {
+        reads[i] = &p->reads[index * GP_MAX_SLICES + i];
+    }
+    return n_slices;
 }
 
 void gp_slot_assign(gp_pager *p, uint32_t index, uint32_t layer_index, int32_t expert, bool is_transient) {

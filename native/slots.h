@@ -68,6 +68,7 @@ struct gp_pager {
     size_t           arena_bytes;
     pthread_t        populating;        /* the thread that makes the arena present */
     bool             has_populating;    /* and that it was started */
+    atomic_bool      has_populated;     /* and that it has nothing more to do */
     atomic_bool      is_closing;
     gp_read         *reads;             /* GP_MAX_SLICES per slot */
     pthread_mutex_t  lock;              /* guards all below */
@@ -101,7 +102,9 @@ void     gp_slot_assign(gp_pager *pager, uint32_t index, uint32_t layer, int32_t
 /* The same for a free slot and an expert that nobody has asked for; -1: there is none. */
 int32_t  gp_slot_warm(gp_pager *pager, uint32_t layer, int32_t expert);
 void     gp_slot_empty(gp_pager *pager, gp_slot *slot);
-void     gp_slot_leave(gp_pager *pager, gp_slot *slot);    /* READING for nobody any more */
+/* What is READING and used by nobody leaves. Returns the number of its reads, for gp_copies_withdraw, after which
+ * gp_ahead_withdrawn must be called with them. */
+uint32_t gp_slot_withdraw(gp_pager *pager, uint32_t index, gp_read **reads);
 void     gp_slot_keep(gp_pager *pager, gp_slot *slot);     /* neither transient nor warmed any more */
 /* Fills in the reads of a slot that was assigned, one in every `step` of `reads`; returns how many. */
 uint32_t gp_slot_prepare_reads(gp_pager *pager, uint32_t index, gp_read **reads, uint32_t step);
@@ -120,6 +123,7 @@ gp_failure gp_slot_failure(const gp_pager *pager, uint32_t index);
  * until he has let go of the lock and submitted them. */
 uint32_t gp_warm_up_next(gp_pager *pager);
 void     gp_warm_up_submit(gp_pager *pager, uint32_t n_reads);     /* without the lock */
+bool     gp_warm_up_is_submitting(const gp_pager *pager);          /* somebody is at it; he broadcasts `released` */
 void     gp_warm_up_end(gp_pager *pager);   /* nothing more is to be read */
 
 #endif

@@ -41,7 +41,8 @@ static uint64_t offset_of(const table_file *t, int32_t row) {
     return t->spec.offset_bytes + (uint64_t) row * t->spec.row_bytes;
 }
 
-int gp_tables_read(gp_tables *tables, uint32_t table, const int32_t *rows, uint32_t n_rows, char *into, gp_failure *failure) {
+int gp_tables_read(gp_tables *tables, uint32_t table, const int32_t *rows, uint32_t n_rows, char *into, gp_watch *watch,
+                   gp_failure *failure) {
     const table_file *t = &tables->tables[table];
     int error = 0;
     /* Told of all of them, the system reads them at once, and not one seek after the other: 512 rows scattered over a file
@@ -50,6 +51,10 @@ int gp_tables_read(gp_tables *tables, uint32_t table, const int32_t *rows, uint3
         tables->os->file_expect(t->fd, t->spec.row_bytes, offset_of(t, rows[i]));
     }
     for (uint32_t i = 0; error == 0 && i < n_rows; i++) {
+        if (gp_watch_stops(watch)) {
+            *failure = (gp_failure) { .error = -EINTR };
+            return -EINTR;
+        }
         error = read_row(tables, t, offset_of(t, rows[i]), into + i * t->spec.row_bytes, failure);
     }
     /* Looked at also after a failed read: a change explains missing bytes. */
@@ -100,8 +105,10 @@ static int open_file(const gp_tables *tables, table_file *t, const char *path) {
     return error;
 }
 
-int gp_tables_open(gp_tables **out, const gp_os *os, const gp_config *config, const gp_copies *copies) {
+int gp_tables_open(gp_tables **out, const gp_os *os, const gp_config *config, const gp_copies *copies,
+                   gp_open_failure *failure) {
     *out = NULL;
+    *failure = (gp_open_failure) { .lack = GP_LACKS_MEMORY };
     gp_tables *tables = calloc(1, sizeof *tables);
     if (!tables) {
         return -ENOMEM;
@@ -113,6 +120,7 @@ int gp_tables_open(gp_tables **out, const gp_os *os, const gp_config *config, co
     while (error == 0 && tables->n_tables < config->n_tables) {
         table_file *t = &tables->tables[tables->n_tables];
         t->spec = config->tables[tables->n_tables];
+        *failure = (gp_open_failure) { GP_LACKS_FILE, t->spec.file };
         error = open_file(tables, t, config->paths[t->spec.file]);
         tables->n_tables += error == 0;
     }

@@ -5,18 +5,21 @@
 
 #include "copies.h"
 #include "gguf_pager.h"
+#include "watch.h"
 
 typedef struct gp_tables gp_tables;
 
 /* Opens the model's own files that hold tables. `copies` tells whether they change, and must outlive the tables. */
-int  gp_tables_open(gp_tables **out, const gp_os *os, const gp_config *config, const gp_copies *copies);
+int  gp_tables_open(gp_tables **out, const gp_os *os, const gp_config *config, const gp_copies *copies,
+                    gp_open_failure *failure);
 void gp_tables_close(gp_tables *tables);
 
 const gp_table_spec *gp_tables_spec(const gp_tables *tables, uint32_t table);   /* NULL past the last */
 
-/* Reads rows, distinct and in ascending order, one after the other into `into`. Any thread. On failure *failure tells what
- * and where, and `into` holds anything. */
-int  gp_tables_read(gp_tables *tables, uint32_t table, const int32_t *rows, uint32_t n_rows, char *into, gp_failure *failure);
+/* Reads rows, distinct and in ascending order, one after the other into `into`. In the thread that decodes, whose watch may
+ * end it between two rows: -EINTR. On failure *failure tells what and where, and `into` holds anything. */
+int  gp_tables_read(gp_tables *tables, uint32_t table, const int32_t *rows, uint32_t n_rows, char *into, gp_watch *watch,
+                    gp_failure *failure);
 
 /* Any thread. */
 void gp_tables_count_left_alone(gp_tables *tables);

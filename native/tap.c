@@ -12,7 +12,7 @@
  *   4. Reads may go on after a node was answered for. What is computed by us (compute.h) waits for its own experts; before a
  *      MUL_MAT_ID that needs slices which are still on their way the piece of graph ends, and the slots are kept over that end.
  *   5. After a failure the node still points at slots, any slots: what it computes is thrown away by the abort, and the
- *      mapping, whose file may have lost its end, is not touched.
+ *      mapping, whose file may have lost its end, is not touched. After an interrupt (watch.h) reads may still write there.
  *   6. Nodes that look up rows of tables are rows.h's.
  */
 #include <assert.h>
@@ -84,6 +84,7 @@ struct gp_tap {
     bool              next_wants;
     gp_abort_callback next_abort;
     void             *next_abort_data;
+    gp_watch          watch;
 };
 
 /* ---- what is computed ------------------------------------------------------------------------------------------- */
@@ -446,10 +447,20 @@ static void give_back(gp_tap *tap, ggml_tensor *node) {
     }
 }
 
+/* A failure: the decode is aborted, and nothing is served until it is taken. */
+static void look_up(gp_tap *tap) {
+    if (tap->failure.error == 0 && gp_watch_stops(&tap->watch)) {
+        tap->failure = (gp_failure) { .error = -EINTR };
+    }
+}
+
 bool gp_tap_eval(void *tensor, bool ask, void *data) {
     gp_tap *tap = data;
     ggml_tensor *node = tensor;
     undo(tap, node);
+    if (ask) {      /* after the last node an abort would come too late */
+        look_up(tap);
+    }
     if (!ask) {
         gp_compute_judge(tap->compute, node);
         if (tap->pause_at == node) {
@@ -491,8 +502,13 @@ bool gp_tap_eval(void *tensor, bool ask, void *data) {
 }
 
 bool gp_tap_abort(void *data) {
-    const gp_tap *tap = data;
+    gp_tap *tap = data;
+    look_up(tap);
     return tap->failure.error != 0 || (tap->next_abort && tap->next_abort(tap->next_abort_data));
+}
+
+void gp_tap_watch(gp_tap *tap, const gp_os *os, gp_abort_callback shall_stop, void *data) {
+    tap->watch = (gp_watch) { .os = os, .ask = shall_stop, .data = data };
 }
 
 void gp_tap_chain_abort(gp_tap *tap, gp_abort_callback next_abort, void *next_abort_data) {
@@ -505,8 +521,12 @@ void gp_tap_idle(gp_tap *tap) {
 }
 
 gp_failure gp_tap_take_failure(gp_tap *tap) {
-    const gp_failure failure = tap->failure;
+    gp_failure failure = tap->failure;
+    if (failure.error == 0 && gp_watch_has_stopped(&tap->watch)) {
+        failure.error = -EINTR;     /* stopped behind the last node: what is computed is whole */
+    }
     tap->failure = (gp_failure) { 0 };
+    atomic_store(&tap->watch.has_stopped, false);
     return failure;
 }
 
@@ -598,12 +618,13 @@ int gp_tap_attach(gp_tap *tap, gp_pager *pager) {
     tap->pager = pager;
     int error = open_tables(tap);
     if (error == 0) {
-        error = gp_rows_attach(tap->rows, gp_pager_tables(pager));
+        error = gp_rows_attach(tap->rows, gp_pager_tables(pager), &tap->watch);
     }
     if (error == 0) {
         error = gp_hold_open(&tap->hold, pager, tap->max_ids);
     }
     if (error == 0) {
+        tap->hold.watch = &tap->watch;
         error = gp_compute_attach(tap->compute, pager, &tap->hold, &tap->failure);
         if (error != 0) {
             gp_hold_close(&tap->hold, pager);

@@ -11,6 +11,7 @@
 
 struct gp_warm_up {
     uint32_t  next, n_experts;
+    uint32_t  n_submitting;             /* threads that are about to submit such reads: */
     gp_read  *reads[GP_MAX_SLICES];     /* room for one expert's submission */
     gp_expert experts[];
 };
@@ -36,6 +37,7 @@ uint32_t gp_warm_up_next(gp_pager *p) {
             if (uses->recent == 0) {
                 *uses = (gp_uses) { e->share, e->share };
             }
+            w->n_submitting++;
             return gp_slot_prepare_reads(p, (uint32_t) index, w->reads, 1);
         }
     }
@@ -45,7 +47,15 @@ uint32_t gp_warm_up_next(gp_pager *p) {
 void gp_warm_up_submit(gp_pager *p, uint32_t n_reads) {
     if (n_reads > 0) {
         gp_copies_submit(p->copies, p->warm_up->reads, n_reads);
+        pthread_mutex_lock(&p->lock);
+        p->warm_up->n_submitting--;
+        pthread_cond_broadcast(&p->released);
+        pthread_mutex_unlock(&p->lock);
     }
+}
+
+bool gp_warm_up_is_submitting(const gp_pager *p) {
+    return p->warm_up && p->warm_up->n_submitting > 0;
 }
 
 void gp_warm_up_end(gp_pager *p) {

@@ -23,8 +23,10 @@ HEAD = """\
 Made by `python scripts/make_cli_docs.py`. `python -m gguf_pager` is the same as `gguf-pager`.
 
 Exit codes: 0 done; 1 an error, shown as one line `Error: ...` on stderr, or a problem that `doctor` found; 2 the
-command was not understood; 130 interrupted (what was generated until then is counted and shown). `bench` ends with 1 where
-no row has a result, or ours has other logits than stock; where some rows have none it ends with 0 and a warning on stderr.
+command was not understood; 130 interrupted (what was generated until then is counted and shown); 141 nobody reads the
+output any more. Output that is lost, because a stream is closed or its disk full, is an error too. `bench` ends with 1
+where no row has a result, or ours has other logits than stock; where some rows have none it ends with 0 and a warning on
+stderr.
 """
 
 NOTES = {

@@ -39,14 +39,14 @@ def zone(root: Path, folder: str, name: str, energy_uj: int, range_uj: int = RAN
 
 def deny(monkeypatch: pytest.MonkeyPatch, *parts: str) -> None:
     """Make files unreadable whose path holds one of these parts; root may read everything otherwise."""
-    read = Path.read_text
+    read = Path.read_bytes
 
-    def refuse(path: Path) -> str:
+    def refuse(path: Path) -> bytes:
         if any(part in str(path) for part in parts):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return read(path)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
 
 
 def counters(found: CounterSource | GaugeSource | Absent) -> CounterSource:

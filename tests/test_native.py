@@ -20,7 +20,7 @@ HERE = ROOT / "tests" / "native"
 TRACE = ROOT / "scripts" / "traces" / "qwen3-30b-a3b" / "code.npz"
 
 CORE = ("ahead", "arena", "compute", "copies", "fetch", "ffn", "ffn_batch", "ffn_between", "ffn_shape", "ffn_shares", "pager",
-        "pins", "policy", "product", "rows", "slots", "tables", "tap", "warm")
+        "pins", "policy", "product", "rows", "slots", "tables", "tap", "waits", "warm")
 SUPPORT = ("fake_os", "model", "graph")
 OF_SYSTEM = ("system_os",)
 SYSTEM = ("os_macos",) if platform.system() == "Darwin" else ("os_linux", "os_linux_aio")
@@ -79,7 +79,7 @@ class Build:
     def _program(self, name: str) -> None:
         parts = ([NATIVE / f"{system}.c" for system in SYSTEM] if name in OF_SYSTEM
                  else [self.folder / f"{part}.o" for part in (*CORE, *SUPPORT)])
-        _compile(*self.flags, HERE / f"{name}.c", *parts, "-o", self.folder / name, "-lm")
+        _compile(*self.flags, HERE / f"{name}.c", *parts, "-o", self.folder / name, "-lm", "-ldl")
 
     def run(self, name: str, *arguments: str, text: str = "", has_queue: bool = False) -> str:
         """Run a program and return what it printed; it says on standard error what does not hold."""

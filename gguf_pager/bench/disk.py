@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
+from gguf_pager import kernel
 from gguf_pager.aftermath import undone_when_killed
 from gguf_pager.bench.memory import huge_buffer
 from gguf_pager.probe import page_cache_bytes
@@ -100,7 +101,7 @@ def read_ahead(setting: Path | None, kb: int | None) -> Iterator[int | None]:
 
 def _number_in(setting: Path | None) -> int | None:
     try:
-        return None if setting is None else int(setting.read_text())
+        return None if setting is None else int(kernel.read_text(setting))
     except (OSError, ValueError):
         return None
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf_pager import engine, probe
+from gguf_pager import engine, kernel, probe
 from gguf_pager.bench import disk, tokens
 from gguf_pager.bench.cases import Mode, Shape
 from gguf_pager.energy import meter
@@ -186,7 +186,7 @@ class _Phase:
 def storage_bytes() -> int | None:
     """Return what this process has caused to be read from storage, as Linux counts it; None elsewhere."""
     try:
-        lines = Path("/proc/self/io").read_text().splitlines()
+        lines = kernel.read_lines(Path("/proc/self/io"))
     except OSError:
         return None
     return int(dict(line.split(": ") for line in lines)["read_bytes"])

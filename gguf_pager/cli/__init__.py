@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import sys
+from typing import Any
 
 import click
 
 from gguf_pager import __version__
+from gguf_pager.cli.streams import OutputError, guarded
 from gguf_pager.errors import PagerError
 from gguf_pager.report.words import as_options
 
@@ -33,15 +36,39 @@ class _Commands(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run a command and exit; not with 0 where something could not be shown."""
+        with guarded() as has_lost_words:
+            try:
+                try:
+                    return super().main(*args, **settings)
+                finally:
+                    sys.stdout.flush()
+            except OutputError as error:
+                if error.exit_code == 1:
+                    _complain(str(error))
+                sys.exit(error.exit_code)
+            except SystemExit as ended:
+                if not ended.code and has_lost_words():
+                    sys.exit(1)
+                raise
+
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except PagerError as error:
-            message = " ".join(as_options(str(error)).split())  # one line, whatever the system's part of it holds
-            click.secho(f"Error: {message}", fg="red", err=True)
+            _complain(str(error))
+            ctx.exit(1)
+        except OSError as error:  # of a file that was named on the command line, such as a report's
+            _complain(str(error))
             ctx.exit(1)
         except KeyboardInterrupt:
             ctx.exit(130)  # 128 + SIGINT, as a shell would have it
+
+
+def _complain(message: str) -> None:
+    """Say it in one line, whatever the system's part of it holds."""
+    click.secho(f"Error: {' '.join(as_options(message).split())}", fg="red", err=True)
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from gguf_pager import kernel
+
 Covers = Literal["machine", "part"]
 """Whether a source sees all that the machine draws, or a part such as the processor."""
 
@@ -136,10 +138,9 @@ class GaugeSource:
 def read_text(path: Path) -> str:
     """Return a small file's text without the newline; raises NoReading with what the system said."""
     try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise NoReading(f"{path}: {reason}") from None
+        return kernel.read_text(path)
+    except OSError as error:
+        raise NoReading(f"{path}: {error.strerror}") from None
 
 
 def read_int(path: Path) -> int:

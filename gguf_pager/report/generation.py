@@ -110,6 +110,6 @@ class Progress:
         wait_s, erase = 1.0, b""
         with suppress(OSError):  # nobody reads it any more
             while not done.wait(wait_s):
-                os.write(fd, f"{before}{describe()}{after}".encode())
+                os.write(fd, f"{before}{describe()}{after}".encode(errors="replace"))
                 wait_s, erase = period_s, b"\r\x1b[K" if self._is_terminal else b""
             os.write(fd, erase)

@@ -62,7 +62,7 @@ static void begin(fake_weather weather) {
     fake_set_weather(weather);
     const gp_fetch_config config = { .direct = true, .offset_align = 512, .memory_align = 512, .n_readers = READERS,
                                      .piece_bytes = PIECE_BYTES, .fd = fd };
-    CHECK(gp_fetch_open(&fetch, &os, &config) == 0, "fetch opens");
+    CHECK(gp_fetch_open(&fetch, &os, &config, &(bool) { false }) == 0, "fetch opens");
 }
 
 static void end(void) {
@@ -252,7 +252,7 @@ static void nothing_is_left_of_a_failed_open(void) {
         const gp_fetch_config config = { .direct = true, .offset_align = 512, .memory_align = 512, .n_readers = READERS,
                                          .piece_bytes = PIECE_BYTES, .fd = fd };
         fake_fail_any(k, -EAGAIN);
-        const int error = gp_fetch_open(&fetch, &fake_os, &config);
+        const int error = gp_fetch_open(&fetch, &fake_os, &config, &(bool) { false });
         const bool is_armed = fake_is_armed();
         CHECK(is_armed == (error == 0) && (error == 0 || !fetch), "a fetch opens or stores NULL");
         fake_fail_any(0, 0);

@@ -152,7 +152,7 @@ static void class_without_layers(void) {
     m.classes[1] = (gp_class_spec) { .stride_bytes = 4096, .n_slots = 2 };
     m.config.n_classes = 2;
     gp_pager *opened;
-    if (gp_pager_open(&opened, &fake_os, &m.config) == 0) {     /* to refuse it would be right as well */
+    if (gp_pager_open(&opened, &fake_os, &m.config, &(gp_open_failure) { 0 }) == 0) {     /* to refuse it would be right as well */
         gp_pager_close(opened);
     }
     model_end(&m);

@@ -12,7 +12,9 @@ static model good;
 static void refuses(const char *what, const gp_config *config) {
     gp_pager *pager = (gp_pager *) &good;
     const unsigned arenas = fake_count(FAKE_MEMORY_OPEN);
-    const int error = gp_pager_open(&pager, &fake_os, config);
+    gp_open_failure failure;
+    const int error = gp_pager_open(&pager, &fake_os, config, &failure);
+    CHECK(error == 0 || failure.lack == GP_LACKS_SENSE, "nothing of the system's was missing");
     if (error != -EINVAL) {
         fprintf(stderr, "not refused: %s (%d)\n", what, error);
     }

@@ -138,7 +138,7 @@ static void *watch(void *data) {
         gp_failure failure;
         gp_pager_counters(pager, counters);
         CHECK(gp_pager_resident(pager, 1, resident) == 0, "the layer exists");
-        const int error = gp_pager_pin(pager, 1, (int32_t[]) { 5 }, 1, &failure);
+        const int error = gp_pager_pin(pager, 1, (int32_t[]) { 5 }, 1, NULL, NULL, &failure);
         CHECK(error == 0 || error == -EBUSY, "an expert can be pinned beside decoding");
         (void) gp_pager_n_taps(pager);
         gp_pager_count_left_alone(pager, 0);

@@ -584,6 +584,7 @@ const gp_os fake_os = {
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,
     .now_ns = now_ns,
+    .now_roughly_ns = now_ns,
     .queues = &queues,
 };
 

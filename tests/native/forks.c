@@ -96,7 +96,7 @@ static int curious_child(void) {
     gp_failure failure;
     gp_pager_counters(pager, counters);
     CHECK(gp_pager_resident(pager, 1, resident) == 0 && gp_pager_n_taps(pager) == 2, "a fork may look");
-    CHECK(gp_pager_pin(pager, 1, (int32_t[]) { 1 }, 1, &failure) == -ECHILD, "but not read");
+    CHECK(gp_pager_pin(pager, 1, (int32_t[]) { 1 }, 1, NULL, NULL, &failure) == -ECHILD, "but not read");
     gp_pager_unpin_all(pager);
     gp_pager_count_left_alone(pager, 0);
     gp_pager_release(pager, &hold);

@@ -248,7 +248,7 @@ static void submit_all(void) {
 
 static void open_copies(uint32_t n_readers) {
     model_make(&m, (model_shape) { .n_mirrors = 1, .n_readers = n_readers, .piece_bytes = 64 << 10 });
-    CHECK(gp_copies_open(&copies, &fake_os, &m.config) == 0, "the copies open");
+    CHECK(gp_copies_open(&copies, &fake_os, &m.config, &(gp_open_failure) { 0 }) == 0, "the copies open");
 }
 
 static void wait_for_all(void) {

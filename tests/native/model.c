@@ -143,7 +143,9 @@ void model_end(model *m) {
 
 gp_pager *model_open(const model *m) {
     gp_pager *pager;
-    CHECK(gp_pager_open(&pager, &fake_os, &m->config) == 0, "the pager opens");
+    gp_open_failure failure;
+    CHECK(gp_pager_open(&pager, &fake_os, &m->config, &failure) == 0, "the pager opens");
+    CHECK(failure.lack == GP_LACKS_NOTHING, "and lacks nothing");
     return pager;
 }
 

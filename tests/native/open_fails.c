@@ -17,20 +17,47 @@ static void pager_opens_or_refuses(uint32_t n_mirrors) {
     for (;; k++) {
         CHECK(k < MAX_TRIES, "the calls come to an end");
         gp_pager *pager = (gp_pager *) &m;
+        gp_open_failure failure;
         fake_fail_any(k, -EMFILE);
-        const int error = gp_pager_open(&pager, &fake_os, &m.config);
+        const int error = gp_pager_open(&pager, &fake_os, &m.config, &failure);
         if (fake_is_armed()) {
-            CHECK(error == 0, "a pager opens when nothing fails");
+            CHECK(error == 0 && failure.lack == GP_LACKS_NOTHING, "a pager opens when nothing fails");
             gp_pager_close(pager);
             break;
         }
         CHECK(error == -EMFILE || error == -ENOMEM, "the error is the system's own");
         CHECK(!pager, "a constructor that fails stores NULL");
+        CHECK(failure.lack >= GP_LACKS_MEMORY, "and says what it lacked");
         CHECK(fake_open_files() == 0 && fake_open_memories() == 0 && fake_running_threads() == 0
               && fake_allocations() == 0, "a constructor that fails leaves nothing behind");
     }
     CHECK(k > 20, "arena, files, threads and tables were all refused once");
     fake_fail_any(0, 0);
+    model_end(&m);
+}
+
+static void refuses(const model *m, fake_call call, unsigned nth, gp_lack lack, uint32_t file) {
+    gp_pager *pager;
+    gp_open_failure failure;
+    fake_fail(call, nth, -EAGAIN);
+    CHECK(gp_pager_open(&pager, &fake_os, &m->config, &failure) != 0 && !fake_is_armed(), "the call is made, and fails");
+    CHECK(failure.lack == lack, "what is missing is named");
+    CHECK(lack != GP_LACKS_FILE || failure.file == file, "and of which file");
+}
+
+static void failure_names_what_is_missing(void) {
+    model m;
+    model_make(&m, (model_shape) { .n_files = 2, .n_mirrors = 1, .n_readers = 3 });
+    refuses(&m, FAKE_MEMORY_OPEN, 1, GP_LACKS_MEMORY, 0);
+    refuses(&m, FAKE_ALLOCATE, 1, GP_LACKS_MEMORY, 0);
+    for (uint32_t file = 0; file < 4; file++) {     /* the model's, then the mirror's */
+        refuses(&m, FAKE_FILE_OPEN, file + 1, GP_LACKS_FILE, file);
+        refuses(&m, FAKE_FILE_IDENTIFY, file + 1, GP_LACKS_FILE, file);
+    }
+    const unsigned n_readers = fake_has_queue() ? 1 : 3;
+    for (unsigned thread = 1; thread <= 2 * n_readers + 1; thread++) {
+        refuses(&m, FAKE_THREAD_START, thread, GP_LACKS_THREAD, 0);
+    }
     model_end(&m);
 }
 
@@ -158,7 +185,7 @@ static void pin_works_or_refuses(void) {
         CHECK(k < MAX_TRIES, "the calls come to an end");
         gp_failure failure;
         fake_fail_any(k, -EIO);
-        const int error = gp_pager_pin(pager, 1, experts, 2, &failure);
+        const int error = gp_pager_pin(pager, 1, experts, 2, NULL, NULL, &failure);
         const bool is_armed = fake_is_armed();
         fake_fail_any(0, 0);
         CHECK(fake_allocations() == before + 2, "a pin leaves nothing behind but the pin");
@@ -202,6 +229,7 @@ int main(void) {
     check_begin();
     pager_opens_or_refuses(0);
     pager_opens_or_refuses(1);
+    failure_names_what_is_missing();
     each_kind_of_call_is_made();
     file_replaced_while_it_is_opened();
     arena_that_may_not_be_locked();

@@ -24,7 +24,7 @@ static void end(void) {
 
 static int pin(uint32_t layer, const int32_t *experts, uint32_t n) {
     gp_failure failure;
-    const int error = gp_pager_pin(pager, layer, experts, n, &failure);
+    const int error = gp_pager_pin(pager, layer, experts, n, NULL, NULL, &failure);
     model_check_invariants(pager);
     return error;
 }

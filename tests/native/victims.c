@@ -38,7 +38,7 @@ static void take_turns(model_shape shape) {
     }
     const int32_t pinned[] = { 10, 11 };
     gp_failure failure;
-    CHECK(gp_pager_pin(pager, 1, pinned, 2, &failure) == 0, "two experts are pinned");
+    CHECK(gp_pager_pin(pager, 1, pinned, 2, NULL, NULL, &failure) == 0, "two experts are pinned");
     uint64_t n_evicted = 0;
     for (int step = 0; step < STEPS; step++) {
         user *u = &users[fake_random(HOLDS)];

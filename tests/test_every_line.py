@@ -1,0 +1,134 @@
+"""An interrupt at any line of our code and of llama_cpp's: what is opened, asked or installed next is as if there had been none."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import pytest
+from conftest import ARGUMENTS, Factory, Footprint, some_tokens
+from test_resume import OTHER, PROMPT, greedy
+
+import gguf_pager
+from gguf_pager.hooks import hooks
+
+Model = Callable[..., Path]
+FOLDERS = (os.path.dirname(llama_cpp.__file__), os.path.dirname(gguf_pager.__file__))
+
+STEP = int(os.environ.get("GGUF_PAGER_INTERRUPT_STEP", "3"))
+"""Every third line, to save two minutes; 1 for all."""
+
+pytestmark = pytest.mark.filterwarnings(  # llama_cpp frees samplers in __del__, where an interrupt is only told
+    "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def interrupted_at(k: int, work: Callable[[], Any], folders: tuple[str, ...] = FOLDERS) -> bool:
+    """Raise KeyboardInterrupt at the k-th line of these folders that runs, the first time that it does.
+
+    Return whether there was such a line.
+    """
+    seen: set[tuple[str, int]] = set()
+    has_struck = [False]
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(folders) or frame.f_code.co_name in ("apply_func", "__del__"):
+            return None  # what runs in there is lost in ctypes, or in the destructor, and is no interrupt of the work
+        if event == "line" and not has_struck[0]:
+            seen.add((frame.f_code.co_filename, frame.f_lineno))
+            if len(seen) == k:
+                has_struck[0] = True
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    with contextlib.suppress(KeyboardInterrupt):  # one that strikes in a generator's end is told, not raised
+        try:
+            work()
+        finally:
+            sys.settrace(None)
+    return has_struck[0]
+
+
+@pytest.mark.parametrize("arch", ("qwen3moe", "qwen3next"))
+def test_generation(zoo_model: Model, paged: Factory, arch: str) -> None:
+    llm = paged(zoo_model(arch), logits_all=True)
+    expected, other = greedy(llm, PROMPT, 3), greedy(llm, OTHER, 3)
+    k = 1
+    while interrupted_at(k, functools.partial(greedy, llm, PROMPT if k % 2 else OTHER, 3)):
+        assert greedy(llm, PROMPT, 3) == expected, k
+        assert greedy(llm, OTHER, 3) == other, k
+        k += STEP
+    assert k > 80
+
+
+def open_one(path: Path) -> gguf_pager.Llama:
+    return gguf_pager.Llama(str(path), budget="min", **ARGUMENTS)
+
+
+def check_next_is_paged(path: Path, k: int) -> None:
+    gc.collect()  # an interrupt's traceback holds what it has met
+    llm = open_one(path)
+    assert llm.pager is not None and llm.not_paged_reason is None, k
+    llm.eval(some_tokens(2))
+    assert llm.pager.stats().misses > 0, k
+    llm.close()
+    if k % 8 == 0:
+        theirs = llama_cpp.Llama(str(path), **ARGUMENTS)
+        assert not hooks.contexts, f"{k}: nobody has asked for this one to be paged"
+        theirs.close()
+
+
+OUR_OWN = (os.path.dirname(gguf_pager.__file__),)
+
+
+def test_opening(zoo_model: Model, footprint: Callable[[Path], Footprint]) -> None:
+    path = zoo_model("qwen3moe")
+    check_next_is_paged(path, 0)
+    before, k = footprint(path).wrapped, 1
+    while interrupted_at(k, lambda: open_one(path).close(), OUR_OWN):
+        check_next_is_paged(path, k)
+        assert footprint(path).wrapped == before == (), k
+        assert not hooks.models, k
+        k += STEP
+    assert k > 200
+
+
+def test_closing(zoo_model: Model, footprint: Callable[[Path], Footprint]) -> None:
+    path, k = zoo_model("qwen3moe"), 1
+    while True:
+        llm = open_one(path)
+        llm.eval(some_tokens(2))
+        was_interrupted = interrupted_at(k, llm.close)
+        llm.close()
+        del llm
+        check_next_is_paged(path, k)
+        assert footprint(path).wrapped == (), k
+        if not was_interrupted:
+            break
+        k += STEP
+    assert k > 20
+
+
+def test_installing_and_uninstalling(zoo_model: Model, footprint: Callable[[Path], Footprint]) -> None:
+    path, k = zoo_model("qwen3moe"), 1
+
+    def work() -> None:
+        with gguf_pager.install(budget="min"):
+            pass
+
+    while interrupted_at(k, work, OUR_OWN):
+        if hooks.installed:  # what an interrupt has kept from being taken back can be taken back
+            gguf_pager.uninstall()
+        assert not hooks.installed, k
+        check_next_is_paged(path, k)
+        assert footprint(path).wrapped == (), k
+        k += 1
+    assert k > 40
