@@ -5,7 +5,7 @@ import platform
 
 from setuptools import Extension, setup
 
-SYSTEM_SOURCES = {"Linux": ["os_linux.c", "os_linux_aio.c"], "Darwin": ["os_macos.c"]}
+SYSTEM_SOURCES = {"Linux": ["os_linux.c", "os_linux_aio.c", "os_linux_load.c"], "Darwin": ["os_macos.c"]}
 SOURCES = ["ahead.c", "arena.c", "compute.c", "copies.c", "fetch.c", "ffn.c", "ffn_batch.c", "ffn_between.c", "ffn_shape.c",
            "ffn_shares.c", "module.c", "pager.c", "pins.c", "policy.c", "product.c", "slots.c", "tap.c", "warm.c"]
 

@@ -54,6 +54,10 @@ class Pager:
     def warm_up(self, experts: Sequence[tuple[int, int, float]], /) -> None:
         """Read (layer, expert, share of tokens that choose it) in the background, in this order, into free slots."""
 
+    def accept(self, times: Sequence[tuple[int, int]], /) -> bool:
+        """Take over when each file (of all copies) was modified and changed, in ns: the bytes are the same. Return False if
+        something was read while these times were others still."""
+
 class Tap:
     """The graph hook of one context. Callbacks are addresses of C functions, 0 for none."""
 
@@ -70,6 +74,8 @@ class Tap:
         """Return how many kinds of matrices are multiplied here, and how many are left to ggml for other bits."""
     def count_ffns(self) -> tuple[int, int]:
         """Return how many shapes of feed-forwards are computed an expert at a time, and how many gave other bits so."""
+    def compare_later(self, is_compared: bool, /) -> None:
+        """Be served from files whose times have changed, or not: then their bytes are compared before results are used."""
     def take_failure(self) -> _Failure | None: ...
     def close(self) -> None: ...
 
@@ -78,6 +84,7 @@ def file_alignment(path: str, /) -> tuple[int, int]:
 
 def memory_lock(address: int, n_bytes: int, /) -> None: ...
 def lazy_load_begin(library: str, /) -> None: ...
-def lazy_load_end() -> None: ...
+def lazy_load_end() -> list[tuple[int, int, int, int, int]]:
+    """Return what libllama has mapped in this thread meanwhile, and not unmapped: address, bytes, device, inode, offset."""
 def policy_exists(name: str, /) -> bool: ...
 def read_tensor(address: int, /) -> dict[str, int | str | tuple[int, ...]]: ...

@@ -7,8 +7,11 @@ class PagerError(Exception):
     """Any failure of gguf_pager; its message says what to do."""
 
 
-class LayoutError(PagerError):
-    """The file is not a model whose experts can be paged: choose or repair the file."""
+class LayoutError(PagerError, ValueError):
+    """The file is not a model whose experts can be paged: choose or repair the file.
+
+    Stock llama-cpp-python raises ValueError there, and programs catch that.
+    """
 
 
 class BudgetError(PagerError):

@@ -22,10 +22,11 @@ from llama_cpp import llama_cpp as low
 
 from gguf_pager import _native, budget, engine, probe, residency
 from gguf_pager.errors import BudgetError, EngineError
+from gguf_pager.fingerprint import Watch
 from gguf_pager.layout import Layout
 from gguf_pager.loading import Loader
 from gguf_pager.pager import Pager
-from gguf_pager.residency import FileIdentity
+from gguf_pager.residency import Residency
 from gguf_pager.sizing import Request, open_or_shrink
 from gguf_pager.threads import Threads
 
@@ -51,8 +52,9 @@ class _Model:
     address: int
     request: Request
     pager: Pager
-    identities: list[FileIdentity | None]
-    residency: residency.Residency
+    watch: Watch
+    residency: Residency
+    keep_dense: Callable[[], Residency]
     contexts: dict[int, _Context] = field(default_factory=dict)
 
 
@@ -163,10 +165,10 @@ class _Hooks:
         opened = self._loader.load(path_model, params, request)
         if opened.pager is None:
             return opened.address
-        assert opened.address is not None and opened.residency is not None
+        assert opened.watch is not None and opened.residency is not None
         with self._lock:
             self.models[opened.address] = _Model(
-                opened.address, request, opened.pager, opened.identities, opened.residency)
+                opened.address, request, opened.pager, opened.watch, opened.residency, opened.keep_dense)
             self.hold()
         request.opened.append(opened.pager)
         return opened.address
@@ -282,13 +284,15 @@ class _Hooks:
         if entry.pid != os.getpid():
             raise EngineError("This model was opened before a fork and cannot be used in the child: "
                               "open it again there.")
-        pager, identities = entry.model.pager, entry.model.identities
-        failure = residency.find_change(pager.paths, identities)
+        pager, watch = entry.model.pager, entry.model.watch
+        failure = watch.find_change()
         if failure is not None:
             raise pager.failure_error(failure)
+        entry.tap.compare_later(True)
         result = int(self._call(name, ctx, batch))
+        entry.tap.compare_later(False)
         entry.tap.idle()
-        failure = entry.tap.take_failure() or residency.find_change(pager.paths, identities)
+        failure = entry.tap.take_failure() or watch.find_change(has_results=True)
         if failure is not None:
             raise pager.failure_error(failure)
         return result
@@ -329,11 +333,10 @@ def _handle(pointer: Any) -> int:
 
 
 def _check_opened(paged: _Model) -> None:
-    """Refuse files that were replaced after the model was loaded: the pager has opened what is under their names now."""
-    for file, (path, then) in enumerate(zip(paged.pager.paths, paged.identities, strict=True)):
-        if residency.identify(path) != then:
-            paged.pager.close()
-            raise paged.pager.failure_error((errno.ESTALE, file, 0))
+    """Keep the dense weights of a model whose budget seemed too small for them, now that it is not."""
+    if paged.residency.method == residency.LEFT.method:
+        paged.residency = paged.keep_dense()
+        paged.watch.compare_also(paged.residency.copies)
 
 
 def _attach(tap: _native.Tap, pager: Pager) -> None:

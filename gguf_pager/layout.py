@@ -11,6 +11,7 @@ from typing import Any
 from gguf_pager import engine
 from gguf_pager.engine import GgufHeader, TensorInfo
 from gguf_pager.errors import LayoutError
+from gguf_pager.files import ModelFiles
 
 MAX_SLICES = 4
 """GP_MAX_SLICES in native/gguf_pager.h."""
@@ -129,12 +130,19 @@ def read_layout(path: str | Path) -> Layout:
 
     Raises:
         LayoutError: not a GGUF model, damaged, truncated, or with experts that cannot be multiplied.
+        PagerIOError: a file cannot be read.
         EngineError: llama-cpp-python is not usable.
     """
-    first = engine.read_header(Path(path))
+    with ModelFiles() as files:
+        return open_layout(Path(path), files)
+
+
+def open_layout(path: Path, files: ModelFiles) -> Layout:
+    """Do the same and leave the model's files open in `files`, which is empty before."""
+    first = engine.read_header(files.open(path))
     n_files = int(first.values.get("split.count", 1) or 1)
     paths = [first.path] if n_files == 1 else split_paths(first.path, n_files)
-    headers = [first, *(engine.read_header(other) for other in paths[1:])]
+    headers = [first, *(engine.read_header(files.open(other)) for other in paths[1:])]
     for header in headers:
         _check_complete(header)
     architecture = str(first.values.get("general.architecture", ""))

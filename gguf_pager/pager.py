@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gguf_pager import _native, budget, profile
 from gguf_pager.errors import BudgetError, EngineError, PagerError, PagerIOError
+from gguf_pager.files import ModelFiles
 from gguf_pager.layout import Layout
 
 IoMode = Literal["auto", "direct", "buffered"]
@@ -134,14 +135,14 @@ class Stats:
         return max((layer.tokens for layer in self.layers), default=0)
 
 
-def _alignment(paths: Sequence[Path], io: IoMode) -> tuple[bool, int, int]:
+def _alignment(paths: Sequence[Path], names: Sequence[str], io: IoMode) -> tuple[bool, int, int]:
     """Return whether reads of a copy can be direct, and the alignments in the file and in memory that serve all its files."""
     if io == "buffered":
         return False, 1, 1
     offset_align = memory_align = 1
-    for path in paths:
+    for path, name in zip(paths, names, strict=True):
         try:
-            at, memory = _native.file_alignment(str(path))
+            at, memory = _native.file_alignment(name)
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.EINVAL) or io == "direct":
                 raise PagerIOError(
@@ -156,16 +157,22 @@ def _alignment(paths: Sequence[Path], io: IoMode) -> tuple[bool, int, int]:
 class Pager:
     """The slots of one model. Made by `Llama` and `install`; read its `stats()`.
 
-    `n_slots` and `align` are per shape class and for the file systems at hand. `mirrors` are the files of further copies,
-    which the caller has compared with the model; `paths` all files of all copies.
+    `n_slots` and `align` are per shape class and for the file systems at hand. `paths` are all files of all copies.
     """
 
-    def __init__(self, layout: Layout, options: Options, mirrors: Sequence[Sequence[Path]] = ()) -> None:
+    def __init__(self, layout: Layout, options: Options, mirrors: Sequence[ModelFiles] = (),
+                 files: ModelFiles | None = None) -> None:
+        """`files` are the model's, `mirrors` those of further copies, which the caller has compared with the model. They stay
+        open until `close`. Without `files` the model is opened by its names."""
         self.layout = layout
         self.options = options
-        self._copies = (layout.paths, *mirrors)
-        self.paths = tuple(path for copy in self._copies for path in copy)
-        ways = [_alignment(copy, options.io) for copy in self._copies]
+        self._files = (*([files] if files else []), *mirrors)
+        copies = [layout.paths, *([file.path for file in mirror] for mirror in mirrors)]
+        self._names = [[str(path) for path in layout.paths] if files is None else [file.reopen_path for file in files],
+                       *([file.reopen_path for file in mirror] for mirror in mirrors)]
+        self.paths = tuple(path for copy in copies for path in copy)
+        self.find_change: Callable[[], tuple[int, int, int] | None] = lambda: None
+        ways = [_alignment(copy, names, options.io) for copy, names in zip(copies, self._names, strict=True)]
         self._are_direct = [is_direct for is_direct, _, _ in ways]
         # One slot serves all copies; those that are not read directly need nothing of it.
         self._offset_align, self._memory_align = max(way[1] for way in ways), max(way[2] for way in ways)
@@ -215,9 +222,8 @@ class Pager:
         classes = [(need.stride_bytes, n) for need, n in zip(self.needs, n_slots, strict=True)]
         try:
             self._native = _native.Pager(
-                paths=[str(path) for path in self.layout.paths],
-                mirrors=[([str(path) for path in copy], is_direct)
-                         for copy, is_direct in zip(self._copies[1:], self._are_direct[1:], strict=True)],
+                paths=self._names[0],
+                mirrors=list(zip(self._names[1:], self._are_direct[1:], strict=True)),
                 layers=layers,
                 classes=classes,
                 policy=self.options.policy,
@@ -236,7 +242,26 @@ class Pager:
                 f"The pager for {self.layout.paths[0]} cannot be opened: {error.strerror}.",
                 errno=error.errno or 0, path=str(self.layout.paths[0]), offset_bytes=0,
             ) from None
+        self._check_names()
         self.n_slots = tuple(n_slots)
+
+    def _check_names(self) -> None:
+        """Refuse what was opened by a name that means another file by now: only where open files have no name."""
+        for index, file in enumerate(file for copy in self._files for file in copy):
+            if file.is_known_by_name and not file.is_still_named():
+                native, self._native = self.native(), None
+                native.close()
+                raise self.failure_error((errno.ESTALE, index, 0))
+
+    def accept(self, times: Sequence[tuple[int, int]]) -> bool:
+        """Go on with files whose times are others and whose bytes are not; (modified, changed) of each, in ns.
+
+        Returns False if what was read since would not do.
+
+        Raises:
+            OSError: they have changed again.
+        """
+        return self._native is None or self._native.accept(times)
 
     def wait_present(self) -> None:
         """Wait until all of the arena is resident; a thread sees to it since `open`. One caller at a time."""
@@ -305,8 +330,11 @@ class Pager:
 
         Raises:
             BudgetError: too few slots would be left to compute with.
-            PagerIOError: a read failed.
+            PagerIOError: a read failed, or a file was changed.
         """
+        change = self.find_change()
+        if change is not None:
+            raise self.failure_error(change)
         for layer, chosen in experts.items():
             try:
                 failure = self.native().pin(layer, list(chosen))
@@ -338,18 +366,18 @@ class Pager:
             return EngineError("llama.cpp reused a graph that gguf_pager no longer knows: make a new context.")
         path = str(self.paths[file])
         if number == errno.ENODATA:
-            what = "the file ends there; it was truncated while in use"
+            what, then = "the file ends there; it was truncated while in use", " Open it again."
         elif number == errno.ESTALE:
-            what = "the file was changed while in use"
+            what, then = "the file was changed while in use", " Open it again."
         else:
-            what = os.strerror(number)
+            what, then = os.strerror(number), ""
         return PagerIOError(
-            f"Reading {path} at byte {offset_bytes:,} failed: {what}. The tokens computed from it were thrown away.",
+            f"Reading {path} at byte {offset_bytes:,} failed: {what}. The tokens computed from it were thrown away.{then}",
             errno=number, path=path, offset_bytes=offset_bytes,
         )
 
     def close(self) -> None:
-        """Free the arena and end the readers; twice is fine. Contexts must be freed before."""
+        """Free the arena, end the readers and close the files; twice is fine. Contexts must be freed before."""
         native, self._native = self._native, None
         if native is not None:
             self._native = native
@@ -358,3 +386,5 @@ class Pager:
                 self.keep_profile()
             self._native = None
             native.close()
+        for copy in self._files:
+            copy.close()

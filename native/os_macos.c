@@ -46,6 +46,7 @@ static int file_identify(int fd, gp_file_id *id) {
     id->inode = status.st_ino;
     id->size_bytes = (uint64_t) status.st_size;
     id->modified_ns = (int64_t) status.st_mtimespec.tv_sec * 1000000000 + status.st_mtimespec.tv_nsec;
+    id->changed_ns = (int64_t) status.st_ctimespec.tv_sec * 1000000000 + status.st_ctimespec.tv_nsec;
     return 0;
 }
 
@@ -156,4 +157,9 @@ int gp_os_lazy_load_begin(const char *library) {
 }
 
 void gp_os_lazy_load_end(void) {
+}
+
+uint32_t gp_os_take_mappings(gp_mapping *mappings, uint32_t n_mappings) {
+    (void) mappings, (void) n_mappings;
+    return 0;
 }

@@ -143,7 +143,8 @@ static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint3
 }
 
 /* The files, in every copy, must still be those whose header was read. */
-static int check_files(gp_pager *p, const gp_layer_spec *spec, gp_failure *failure) {
+static int check_files(gp_pager *p, const gp_layer_spec *spec, bool is_compared, gp_failure *failure,
+                       bool *is_doubtful) {
     uint64_t checked = UINT64_MAX;
     for (uint32_t i = 0; i < spec->n_slices; i++) {
         const uint32_t file = spec->slices[i].file;
@@ -152,7 +153,7 @@ static int check_files(gp_pager *p, const gp_layer_spec *spec, gp_failure *failu
         }
         checked = file;
         uint32_t changed_file;
-        const int error = gp_copies_check(p->copies, file, &changed_file);
+        const int error = gp_copies_check(p->copies, file, is_compared, &changed_file, is_doubtful);
         if (error != 0) {
             *failure = (gp_failure) { error, changed_file, spec->slices[i].offset_bytes };
             return error;
@@ -190,13 +191,14 @@ static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, con
         return 0;
     }
     pthread_mutex_unlock(&p->lock);
-    const int error = check_files(p, spec, failure);
+    bool is_doubtful = false;
+    const int error = check_files(p, spec, hold->is_compared, failure, &is_doubtful);
     pthread_mutex_lock(&p->lock);
     p->changed_file = error != 0 ? failure->file : p->changed_file;
     for (uint32_t i = first; i < hold->n_slots; i++) {
         gp_slot *s = &p->slots[hold->slots[i]];
         s->has_failed |= error != 0 && !s->is_checked;
-        s->is_checked |= error == 0;
+        s->is_checked |= error == 0 && !is_doubtful;
     }
     return error;
 }
@@ -236,6 +238,27 @@ static void wait_for_slices(gp_pager *p, gp_hold *hold, uint32_t slices) {
 static void give_up(gp_pager *p, gp_hold *hold, uint32_t first) {
     wait_for_slices(p, hold, ALL_SLICES);
     release_and_tell(p, hold, first);
+}
+
+int gp_pager_accept(gp_pager *p, const gp_file_times *times) {
+    if (getpid() != p->pid) {
+        return -ECHILD;
+    }
+    pthread_mutex_lock(&p->lock);
+    for (uint32_t i = 0; i < p->n_slots; i++) {
+        gp_slot *s = &p->slots[i];
+        if (s->is_checked || s->users) {    /* the context that uses it looks itself */
+            continue;
+        }
+        if (s->state == READY && !s->is_pinned) {
+            gp_slot_empty(p, s);
+        } else if (s->state == READING) {
+            s->has_failed = true;           /* it may have begun before */
+        }
+    }
+    pthread_cond_broadcast(&p->released);
+    pthread_mutex_unlock(&p->lock);
+    return gp_copies_accept(p->copies, times);
 }
 
 static int find_failed(const gp_pager *p, const gp_hold *hold, uint32_t first, gp_failure *failure) {

@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "gguf_pager"
 
 # A module imports from those above it only.
-ORDER = ("errors", "_native", "cache", "engine", "layout", "mirror", "budget", "probe", "cap", "profile", "pager", "bandwidth",
-         "device", "residency", "sizing", "loading", "threads", "hooks", "llama", "doctor", "energy", "bench", "report", "cli", "__main__")
+ORDER = ("errors", "files", "_native", "cache", "engine", "llama_log", "layout", "mirror", "budget", "probe", "cap", "profile", "pager", "bandwidth",
+         "device", "residency", "fingerprint", "sizing", "loading", "threads", "hooks", "llama", "doctor", "energy", "bench", "report", "cli", "__main__")
 
 FOLDERS = ("energy", "bench", "report", "cli")  # rooms of several files, which may import each other
 
