@@ -54,9 +54,10 @@ class Pager:
     def warm_up(self, experts: Sequence[tuple[int, int, float]], /) -> None:
         """Read (layer, expert, share of tokens that choose it) in the background, in this order, into free slots."""
 
-    def accept(self, times: Sequence[tuple[int, int]], /) -> bool:
-        """Take over when each file (of all copies) was modified and changed, in ns: the bytes are the same. Return False if
-        something was read while these times were others still."""
+    def compare_with(self, compare: int, /) -> None:
+        """The address of a gp_compare (native/gguf_pager.h): what tells a touched file from a changed one."""
+    def accept(self, times: Sequence[tuple[int, int]], /) -> None:
+        """Take over when each file (of all copies) was modified and changed, in ns: the bytes are the same."""
 
 class Tap:
     """The graph hook of one context. Callbacks are addresses of C functions, 0 for none."""
@@ -74,8 +75,6 @@ class Tap:
         """Return how many kinds of matrices are multiplied here, and how many are left to ggml for other bits."""
     def count_ffns(self) -> tuple[int, int]:
         """Return how many shapes of feed-forwards are computed an expert at a time, and how many gave other bits so."""
-    def compare_later(self, is_compared: bool, /) -> None:
-        """Be served from files whose times have changed, or not: then their bytes are compared before results are used."""
     def take_failure(self) -> _Failure | None: ...
     def close(self) -> None: ...
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import mmap
 import os
@@ -12,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, zip_longest
-from typing import Literal
+from typing import Literal, Self
 
 from gguf_pager.errors import PagerError
-from gguf_pager.files import ModelFiles, OpenedFile
+from gguf_pager.files import ModelFiles
 from gguf_pager.layout import Layer, Layout, Range
 from gguf_pager.pager import DEFAULT_PIECE_BYTES, DEFAULT_READERS, Options, Pager
 from gguf_pager.probe import page_cache_bytes
@@ -146,12 +145,7 @@ def measure(layout: Layout, files: ModelFiles | None = None) -> Findings:
     Raises:
         PagerError: they cannot be read.
     """
-    with contextlib.ExitStack() as stack:
-        if files is None:
-            files = stack.enter_context(ModelFiles())
-            for path in layout.paths:
-                files.open(path)
-        trial = _Trial(layout, files, time.monotonic() + _MOST_SECONDS)
+    with _Trial(layout, time.monotonic() + _MOST_SECONDS, files) as trial:
         kinds = trial.kinds()
         if not kinds:
             raise PagerError("the page cache would be measured instead of it")
@@ -183,7 +177,7 @@ def measure(layout: Layout, files: ModelFiles | None = None) -> Findings:
 class _Trial:
     """The experts of a model, each handed out once before any is a second time: what was just read comes too fast."""
 
-    def __init__(self, layout: Layout, files: ModelFiles, deadline_s: float) -> None:
+    def __init__(self, layout: Layout, deadline_s: float, files: ModelFiles | None = None) -> None:
         like = layout.layers[0]
         whole = like.expert_bytes <= 2 * _BATCH_BYTES  # of larger ones a slice will do, to keep the memory small
         layers = tuple(replace(layer, n_used=1, slices=layer.slices if whole else layer.slices[:1])
@@ -196,7 +190,15 @@ class _Trial:
         batches = [(layer, experts) for layer in range(len(layers)) for experts in self._groups(layers[layer])]
         random.shuffle(batches)
         self._batches = cycle(batches)
-        self._files = files
+        self._files = files.lend() if files else ModelFiles()
+        for path in layout.paths if files is None else ():
+            self._files.open(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
 
     def kinds(self) -> list[Io]:
         """Return what can be measured here; buffered reads only where the page cache can be asked to forget."""
@@ -270,7 +272,7 @@ class _Trial:
                       for piece in self._layout.layers[layer].slices for expert in experts]
             if way.io == "buffered":
                 self._forget(ranges)
-                if any(_is_cached(self._files[piece.file], piece) for piece in ranges):
+                if any(_is_cached(self._files[piece.file].fd, piece) for piece in ranges):
                     continue  # another process has it mapped
             begun = time.perf_counter()
             pager.pin({layer: experts})
@@ -290,13 +292,13 @@ class _Trial:
             self._files[piece.file].forget_cached(first, end - first)
 
 
-def _is_cached(file: OpenedFile, piece: Range) -> bool:
+def _is_cached(file: int, piece: Range) -> bool:
     """Return whether more than the ends of a range are in the page cache; False where the kernel does not tell this user."""
-    status = os.fstat(file.fd)
+    status = os.fstat(file)
     if status.st_uid != os.geteuid() and os.geteuid() != 0:
         return False  # everything is called cached then
     first = -(-piece.offset_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
     n_bytes = (piece.offset_bytes + piece.n_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if n_bytes <= 0:
         return False
-    return bool(page_cache_bytes(file.fd, first, n_bytes))
+    return bool(page_cache_bytes(file, first, n_bytes))

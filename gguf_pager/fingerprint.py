@@ -20,6 +20,8 @@ from gguf_pager.residency import Copy, Job
 Failure = tuple[int, int, int]
 """errno, index of the file among those of all copies, offset."""
 
+_Compare = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64)
+
 _CHUNK_BYTES = 4 << 20
 _SAMPLES_PER_JOB = 32
 
@@ -95,17 +97,20 @@ class Watch:
         self._dense = list(dense)
         self._lock = threading.Lock()
         self._refused: dict[int, FileIdentity] = {}
+        self._caught: BaseException | None = None
+        self._callback = _Compare(self._compare_read)  # which lives as long as the pager
+        pager.find_change = self.find_change
+        pager.compare_address = ctypes.cast(self._callback, ctypes.c_void_p).value or 0
 
     def compare_also(self, dense: Sequence[Copy]) -> None:
         """Compare these copies, too, from now on."""
         self._dense += dense
 
-    def find_change(self, *, has_results: bool = False) -> Failure | None:
+    def find_change(self) -> Failure | None:
         """Return what is wrong with the first file that is not what was opened; None if all are.
 
         A file of the same size with other times is compared: its header, the dense weights with those in memory, samples of
-        the experts. If they are the same, its new times are those of the opened file from now on. With `has_results` what
-        was computed since the last call is about to be used: then nothing may have been read at yet other times.
+        the experts. If they are the same, its new times are those of the opened file from now on.
         """
         if all(file.status() == file.identity for file in self._files):
             return None
@@ -120,9 +125,9 @@ class Watch:
                 if now.size_bytes > then.size_bytes or now == self._refused.get(index):
                     return errno.ESTALE, index, 0
                 touched[index] = now
-            return self._compare(touched, has_results)
+            return self._compare(touched) if touched else None
 
-    def _compare(self, touched: dict[int, FileIdentity], has_results: bool) -> Failure | None:
+    def _compare(self, touched: dict[int, FileIdentity]) -> Failure | None:
         for index, now in touched.items():
             try:
                 is_same = self._is_same(index)
@@ -131,17 +136,34 @@ class Watch:
             if not is_same or self._files[index].status() != now:
                 self._refused[index] = now
                 return errno.ESTALE, index, 0
-        if not touched:  # another thread was faster
-            return None
-        first = next(iter(touched))
         times = [touched.get(index, file.identity) for index, file in enumerate(self._files)]
         try:
-            is_certain = self._pager.accept([(now.modified_ns, now.changed_ns) for now in times])
+            self._pager.accept([(now.modified_ns, now.changed_ns) for now in times])
         except OSError as error:
-            return error.errno or errno.ESTALE, first, 0
+            return error.errno or errno.ESTALE, next(iter(touched)), 0
         for index, now in touched.items():
             self._files[index].identity = now
-        return None if is_certain or not has_results else (errno.ESTALE, first, 0)
+        return None
+
+    def _compare_read(self, _: int | None, file: int, offset_bytes: int, address: int, n_bytes: int) -> int:
+        """The core's gp_compare (native/gguf_pager.h), in the middle of a graph."""
+        try:
+            failure = self.find_change()
+            if failure is None and not _is_copy(self._files[file], Copy(file, offset_bytes, address, n_bytes)):
+                failure = errno.ESTALE, file, offset_bytes
+            failure = failure or self.find_change()
+        except PagerIOError as error:
+            return -error.errno
+        except BaseException as error:  # noqa: BLE001  a Ctrl-C: raised where Python can be interrupted
+            self._caught = error
+            return -errno.EINTR
+        return 1 if failure is None else -failure[0]
+
+    def raise_caught(self) -> None:
+        """Raise what has interrupted a comparison in the middle of a graph."""
+        caught, self._caught = self._caught, None
+        if caught is not None:
+            raise caught
 
     def _is_same(self, index: int) -> bool:
         opened = self._files[index]
@@ -151,8 +173,8 @@ class Watch:
 
 
 def _is_copy(opened: OpenedFile, copy: Copy) -> bool:
-    buffer = bytearray(_CHUNK_BYTES)
-    address = ctypes.addressof((ctypes.c_char * _CHUNK_BYTES).from_buffer(buffer))
+    buffer = bytearray(min(_CHUNK_BYTES, copy.n_bytes))
+    address = ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer))
     whole = min(copy.n_bytes, opened.identity.size_bytes - copy.offset_bytes)
     for at in range(0, whole, _CHUNK_BYTES):
         n_bytes = min(_CHUNK_BYTES, whole - at)

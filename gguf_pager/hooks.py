@@ -288,12 +288,11 @@ class _Hooks:
         failure = watch.find_change()
         if failure is not None:
             raise pager.failure_error(failure)
-        entry.tap.compare_later(True)
         result = int(self._call(name, ctx, batch))
-        entry.tap.compare_later(False)
         entry.tap.idle()
-        failure = entry.tap.take_failure() or watch.find_change(has_results=True)
+        failure = entry.tap.take_failure() or watch.find_change()
         if failure is not None:
+            watch.raise_caught()
             raise pager.failure_error(failure)
         return result
 

@@ -99,7 +99,6 @@ class Loader:
                     job()
                 kept = residency.LEFT
             watch = Watch(pager, (files, *mirrors), fingerprint, kept.copies)
-            pager.find_change = watch.find_change
             change = watch.find_change()
             if change is not None:
                 raise pager.failure_error(change)

@@ -172,6 +172,7 @@ class Pager:
                        *([file.reopen_path for file in mirror] for mirror in mirrors)]
         self.paths = tuple(path for copy in copies for path in copy)
         self.find_change: Callable[[], tuple[int, int, int] | None] = lambda: None
+        self.compare_address = 0
         ways = [_alignment(copy, names, options.io) for copy, names in zip(copies, self._names, strict=True)]
         self._are_direct = [is_direct for is_direct, _, _ in ways]
         # One slot serves all copies; those that are not read directly need nothing of it.
@@ -242,6 +243,7 @@ class Pager:
                 f"The pager for {self.layout.paths[0]} cannot be opened: {error.strerror}.",
                 errno=error.errno or 0, path=str(self.layout.paths[0]), offset_bytes=0,
             ) from None
+        self._native.compare_with(self.compare_address)
         self._check_names()
         self.n_slots = tuple(n_slots)
 
@@ -253,15 +255,14 @@ class Pager:
                 native.close()
                 raise self.failure_error((errno.ESTALE, index, 0))
 
-    def accept(self, times: Sequence[tuple[int, int]]) -> bool:
+    def accept(self, times: Sequence[tuple[int, int]]) -> None:
         """Go on with files whose times are others and whose bytes are not; (modified, changed) of each, in ns.
-
-        Returns False if what was read since would not do.
 
         Raises:
             OSError: they have changed again.
         """
-        return self._native is None or self._native.accept(times)
+        if self._native is not None:
+            self._native.accept(times)
 
     def wait_present(self) -> None:
         """Wait until all of the arena is resident; a thread sees to it since `open`. One caller at a time."""

@@ -21,7 +21,6 @@ typedef struct {
     gp_fetch        *fetch;
     int             *fds;
     gp_file_id      *ids;               /* lock; what the file was, as last agreed */
-    gp_file_id      *noted;             /* lock; what it was seen to be since, bytes and size the same as far as is known */
     uint32_t         n_open;
     _Atomic uint64_t bytes_read;
 } copy;
@@ -150,81 +149,58 @@ uint64_t gp_copies_arrived_bytes(const gp_copies *copies) {
 
 /* ---- files ------------------------------------------------------------------------------------------------------- */
 
-typedef struct {
-    bool is_any, is_modified, is_repeated;
-} gp_doubt;
-
 static bool is_same_time(const gp_file_id *a, const gp_file_id *b) {
     return a->modified_ns == b->modified_ns && a->changed_ns == b->changed_ns;
 }
 
-/* The first other times are noted; times that change again may hide that bytes were changed and changed back. */
-static int compare_times(gp_copies *copies, copy *c, uint32_t file, const gp_file_id *now, gp_doubt *doubt) {
-    pthread_mutex_lock(&copies->lock);
-    const gp_file_id *then = &c->ids[file];
-    gp_file_id *noted = &c->noted[file];
-    const bool is_size_same = now->size_bytes == then->size_bytes;
-    if (is_size_same && !is_same_time(now, noted)) {
-        doubt->is_repeated |= !is_same_time(noted, then);
-        *noted = is_same_time(noted, then) ? *now : *noted;
-    }
-    doubt->is_any |= !is_same_time(noted, then);
-    doubt->is_modified |= now->modified_ns != then->modified_ns;
-    pthread_mutex_unlock(&copies->lock);
-    return is_size_same ? 0 : -ESTALE;
-}
-
-int gp_copies_check(gp_copies *copies, uint32_t file, bool is_compared, uint32_t *changed_file, bool *is_doubtful) {
+int gp_copies_check(gp_copies *copies, uint32_t file, uint32_t *changed_file, bool *is_touched) {
     for (uint32_t i = 0; i < copies->n_copies; i++) {
-        copy *c = &copies->copies[i];
+        const gp_file_id *then = &copies->copies[i].ids[file];
         gp_file_id now;
-        gp_doubt doubt = { 0 };
-        int error = copies->os->file_identify(c->fds[file], &now);
-        if (error == 0) {
-            error = compare_times(copies, c, file, &now, &doubt);
-        }
-        if (is_compared ? doubt.is_repeated : doubt.is_modified) {
+        int error = copies->os->file_identify(copies->copies[i].fds[file], &now);
+        pthread_mutex_lock(&copies->lock);
+        const bool is_other = error == 0 && !is_same_time(&now, then);
+        if (error == 0 && now.size_bytes != then->size_bytes) {
             error = -ESTALE;
         }
-        if (error != 0) {
+        pthread_mutex_unlock(&copies->lock);
+        if (error != 0 || is_other) {
             *changed_file = i * copies->n_files + file;
+            *is_touched = true;
+        }
+        if (error != 0) {
             return error;
         }
-        *is_doubtful |= doubt.is_any;
     }
     return 0;
 }
 
 int gp_copies_accept(gp_copies *copies, const gp_file_times *times) {
-    int result = 0;
     for (uint32_t i = 0; i < copies->n_copies * copies->n_files; i++) {
         copy *c = &copies->copies[i / copies->n_files];
+        const gp_file_id wanted = { .modified_ns = times[i].modified_ns, .changed_ns = times[i].changed_ns };
         const uint32_t file = i % copies->n_files;
         gp_file_id now;
         int error = copies->os->file_identify(c->fds[file], &now);
         pthread_mutex_lock(&copies->lock);
-        if (error == 0 && (now.size_bytes != c->ids[file].size_bytes || now.modified_ns != times[i].modified_ns
-                           || now.changed_ns != times[i].changed_ns)) {
+        if (error == 0 && (now.size_bytes != c->ids[file].size_bytes || !is_same_time(&now, &wanted))) {
             error = -ESTALE;
         }
         if (error == 0) {
-            const bool was_noted = !is_same_time(&c->noted[file], &c->ids[file]);
-            result |= was_noted && !is_same_time(&c->noted[file], &now);
-            c->ids[file] = c->noted[file] = now;
+            c->ids[file] = now;
         }
         pthread_mutex_unlock(&copies->lock);
         if (error != 0) {
             return error;
         }
     }
-    return result;
+    return 0;
 }
 
 static int open_copy(gp_copies *copies, copy *c, const gp_config *config, const char *const *paths, bool direct) {
     c->fds = calloc(copies->n_files, sizeof *c->fds);
     c->ids = calloc(copies->n_files, sizeof *c->ids);
-    c->noted = calloc(copies->n_files, sizeof *c->noted);
-    if (!c->fds || !c->ids || !c->noted) {
+    if (!c->fds || !c->ids) {
         return -ENOMEM;
     }
     for (uint32_t i = 0; i < copies->n_files; i++) {
@@ -237,7 +213,6 @@ static int open_copy(gp_copies *copies, copy *c, const gp_config *config, const 
         if (error != 0) {
             return error;
         }
-        c->noted[i] = c->ids[i];
     }
     const gp_fetch_config fetch = { .direct = direct, .offset_align = config->offset_align,
                                     .memory_align = config->memory_align, .n_readers = config->n_readers,
@@ -274,7 +249,6 @@ static void free_all(gp_copies *copies) {
         for (uint32_t file = 0; file < c->n_open; file++) {
             (void) copies->os->file_close(c->fds[file]);
         }
-        free(c->noted);
         free(c->ids);
         free(c->fds);
     }

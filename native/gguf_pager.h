@@ -147,10 +147,17 @@ typedef struct {
  * and may give up again what has come. A read that fails fails nothing, but ends it. Once: -EALREADY. */
 int  gp_pager_warm_up(gp_pager *pager, const gp_expert *experts, uint32_t n_experts);
 
-/* The caller has seen that files whose times are others hold the same bytes: from now on these are their times. One entry
- * per file, of the model and then of each mirror. What was read since and is not in use is dropped. Until then what is read
- * of such a file serves those who compare (gp_tap_compare_later). Returns 1 when something was read
- * while the times were others still: the results of that are not to be used. -ESTALE when they have changed again. */
+/* Called when something was read of a file whose times have changed: `bytes` bytes at `memory` were read from that place of
+ * one of the model's files. Returns 1 if they are what the file holds, and the file holds what it did when it was opened;
+ * gp_pager_accept has been called then. Anything else, 0 too, is a failure: -errno. Called with no lock held, in the thread
+ * that decodes. */
+typedef int (*gp_compare)(void *data, uint32_t file, uint64_t offset_bytes, const void *memory, uint64_t bytes);
+
+/* Without it a file whose times have changed is a changed file. Before the first tap is attached. */
+void gp_pager_compare_with(gp_pager *pager, gp_compare compare, void *data);
+
+/* Files whose times have changed hold the same bytes: from now on these are their times. One entry per file, of the model and
+ * then of each mirror. What was read since and is not in use is dropped. -ESTALE when they have changed again. */
 int  gp_pager_accept(gp_pager *pager, const gp_file_times *times);
 
 bool gp_policy_exists(const char *name);
@@ -228,10 +235,6 @@ void gp_tap_chain_abort(gp_tap *tap, gp_abort_callback next_abort, void *next_ab
 
 /* The context is not computing now: its slots are free for others. */
 void gp_tap_idle(gp_tap *tap);
-
-/* While on, experts are served from a file whose times have changed: the caller then compares its bytes and calls
- * gp_pager_accept before he uses what was computed. Between decodes only. */
-void gp_tap_compare_later(gp_tap *tap, bool is_compared);
 
 /* Of the kinds of matrices tried so far: those that are ours to multiply, and those left to ggml for other bits. */
 void gp_tap_count_kinds(const gp_tap *tap, uint32_t *n_same, uint32_t *n_other);

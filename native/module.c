@@ -479,6 +479,16 @@ done:
     return result;
 }
 
+static PyObject *pager_compare_with(PyObject *object, PyObject *args) {
+    unsigned long long compare;
+    gp_pager *pager = opened((PagerObject *) object);
+    if (!pager || !PyArg_ParseTuple(args, "K", &compare)) {
+        return NULL;
+    }
+    gp_pager_compare_with(pager, (gp_compare) (uintptr_t) compare, NULL);
+    Py_RETURN_NONE;
+}
+
 static PyObject *pager_accept(PyObject *object, PyObject *sequence) {
     PagerObject *self = (PagerObject *) object;
     const Py_ssize_t n = PySequence_Size(sequence);
@@ -505,8 +515,8 @@ static PyObject *pager_accept(PyObject *object, PyObject *sequence) {
     }
     gp_pager *pager = opened(self);     /* the sequence may be Python code, which may have closed it */
     if (pager) {
-        const int got = gp_pager_accept(pager, times);
-        result = got < 0 ? raise_errno(got) : PyBool_FromLong(got == 0);
+        const int error = gp_pager_accept(pager, times);
+        result = error == 0 ? Py_BuildValue("") : raise_errno(error);
     }
 done:
     free(times);
@@ -565,6 +575,7 @@ static PyMethodDef pager_methods[] = {
     { "unpin_all", pager_unpin_all, METH_NOARGS, NULL },
     { "warm_up", pager_warm_up, METH_O, NULL },
     { "accept", pager_accept, METH_O, NULL },
+    { "compare_with", pager_compare_with, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },
 };
 
@@ -719,16 +730,6 @@ static PyObject *tap_idle(PyObject *object, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
-static PyObject *tap_compare_later(PyObject *object, PyObject *args) {
-    gp_tap *tap = opened_tap(object);
-    int is_compared;
-    if (!tap || !PyArg_ParseTuple(args, "p", &is_compared)) {
-        return NULL;
-    }
-    gp_tap_compare_later(tap, is_compared);
-    Py_RETURN_NONE;
-}
-
 static PyObject *tap_take_failure(PyObject *object, PyObject *unused) {
     (void) unused;
     gp_tap *tap = opened_tap(object);
@@ -772,7 +773,6 @@ static PyMethodDef tap_methods[] = {
     { "addresses", tap_addresses, METH_NOARGS, NULL },
     { "chain_abort", tap_chain_abort, METH_VARARGS, NULL },
     { "idle", tap_idle, METH_NOARGS, NULL },
-    { "compare_later", tap_compare_later, METH_VARARGS, NULL },
     { "take_failure", tap_take_failure, METH_NOARGS, NULL },
     { NULL, NULL, 0, NULL },
 };

@@ -16,7 +16,6 @@ typedef struct {
     pthread_cond_t  slice_arrived;  /* any slice, while n_watching threads wait for one */
     uint32_t        n_watching;     /* lock */
     atomic_uint     n_arrived;      /* slices so far; written with the lock */
-    bool            is_compared;    /* its user compares a touched file's bytes before results are used */
     gp_read       **reads;      /* room for one submission */
     uint32_t        n_needed;   /* the most slots of one class it may hold at a time */
 } gp_hold;

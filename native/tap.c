@@ -494,10 +494,6 @@ void gp_tap_idle(gp_tap *tap) {
     piece_computed(tap);
 }
 
-void gp_tap_compare_later(gp_tap *tap, bool is_compared) {
-    tap->hold.is_compared = is_compared;
-}
-
 gp_failure gp_tap_take_failure(gp_tap *tap) {
     const gp_failure failure = tap->failure;
     tap->failure = (gp_failure) { 0 };
