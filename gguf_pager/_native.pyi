@@ -81,7 +81,8 @@ class Tap:
 def file_alignment(path: str, /) -> tuple[int, int]:
     """Return the alignment of direct reads in the file and in memory; ENOTSUP where there are none."""
 
-def memory_lock(address: int, n_bytes: int, /) -> None: ...
+def memory_lock(address: int, n_bytes: int, /) -> None:
+    """Keep pages in RAM: those that are there, and others as they come."""
 def lazy_load_begin(library: str, /) -> None: ...
 def lazy_load_end() -> list[tuple[int, int, int, int, int]]:
     """Return what libllama has mapped in this thread meanwhile, and not unmapped: address, bytes, device, inode, offset."""

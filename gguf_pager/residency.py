@@ -24,12 +24,11 @@ from gguf_pager.layout import Layout, Range
 Job = Callable[[], None]
 
 _READERS, _PIECE_BYTES = 4, 4 << 20
-"""Reads in flight, and how large each is: what a Ctrl-C waits for at most is one piece. On a disk of 3 GB/s, 400 MB of dense
-weights that nobody has read yet take as long with 8 readers, and with pieces of 8 MiB (benchmarks/LOG.md, 2026-11-28)."""
+"""Reads in flight, and how large each is. 418 MB of dense weights took 0.38 to 0.54 s so, and 0.35 to 0.67 s with 8 pieces of
+1 MiB, on a disk of 3 GB/s and a busy machine (benchmarks/LOG.md, 2026-11-28)."""
 
-_HUGE_PAGE_BYTES = 2 << 20
 _MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
-_MADV_DONTNEED, _MADV_HUGEPAGE = 4, 14
+_MADV_DONTNEED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,25 +209,19 @@ def _libc() -> ctypes.CDLL:
     libc.mmap.restype = libc.mremap.restype = pointer
     libc.mmap.argtypes = [pointer, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
     libc.mremap.argtypes = [pointer, size, size, ctypes.c_int, pointer]
-    libc.munmap.argtypes = [pointer, size]
+    libc.munmap.argtypes = libc.munlock.argtypes = [pointer, size]
     libc.mprotect.argtypes = libc.madvise.argtypes = [pointer, size, ctypes.c_int]
     libc.mincore.argtypes = [pointer, size, ctypes.c_char_p]
     return libc
 
 
-def _new_memory(like: int, n_bytes: int) -> int:
-    """Return fresh memory that lies to huge pages as the address `like` does, so that they can be moved there whole."""
-    libc = _libc()
-    raw = libc.mmap(None, n_bytes + _HUGE_PAGE_BYTES, mmap.PROT_READ | mmap.PROT_WRITE,
-                    mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-    if raw == ctypes.c_void_p(-1).value:
+def _new_memory(n_bytes: int) -> int:
+    """Return fresh memory, of ordinary pages: finding huge ones took 0.8 to 2.7 s for 400 MB where the page cache was full of a
+    model, and 0.4 to 0.5 without (benchmarks/LOG.md, 2026-11-28)."""
+    address = _libc().mmap(None, n_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if address == ctypes.c_void_p(-1).value:
         raise BudgetError(f"The system does not give {n_bytes:,} bytes for dense weights: free some memory.")
-    head = (like - raw) % _HUGE_PAGE_BYTES
-    if head:
-        libc.munmap(raw, head)
-    libc.munmap(raw + head + n_bytes, _HUGE_PAGE_BYTES - head)
-    libc.madvise(raw + head, n_bytes, _MADV_HUGEPAGE)
-    return int(raw + head)
+    return int(address)
 
 
 class _Source:
@@ -319,7 +312,8 @@ def keep_dense(layout: Layout, files: ModelFiles, mappings: list[list[Mapping]],
         for opened in files:
             sources.append(_Source(opened, is_direct))
         for place in places:
-            memory.append((_new_memory(place.address, place.n_bytes), place.n_bytes))
+            memory.append((_new_memory(place.n_bytes), place.n_bytes))
+        is_locked = method in ("auto", "lock") and _lock(layout, memory, method)
     except BaseException:
         _release(sources, memory)
         raise
@@ -332,11 +326,26 @@ def keep_dense(layout: Layout, files: ModelFiles, mappings: list[list[Mapping]],
     _Crew([*others, *jobs], functools.partial(_release, sources, memory)).run()
     _release(sources, ())
     _put_in_place(files, places, memory)
-    n_bytes = sum(place.n_bytes for place in places)
     if not is_known:
         return Residency("unknown", 0)
-    is_locked = method in ("auto", "lock") and _lock(layout, places, method)
-    return Residency("lock" if is_locked else "copy", n_bytes, tuple(places))
+    return Residency("lock" if is_locked else "copy", sum(place.n_bytes for place in places), tuple(places))
+
+
+def _lock(layout: Layout, memory: Sequence[tuple[int, int]], method: str) -> bool:
+    """Lock it before anything is read into it: afterwards every page would be visited once more, 0.2 s for 400 MB."""
+    for index, (address, n_bytes) in enumerate(memory):
+        try:
+            _native.memory_lock(address, n_bytes)
+        except OSError as error:
+            if method == "lock":
+                raise BudgetError(
+                    f"The {layout.dense_bytes:,} bytes of dense weights cannot be locked: {error.strerror}. "
+                    "Raise the limit (ulimit -l), or say lock_dense='auto'."
+                ) from None
+            for locked in memory[:index]:
+                _libc().munlock(*locked)
+            return False
+    return True
 
 
 def _put_in_place(files: ModelFiles, places: Sequence[Copy], memory: list[tuple[int, int]]) -> None:
@@ -352,20 +361,6 @@ def _put_in_place(files: ModelFiles, places: Sequence[Copy], memory: list[tuple[
             _release((), memory)
             raise read_error(files[place.file].path, number, place.offset_bytes)
         del memory[0]
-
-
-def _lock(layout: Layout, places: Sequence[Copy], method: str) -> bool:
-    try:
-        for place in places:
-            _native.memory_lock(place.address, place.n_bytes)
-    except OSError as error:
-        if method == "lock":
-            raise BudgetError(
-                f"The {layout.dense_bytes:,} bytes of dense weights cannot be locked: {error.strerror}. "
-                "Raise the limit (ulimit -l), or say lock_dense='auto'."
-            ) from None
-        return False
-    return True
 
 
 def release_experts(layout: Layout, files: ModelFiles) -> None:

@@ -811,7 +811,7 @@ static PyObject *memory_lock(PyObject *module, PyObject *args) {
     }
     int error;
     Py_BEGIN_ALLOW_THREADS
-    error = gp_os_memory_lock((void *) (uintptr_t) address, bytes);
+    error = gp_os_memory_lock_coming((void *) (uintptr_t) address, bytes);
     Py_END_ALLOW_THREADS
     if (error != 0) {
         return raise_errno(error);

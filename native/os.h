@@ -74,6 +74,8 @@ extern const gp_queues gp_queues_linux;     /* on Linux alone */
 
 /* Keeps the pages of a range in RAM. */
 int gp_os_memory_lock(void *memory, size_t bytes);
+/* The same for those that are there and, as they come, for those that are not yet. */
+int gp_os_memory_lock_coming(void *memory, size_t bytes);
 
 /* A part of a file in this process's memory. */
 typedef struct {

@@ -198,3 +198,15 @@ const gp_os gp_os_system = {
 int gp_os_memory_lock(void *memory, size_t bytes) {
     return mlock(memory, bytes) == 0 ? 0 : -errno;
 }
+
+#ifndef MLOCK_ONFAULT
+#define MLOCK_ONFAULT 1
+#endif
+
+/* By its number: musl and glibc before 2.27 have no name for it. */
+int gp_os_memory_lock_coming(void *memory, size_t bytes) {
+    if (syscall(SYS_mlock2, memory, bytes, MLOCK_ONFAULT) == 0) {
+        return 0;
+    }
+    return errno == ENOSYS ? gp_os_memory_lock(memory, bytes) : -errno;
+}

@@ -149,6 +149,10 @@ int gp_os_memory_lock(void *memory, size_t bytes) {
     return mlock(memory, bytes) == 0 ? 0 : -errno;
 }
 
+int gp_os_memory_lock_coming(void *memory, size_t bytes) {
+    return gp_os_memory_lock(memory, bytes);
+}
+
 /* Nothing to switch: llama.cpp maps with MAP_POPULATE on Linux alone, and the WILLNEED that it advises everywhere reads
  * no more than one transfer here (xnu, osfmk/vm/vm_map.c: vm_map_willneed). A load reads what it touches. */
 int gp_os_lazy_load_begin(const char *library) {

@@ -308,7 +308,8 @@ def test_file_replaced_before_the_first_context_stays_what_was_opened(
 
 def context_params() -> Any:
     params = low.llama_context_default_params()
-    params.n_ctx, params.n_threads, params.n_threads_batch = 64, 1, 1
+    params.n_ctx, params.n_threads, params.n_threads_batch = 128, 1, 1
+    params.flash_attn_type = low.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return params
 
 

@@ -565,6 +565,10 @@ const gp_os fake_os = {
     .queues = &queues,
 };
 
+int gp_os_memory_lock_coming(void *memory, size_t bytes) {
+    return gp_os_memory_lock(memory, bytes);
+}
+
 int gp_os_memory_lock(void *memory, size_t bytes) {
     CHECK(memory && bytes > 0, "there is memory to lock");
     return begin(FAKE_MEMORY_LOCK);
