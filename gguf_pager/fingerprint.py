@@ -23,6 +23,8 @@ Failure = tuple[int, int, int]
 _Compare = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64)
 
 _CHUNK_BYTES = 4 << 20
+_MOST_TRIES = 5
+"""A file whose times change even while it is compared is compared again, but not for ever."""
 _SAMPLES_PER_JOB = 32
 
 
@@ -128,22 +130,38 @@ class Watch:
             return self._compare(touched) if touched else None
 
     def _compare(self, touched: dict[int, FileIdentity]) -> Failure | None:
-        for index, now in touched.items():
+        first = next(iter(touched))
+        for _ in range(_MOST_TRIES):
+            for index in touched:
+                failure = self._compare_file(index)
+                if failure is not None:
+                    return failure
+            now = [file.status() for file in self._files]
+            if any(now[index] != then for index, then in touched.items()):  # touched again meanwhile
+                touched = {index: now[index] for index in touched}
+                continue
+            compared = [touched.get(index, file.identity) for index, file in enumerate(self._files)]
             try:
-                is_same = self._is_same(index)
-            except PagerIOError as error:
-                return error.errno, index, error.offset_bytes
-            if not is_same or self._files[index].status() != now:
-                self._refused[index] = now
-                return errno.ESTALE, index, 0
-        times = [touched.get(index, file.identity) for index, file in enumerate(self._files)]
+                self._pager.accept([(each.modified_ns, each.changed_ns) for each in compared])
+            except OSError as error:
+                if error.errno == errno.ESTALE:
+                    continue
+                return error.errno or errno.EIO, first, 0
+            for index, then in touched.items():
+                self._files[index].identity = then
+            return None
+        return errno.ESTALE, first, 0
+
+    def _compare_file(self, index: int) -> Failure | None:
+        now = self._files[index].status()
         try:
-            self._pager.accept([(now.modified_ns, now.changed_ns) for now in times])
-        except OSError as error:
-            return error.errno or errno.ESTALE, next(iter(touched)), 0
-        for index, now in touched.items():
-            self._files[index].identity = now
-        return None
+            is_same = self._is_same(index)
+        except PagerIOError as error:
+            return error.errno, index, error.offset_bytes
+        if is_same:
+            return None
+        self._refused[index] = now
+        return errno.ESTALE, index, 0
 
     def _compare_read(self, _: int | None, file: int, offset_bytes: int, address: int, n_bytes: int) -> int:
         """The core's gp_compare (native/gguf_pager.h), in the middle of a graph."""

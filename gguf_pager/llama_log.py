@@ -31,7 +31,7 @@ class LlamaLog:
         self._n_listening = 0
         self._before: dict[str, tuple[int, int | None]] = {}
         self._names: dict[bytes, bytes] = {}
-        self._heard: dict[int, list[str]] = {}
+        self._heard: list[tuple[int, list[str]]] = []
         self._ours = _Callback(self._hear)
 
     def _functions(self) -> dict[str, tuple[Any, Any]] | None:
@@ -49,6 +49,7 @@ class LlamaLog:
         """Yield what this thread's load says of level error. In all that is said `names` are replaced by what the user calls
         the files."""
         lines: list[str] = []
+        heard = (threading.get_ident(), lines)
         with self._lock:
             functions = self._functions()
             if functions is not None and self._n_listening == 0:
@@ -57,14 +58,14 @@ class LlamaLog:
                 for _, put in functions.values():
                     put(self._ours, None)
             self._n_listening += 1
-            self._heard[threading.get_ident()] = lines
+            self._heard.append(heard)
             self._names |= {name.encode(): shown.encode("utf-8", "replace") for name, shown in names.items()}
         try:
             yield lines
         finally:
             with self._lock:
                 self._n_listening -= 1
-                del self._heard[threading.get_ident()]
+                self._heard = [other for other in self._heard if other is not heard]
                 for name in names:
                     self._names.pop(name.encode(), None)
                 if functions is not None and self._n_listening == 0:
@@ -78,9 +79,9 @@ class LlamaLog:
     def _hear(self, level: int, text: bytes, _: int | None) -> None:
         for name, shown in list(self._names.items()):
             text = text.replace(name, shown)
-        lines = self._heard.get(threading.get_ident())
-        if lines is not None and level == _ERROR:
-            lines.append(text.decode("utf-8", "replace").strip())
+        for thread, lines in self._heard if level == _ERROR else ():
+            if thread == threading.get_ident():
+                lines.append(text.decode("utf-8", "replace").strip())
         address, data = self._before["llama"]
         ctypes.cast(address, _Callback)(level, text, data)
 

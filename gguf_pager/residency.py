@@ -348,6 +348,18 @@ def _lock(layout: Layout, memory: Sequence[tuple[int, int]], method: str) -> boo
     return True
 
 
+def try_lock(n_bytes: int) -> str | None:
+    """Return why this process may not lock so much in RAM; None if it may. It takes no memory: no page comes."""
+    address = _new_memory(n_bytes)
+    try:
+        _native.memory_lock(address, n_bytes)
+    except OSError as error:
+        return error.strerror
+    finally:
+        _libc().munmap(address, n_bytes)
+    return None
+
+
 def _put_in_place(files: ModelFiles, places: Sequence[Copy], memory: list[tuple[int, int]]) -> None:
     """Move each copy over the mapping of the same bytes: a step that nobody can see half done."""
     libc = _libc()
