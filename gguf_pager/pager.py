@@ -40,8 +40,8 @@ class Options:
             was found is kept in $GGUF_PAGER_CACHE, or where the system keeps caches. Until then, and where only one of
             the two is given, the other is 4 or 512 KiB. `Pager.options` tells what is used.
         read_ahead: while a batch computes one layer, read what the next will probably want.
-        lock_dense: keep the weights that every token needs in RAM: "auto" locks them, or copies them where locking
-            is not allowed; "lock", "copy", "off".
+        lock_dense: the weights that every token needs are read into ordinary memory. "auto" locks it in RAM where that is
+            allowed, "lock" fails where it is not, "copy" and "off" do not lock.
         mirror: further copies of the model, byte for byte, on other disks; of a split model the first files, the others
             beside them. All copies are read at the same time, each with `n_readers` reads in flight, a fast disk more than
             a slow one; each directly where its file system can. Opening compares headers, sizes and samples of the data

@@ -18,6 +18,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,10 @@ class FuseDisk:
     def __init__(self, folder: Path, control: Path) -> None:
         self.folder, self._control = folder, control
         self.wish()
+
+    def is_hanging(self) -> bool:
+        """Return whether a read has come that waits."""
+        return self._control.with_suffix(".hanging").exists()
 
     def wish(self, *lines: str) -> None:
         other = self._control.with_suffix(".new")
@@ -92,12 +97,19 @@ class _Server:
             _, operation, unique, node = struct.unpack_from("<IIQQ", request)
             if operation in (_FORGET, _BATCH_FORGET, _INTERRUPT):
                 continue
-            try:
-                body, number = self._answer(operation, node, request[40:]), 0
-            except OSError as error:
-                body, number = b"", error.errno or errno.EIO
-            with contextlib.suppress(OSError):  # whoever asked may be gone
-                os.write(device, struct.pack("<IiQ", 16 + len(body), -number, unique) + body)
+            arguments = (device, operation, unique, node, request[40:])
+            if operation == _READ:  # which may hang, and others go on
+                threading.Thread(target=self._reply, args=arguments, daemon=True).start()
+            else:
+                self._reply(*arguments)
+
+    def _reply(self, device: int, operation: int, unique: int, node: int, body: bytes) -> None:
+        try:
+            answer, number = self._answer(operation, node, body), 0
+        except OSError as error:
+            answer, number = b"", error.errno or errno.EIO
+        with contextlib.suppress(OSError):  # whoever asked may be gone
+            os.write(device, struct.pack("<IiQ", 16 + len(answer), -number, unique) + answer)
 
     def _answer(self, operation: int, node: int, body: bytes) -> bytes:
         if operation == _INIT:
@@ -145,6 +157,7 @@ class _Server:
                 elif kind == "hang" and touches:
                     is_hanging = True
             if is_hanging:
+                self._control.with_suffix(".hanging").touch()
                 time.sleep(0.02)
         return os.pread(self._files[node - 2], max(0, min(size, end - offset)), offset)
 
