@@ -19,7 +19,7 @@ import pytest
 from conftest import Factory, evaluate, footprint_of, some_tokens
 from llama_cpp import llama_cpp as low
 
-from gguf_pager import BudgetError, _native, hooks, residency
+from gguf_pager import BudgetError, _native, hooks, loading, residency
 from gguf_pager.files import ModelFiles, OpenedFile
 from gguf_pager.layout import Layout, Range, open_layout, read_layout
 
@@ -177,6 +177,18 @@ def test_pages_of_experts_are_given_back(zoo_model: Model, stock: Factory) -> No
     with ModelFiles() as files:
         residency.release_experts(open_layout(path, files), files)
     assert before - resident_kb() >= layout.expert_bytes // 1024 * 0.9
+
+
+def test_weights_of_a_budget_that_only_seemed_too_small_are_kept(
+    zoo_model: Model, pair: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the model is loaded there may be less room than when its first context is made."""
+    monkeypatch.setattr(loading, "may_be_enough", lambda *_: False)
+    ours, theirs = pair(zoo_model("gemma4"), logits_all=True)
+    kept = state_of(ours)
+    assert kept.method in ("lock", "copy") and kept.n_bytes >= ours.pager.layout.dense_bytes
+    os.utime(zoo_model("gemma4"))
+    assert (evaluate(ours, some_tokens(6)) == evaluate(theirs, some_tokens(6))).all()
 
 
 def test_mapping_of_an_earlier_model_is_not_touched(zoo_model: Model, stock: Factory, paged: Factory) -> None:
