@@ -320,9 +320,8 @@ def test_names_that_are_no_text_are_no_matter(zoo_model: Model, tmp_path: Path, 
     path = Path(shutil.copy(zoo_model("qwen3moe"), folder / "model.gguf"))
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe"))
     odd.write_bytes(bytes(4096))
-    with open(odd, "rb") as file:
-        with mmap.mmap(file.fileno(), 4096, access=mmap.ACCESS_READ):
-            monkeypatch.setattr(_native, "lazy_load_begin", unfamiliar)
-            llm = gguf_pager.Llama(str(path), budget="min", **ARGUMENTS)
-            assert state_of(llm).n_bytes >= llm.pager.layout.dense_bytes
-            llm.close()
+    with open(odd, "rb") as file, mmap.mmap(file.fileno(), 4096, access=mmap.ACCESS_READ):
+        monkeypatch.setattr(_native, "lazy_load_begin", unfamiliar)
+        llm = gguf_pager.Llama(str(path), budget="min", **ARGUMENTS)
+        assert state_of(llm).n_bytes >= llm.pager.layout.dense_bytes
+        llm.close()
