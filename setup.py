@@ -6,7 +6,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SYSTEM_SOURCES = {"Linux": ["os_linux.c", "os_linux_aio.c"], "Darwin": ["os_macos.c"]}
+SYSTEM_SOURCES = {"Linux": ["os_linux.c", "os_linux_aio.c", "os_linux_load.c"], "Darwin": ["os_macos.c"]}
 NATIVE = Path(__file__).parent / "native"
 SOURCES = sorted(path.name for path in NATIVE.glob("*.c") if not path.name.startswith("os_"))
 HEADERS = sorted(path.name for path in NATIVE.glob("*.h"))

@@ -71,6 +71,11 @@ class Pager:
     def warm_up(self, experts: Sequence[tuple[int, int, float]], /) -> None:
         """Read (layer, expert, share of tokens that choose it) in the background, in this order, into free slots."""
 
+    def compare_with(self, compare: int, /) -> None:
+        """The address of a gp_compare (native/gguf_pager.h): what tells a touched file from a changed one."""
+    def accept(self, times: Sequence[tuple[int, int]], /) -> None:
+        """Take over when each file (of all copies) was modified and changed, in ns: the bytes are the same."""
+
 class Tap:
     """The graph hook of one context. Callbacks are addresses of C functions, 0 for none."""
 
@@ -110,8 +115,10 @@ class Mutex:
 def file_alignment(path: str, /) -> tuple[int, int]:
     """Return the alignment of direct reads in the file and in memory; ENOTSUP where there are none."""
 
-def memory_lock(address: int, n_bytes: int, /) -> None: ...
+def memory_lock(address: int, n_bytes: int, /) -> None:
+    """Keep pages in RAM: those that are there, and others as they come."""
 def lazy_load_begin(library: str, /) -> None: ...
-def lazy_load_end() -> None: ...
+def lazy_load_end() -> list[tuple[int, int, int, int, int]]:
+    """Return what libllama has mapped in this thread meanwhile, and not unmapped: address, bytes, device, inode, offset."""
 def policy_exists(name: str, /) -> bool: ...
 def read_tensor(address: int, /) -> dict[str, int | str | tuple[int, ...]]: ...

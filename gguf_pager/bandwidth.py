@@ -14,6 +14,7 @@ from itertools import cycle, zip_longest
 from typing import Literal, Self
 
 from gguf_pager.errors import PagerError
+from gguf_pager.files import ModelFiles
 from gguf_pager.layout import Layer, Layout, Range
 from gguf_pager.pager import DEFAULT_PIECE_BYTES, DEFAULT_READERS, Options, Pager
 from gguf_pager.probe import page_cache_bytes
@@ -134,15 +135,17 @@ _BATCH_BYTES, _MOST_EXPERTS = 8 << 20, 4
 """What is read and waited for at a time: as many experts as a token misses in a layer, 1 to 4."""
 
 
-def measure(layout: Layout) -> Findings:
+def measure(layout: Layout, files: ModelFiles | None = None) -> Findings:
     """Read experts of a model that are not in the page cache, as decoding does, in different ways, for 1 to 2.4 s.
+
+    `files` are the model's, where it is open already.
 
     The page cache is left without what was read. Takes a few tens of MB meanwhile.
 
     Raises:
         PagerError: they cannot be read.
     """
-    with _Trial(layout, time.monotonic() + _MOST_SECONDS) as trial:
+    with _Trial(layout, time.monotonic() + _MOST_SECONDS, files) as trial:
         kinds = trial.kinds()
         if not kinds:
             raise PagerError("the page cache would be measured instead of it")
@@ -174,7 +177,7 @@ def measure(layout: Layout) -> Findings:
 class _Trial:
     """The experts of a model, each handed out once before any is a second time: what was just read comes too fast."""
 
-    def __init__(self, layout: Layout, deadline_s: float) -> None:
+    def __init__(self, layout: Layout, deadline_s: float, files: ModelFiles | None = None) -> None:
         like = layout.layers[0]
         whole = like.expert_bytes <= 2 * _BATCH_BYTES  # of larger ones a slice will do, to keep the memory small
         layers = tuple(replace(layer, n_used=1, slices=layer.slices if whole else layer.slices[:1])
@@ -187,11 +190,19 @@ class _Trial:
         batches = [(layer, experts) for layer in range(len(layers)) for experts in self._groups(layers[layer])]
         random.shuffle(batches)
         self._batches = cycle(batches)
-        self._files = [os.open(path, os.O_RDONLY) for path in layout.paths]
+        self._files = files.lend() if files else ModelFiles()
+        for path in layout.paths if files is None else ():
+            self._files.open(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
 
     def kinds(self) -> list[Io]:
         """Return what can be measured here; buffered reads only where the page cache can be asked to forget."""
-        kinds: list[Io] = ["direct"] if Pager(self._layout, Options()).is_direct else []
+        kinds: list[Io] = ["direct"] if Pager(self._layout, Options(), files=self._files.lend()).is_direct else []
         return [*kinds, "buffered"] if hasattr(os, "posix_fadvise") else kinds
 
     def reads_in_background(self) -> bool:
@@ -203,13 +214,6 @@ class _Trial:
         experts = random.sample(range(layer.n_experts), layer.n_experts)
         for at in range(0, layer.n_experts - self._n_experts + 1, self._n_experts):
             yield experts[at : at + self._n_experts]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            os.close(file)
 
     def rates(self, ways: Sequence[Way], n_rounds: int = _ROUNDS,
               seconds: float = _SLICE_SECONDS) -> dict[Way, float]:
@@ -252,7 +256,7 @@ class _Trial:
     @contextmanager
     def _opened(self, way: Way) -> Iterator[Pager]:
         pager = Pager(self._layout, Options(io=way.io, n_readers=way.n_readers, piece_bytes=way.piece_bytes,
-                                            read_ahead=False, profile=False))
+                                            read_ahead=False, profile=False), files=self._files.lend())
         pager.open([self._n_experts + 1])  # one is to stay free for computing
         try:
             yield pager
@@ -268,7 +272,7 @@ class _Trial:
                       for piece in self._layout.layers[layer].slices for expert in experts]
             if way.io == "buffered":
                 self._forget(ranges)
-                if any(_is_cached(self._files[piece.file], piece) for piece in ranges):
+                if any(_is_cached(self._files[piece.file].fd, piece) for piece in ranges):
                     continue  # another process has it mapped
             begun = time.perf_counter()
             pager.pin({layer: experts})
@@ -285,7 +289,7 @@ class _Trial:
         for piece in ranges:
             first = piece.offset_bytes // page * page
             end = -(-(piece.offset_bytes + piece.n_bytes) // page) * page
-            os.posix_fadvise(self._files[piece.file], first, end - first, os.POSIX_FADV_DONTNEED)
+            self._files[piece.file].forget_cached(first, end - first)
 
 
 def _is_cached(file: int, piece: Range) -> bool:

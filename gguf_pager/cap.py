@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf_pager import probe
+from gguf_pager import kernel, probe
 from gguf_pager.aftermath import undone_when_killed
 
 _ROOT = Path("/sys/fs/cgroup")
@@ -122,14 +122,14 @@ def _swap_reason(folder: Path) -> str | None:
 def _number(path: Path) -> int | None:
     """Return a file's number; None for "max", and where there is none."""
     try:
-        return int(path.read_text())
+        return int(kernel.read_text(path))
     except (OSError, ValueError):
         return None
 
 
 def _field(path: Path, name: str) -> int | None:
     try:
-        return int(dict(line.split(maxsplit=1) for line in path.read_text().splitlines())[name])
+        return int(dict(line.split(maxsplit=1) for line in kernel.read_lines(path))[name])
     except (OSError, ValueError, KeyError):
         return None
 
@@ -143,12 +143,12 @@ def _own_folder(base: Path, *, is_v1: bool) -> Path:
     """
     name, mounted = "/", "/"
     with suppress(OSError):
-        for line in os.fsdecode((_PROC / "cgroup").read_bytes()).splitlines():
+        for line in kernel.read_lines(_PROC / "cgroup"):
             _, controllers, path = line.split(":", 2)
             if "memory" in controllers.split(",") if is_v1 else controllers == "":
                 name = path
     with suppress(OSError):
-        for line in os.fsdecode((_PROC / "mountinfo").read_bytes()).splitlines():
+        for line in kernel.read_lines(_PROC / "mountinfo"):
             fields = line.split()
             if fields[4] in (str(base), os.path.realpath(base)):
                 mounted = fields[3]

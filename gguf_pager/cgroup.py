@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf_pager import kernel
+
 PROC, ROOT = Path("/proc/self"), Path("/sys/fs/cgroup")
 
 _UNLIMITED = 1 << 60
@@ -43,7 +45,7 @@ def find_groups(own: OwnPages, proc: Path = PROC, root: Path = ROOT) -> list[Gro
 def _folders(proc: Path, root: Path) -> Iterator[tuple[int, Path]]:
     """Yield (version, folder) of this process's groups, each followed by those above it as far as they can be seen."""
     try:
-        memberships = (proc / "cgroup").read_text().splitlines()
+        memberships = kernel.read_lines(proc / "cgroup")
     except OSError:
         return
     mounts = _mounts(proc)
@@ -146,7 +148,7 @@ def _reclaimable(stat: dict[str, int], mapped: str, dirty: str, writeback: str, 
 def _read_stat(folder: Path) -> dict[str, int]:
     try:
         return {name: int(value) for name, value in
-                (line.split() for line in (folder / "memory.stat").read_text().splitlines())}
+                (line.split() for line in kernel.read_lines(folder / "memory.stat"))}
     except (OSError, ValueError):
         return {}
 
@@ -154,6 +156,6 @@ def _read_stat(folder: Path) -> dict[str, int]:
 def read_int(path: Path) -> int | None:
     """Return the number in a file of the kernel's; None where there is none."""
     try:
-        return int(path.read_text().strip())
+        return int(kernel.read_text(path))
     except (OSError, ValueError):
         return None

@@ -16,6 +16,7 @@ import psutil
 from gguf_pager import bandwidth, cache, kernel
 from gguf_pager.bandwidth import Findings, Io, Way
 from gguf_pager.errors import PagerError, printable
+from gguf_pager.files import ModelFiles
 from gguf_pager.layout import Layout
 from gguf_pager.pager import DEFAULT_PIECE_BYTES, DEFAULT_READERS, Options
 
@@ -126,7 +127,7 @@ def remember(device: Device, findings: Findings | None) -> bool:
     return bool(cache.read_json(device.cache_name) == value)
 
 
-def meet(device: Device, layout: Layout) -> Findings | None:
+def meet(device: Device, layout: Layout, files: ModelFiles | None = None) -> Findings | None:
     """Measure a device and remember it. None, with the reason in the log, where nothing can be remembered or read.
 
     What cannot be remembered is not measured: it would be done for every model that is opened.
@@ -137,7 +138,7 @@ def meet(device: Device, layout: Layout) -> Findings | None:
         return None
     begun = time.monotonic()
     try:
-        findings = bandwidth.measure(layout)
+        findings = bandwidth.measure(layout, files)
     except (PagerError, OSError) as error:
         log.info("%s could not be measured: %s", printable(device.name), error)
         return None
@@ -146,21 +147,21 @@ def meet(device: Device, layout: Layout) -> Findings | None:
     return findings
 
 
-def fill(layout: Layout, options: Options) -> Options:
+def fill(layout: Layout, options: Options, files: ModelFiles | None = None) -> Options:
     """Return options with what they leave open as measured for the device that holds the model, or else the defaults.
 
     A device that is not known is measured if all three of io, n_readers and piece_bytes are left open and the model's
-    experts are LEAST_EXPERT_BYTES or more.
+    experts are LEAST_EXPERT_BYTES or more. `files` are the model's, where it is open already.
     """
     usual = replace(options, n_readers=options.n_readers or DEFAULT_READERS,
                     piece_bytes=options.piece_bytes or DEFAULT_PIECE_BYTES)
     is_open = options.n_readers is None and options.piece_bytes is None
     if not is_open and options.io != "auto":
         return usual
-    device = identify(layout.paths[0])
+    device = identify(Path(files[0].reopen_path) if files else layout.paths[0])
     findings = recall(device) if device else None
     if findings is None and device and is_open and options.io == "auto" and layout.expert_bytes >= LEAST_EXPERT_BYTES:
-        findings = meet(device, layout)
+        findings = meet(device, layout, files)
     if findings is None:
         return usual
     io = findings.io if options.io == "auto" else options.io

@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 import psutil
 
-from gguf_pager import __version__, _native, bandwidth, budget, cache, device, engine, kernel, probe
+from gguf_pager import __version__, _native, bandwidth, budget, cache, device, engine, kernel, probe, residency
 from gguf_pager.budget import format_bytes
 from gguf_pager.cap import memory_cap
 from gguf_pager.errors import EngineError, PagerError
-from gguf_pager.layout import Layout, read_layout
+from gguf_pager.files import ModelFiles, check_can_be_mapped
+from gguf_pager.layout import Layout, open_layout
 from gguf_pager.pager import Options, Pager
 
 LINUX_READ_AHEAD_KB = 128
@@ -30,6 +31,7 @@ LINUX_READ_AHEAD_KB = 128
 PROCESS_BYTES = 48 << 20
 """Python with llama_cpp imported and nothing loaded: 46.7 MB resident (Python 3.11, llama-cpp-python 0.3.36, Linux)."""
 
+_TRIAL_LOCK_BYTES = 4096
 _TRIAL_CAP_BYTES = 256 << 20
 _TRIAL_FILE_BYTES = 64 << 10
 
@@ -143,7 +145,10 @@ def _cores() -> Check:
 
 def _model(path: Path) -> tuple[Layout | None, Check]:
     try:
-        layout = read_layout(path)
+        with ModelFiles() as files:
+            layout = open_layout([path], files)
+            for file in files:
+                check_can_be_mapped(file)
         needs = Pager(layout, Options()).needs
     except PagerError as error:
         return None, Check("model", "problem", str(error))
@@ -176,15 +181,20 @@ def _memory() -> Check:
 
 
 def _memory_lock(layout: Layout | None) -> Check:
+    """Lock as much as the dense weights have, without a model a little: limits are one thing, rights another."""
+    n_bytes = layout.dense_bytes if layout is not None else _TRIAL_LOCK_BYTES
+    reason = residency.try_lock(n_bytes)
     limit = probe.lock_limit_bytes()
-    facts = {"limit_bytes": limit}
-    if limit is None:
-        return Check("memory_lock", "ok", "no limit: dense weights are locked in RAM", None, facts)
-    if layout is not None and layout.dense_bytes <= limit:
-        return Check("memory_lock", "ok", f"limit {format_bytes(limit)}: room for the dense weights", None, facts)
-    message = f"limit {format_bytes(limit)}: dense weights are copied to ordinary memory instead"
-    return Check("memory_lock", "note", message, "That takes time while loading; to avoid it: ulimit -l unlimited.",
-                 facts)
+    facts = {"limit_bytes": limit, "tried_bytes": n_bytes, "reason": reason}
+    shown = "no limit" if limit is None else f"limit {format_bytes(limit)}"
+    if reason is not None:
+        message = f"{format_bytes(n_bytes)} cannot be locked ({shown}): {reason}; dense weights are kept in ordinary memory"
+        return Check("memory_lock", "note", message, "Without swap that is as good; else: ulimit -l unlimited, and in a "
+                     "container the capability IPC_LOCK.", facts)
+    if layout is not None or limit is None:
+        return Check("memory_lock", "ok", f"{shown}: {format_bytes(n_bytes)} were locked to try it", None, facts)
+    return Check("memory_lock", "note", f"{shown}: enough for dense weights of that size, larger ones are kept in ordinary "
+                 "memory", "Without swap that is as good; else: ulimit -l unlimited.", facts)
 
 
 def _huge_pages(setting: Path) -> Check:

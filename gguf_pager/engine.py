@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
 import importlib.util
 import os
-import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from typing import Any
 
 from gguf_pager import _native
 from gguf_pager.errors import EngineError, LayoutError
+from gguf_pager.files import OpenedFile
 
 OLDEST, NEWEST = (0, 3, 36), (0, 4)
 """llama-cpp-python from the first whose graph and structs are known, up to the next that may change them."""
@@ -409,36 +410,37 @@ def _read_value(base: ctypes.CDLL, gguf: int, index: int) -> Any:
     return _SCALARS[kind].from_address(base.gguf_get_val_data(gguf, index)).value
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that has come into the file's place must not make it wait
+_MOST_HEADER_BYTES = 64 << 20
+"""How far a file is read to tell a bad sector from a damaged header. The largest vocabularies take some 20 MB."""
 
 
-def _check_kind(path: Path, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        kind = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(status.st_mode), "a device")
-        raise LayoutError(f"{path} is {kind}, and a model is read at many places at once: put it into a file.")
+def _check_readable(file: OpenedFile) -> None:
+    """Raise PagerIOError if a header could not be read because the file cannot be read."""
+    whole, step = min(file.identity.size_bytes, _MOST_HEADER_BYTES), 1 << 20
+    for at in range(0, whole, step):
+        file.read(min(step, whole - at), at)
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_header(path: Path | OpenedFile) -> GgufHeader:
     """Read a GGUF file's header with ggml's own reader, so that both sides see the same file.
 
     Raises:
         LayoutError: the file is missing, no GGUF, or damaged.
+        PagerIOError: it cannot be read.
         EngineError: llama-cpp-python is not usable.
     """
     base = load().base
-    try:
-        _check_kind(path, os.stat(path))  # opening some devices does something
-        with open(path, "rb", opener=_open_at_once) as file:
-            _check_kind(path, os.fstat(file.fileno()))
-            magic = file.read(4)
-            file_bytes = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise LayoutError(f"{path} cannot be read: {error.strerror}.") from None
+    if not isinstance(path, OpenedFile):
+        with contextlib.closing(OpenedFile(path)) as opened:
+            return read_header(opened)
+    file, path = path, path.path
+    file_bytes = file.identity.size_bytes
+    magic = file.read(min(4, file_bytes), 0)
     if magic != b"GGUF":
         raise LayoutError(f"{path} is not a GGUF file: it begins with {magic!r} instead of b'GGUF'.")
-    gguf = base.gguf_init_from_file(os.fsencode(path), _GgufInitParams(True, None))
+    gguf = base.gguf_init_from_file(os.fsencode(file.reopen_path), _GgufInitParams(True, None))
     if not gguf:
+        _check_readable(file)
         raise LayoutError(f"{path} is not a complete GGUF file: ggml cannot read its header. Download it again.")
     try:
         keys = [base.gguf_get_key(gguf, i).decode("utf-8", "replace") for i in range(base.gguf_get_n_kv(gguf))]

@@ -25,8 +25,11 @@ class PagerError(Exception):
         super().__init__(printable(message))
 
 
-class LayoutError(PagerError):
-    """The file is not a model whose experts can be paged: choose or repair the file."""
+class LayoutError(PagerError, ValueError):
+    """The file is not a model whose experts can be paged: choose or repair the file.
+
+    Stock llama-cpp-python raises ValueError there, and programs catch that.
+    """
 
 
 class BudgetError(PagerError):

@@ -29,10 +29,11 @@ from gguf_pager import _native, budget, engine, guard, probe, residency
 from gguf_pager.arguments import take_request
 from gguf_pager.contention import Adaptation, depends_on_threads
 from gguf_pager.errors import BudgetError, EngineError
+from gguf_pager.fingerprint import Watch
 from gguf_pager.layout import Layout
 from gguf_pager.loading import Loader
 from gguf_pager.pager import Pager
-from gguf_pager.residency import FileIdentity
+from gguf_pager.residency import Residency, are_in_place
 from gguf_pager.sizing import Batches, Request, check_cache, open_or_shrink, suitable_ubatch
 from gguf_pager.threads import Threads
 from gguf_pager.wrapping import Wrapping
@@ -63,8 +64,9 @@ class _Model:
     address: int
     request: Request
     pager: Pager
-    identities: list[FileIdentity | None]
-    residency: residency.Residency
+    watch: Watch
+    residency: Residency
+    keep_dense: Callable[[], Residency]
     key: tuple[Any, ...]
     openings: list[Request] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
@@ -264,6 +266,13 @@ class _Hooks:
             self._forget_model(model)
         return address
 
+    def forget_freed(self) -> None:
+        """Forget models whose memory is gone: somebody has freed them by a function that he had before it was wrapped."""
+        for model in list(self.models.values()):
+            if not are_in_place(model.residency.copies):
+                log.warning("%s was freed by a function that was not wrapped", model.pager.layout.name)
+                self._forget_model(model)
+
     def _load(self, name: str, args: tuple[Any, ...], path: bytes | list[bytes], params: Any) -> Any:
         request = self._request()
         if request is None or params.vocab_only or params.no_alloc:
@@ -273,17 +282,18 @@ class _Hooks:
         return self._opening.call(self._open, path, params, request)
 
     def _open(self, path: bytes | list[bytes], params: Any, request: Request) -> int | None:
+        self.forget_freed()
         key = _key(path, params, request)
         known = next((model for model in list(self.models.values()) if key is not None and model.key == key), None)
         if known is not None and known.pager.is_usable():
             return self._open_again(known, request)
-        opened = self._loader.load(path[0] if isinstance(path, list) else path, params, request)
+        opened = self._loader.load(path, params, request)
         try:
             self._forgetting(opened.address)
             if opened.pager is None:
                 return opened.address
-            assert opened.address is not None and opened.residency is not None
-            model = _Model(opened.address, request, opened.pager, opened.identities, opened.residency, key or ())
+            assert opened.watch is not None and opened.residency is not None
+            model = _Model(opened.address, request, opened.pager, opened.watch, opened.residency, opened.keep_dense, key or ())
             self.models[opened.address] = model
             self._add_opening(model, request)
             self.sync()
@@ -356,6 +366,8 @@ class _Hooks:
         return self._make("llama_new_context_with_model", model, params)
 
     def _make(self, name: str, model: Any, params: Any) -> Any:
+        if _handle(model) in self.models:
+            self.forget_freed()
         paged = self.models.get(_handle(model))
         if paged is None:
             return self._forgetting(self._call(name, model, params))
@@ -513,8 +525,8 @@ class _Hooks:
     def _compute_alone(self, entry: _Context, name: str, ctx: Any, *args: Any) -> int:
         if self.contexts.get(entry.address) is not entry:
             raise EngineError("This context was freed by another thread: make a new one.")
-        pager, identities = entry.model.pager, entry.model.identities
-        failure = residency.find_change(pager.paths, identities)
+        pager, watch = entry.model.pager, entry.model.watch
+        failure = watch.find_change()
         if failure is not None:
             raise pager.failure_error(failure)
         # More tokens than one are computed with a number of threads of their own, which is left alone.
@@ -529,8 +541,9 @@ class _Hooks:
         if entry.afterwards:
             raise EngineError("This model was closed by a signal handler while it computed.")
         pager.note_use()
-        failure = failure or residency.find_change(pager.paths, identities)
+        failure = failure or watch.find_change()
         if failure is not None:
+            watch.raise_caught()
             raise pager.failure_error(failure)
         return result
 
@@ -616,11 +629,10 @@ def _handle(pointer: Any) -> int:
 
 
 def _check_opened(paged: _Model) -> None:
-    """Refuse files that were replaced after the model was loaded: the pager has opened what is under their names now."""
-    for file, (path, then) in enumerate(zip(paged.pager.paths, paged.identities, strict=True)):
-        if residency.identify(path) != then:
-            paged.pager.close()
-            raise paged.pager.failure_error((errno.ESTALE, file, 0))
+    """Keep the dense weights of a model whose budget seemed too small for them, now that it is not."""
+    if paged.residency.method == residency.LEFT.method:
+        paged.residency = paged.keep_dense()
+        paged.watch.compare_also(paged.residency.copies)
 
 
 def _attach(tap: _native.Tap, pager: Pager) -> None:

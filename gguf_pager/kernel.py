@@ -15,6 +15,11 @@ def read_text(path: Path) -> str:
     return os.fsdecode(path.read_bytes()).strip()
 
 
+def read_bytes(path: Path) -> bytes:
+    """Return a file as it is; OSError where there is none."""
+    return path.read_bytes()
+
+
 def read_lines(path: Path) -> list[str]:
     """Return a file's lines; OSError where there is none."""
     return [os.fsdecode(line) for line in path.read_bytes().split(b"\n") if line]

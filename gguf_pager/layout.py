@@ -11,6 +11,7 @@ from typing import Any
 from gguf_pager import engine, metadata
 from gguf_pager.engine import GgufHeader, TensorInfo
 from gguf_pager.errors import LayoutError, printable
+from gguf_pager.files import ModelFiles
 from gguf_pager.metadata import Counts, Override, Said
 
 MAX_SLICES = 4
@@ -136,12 +137,22 @@ def read_layout(path: str | Path, overrides: Mapping[str, Override] | None = Non
 
     Raises:
         LayoutError: not a GGUF model, damaged, truncated, contradicting itself, or with experts that cannot be multiplied.
+        PagerIOError: a file cannot be read.
         EngineError: llama-cpp-python is not usable.
     """
-    first = engine.read_header(Path(path))
+    with ModelFiles() as files:
+        return open_layout([Path(path)], files, overrides)
+
+
+def open_layout(paths: Sequence[Path], files: ModelFiles, overrides: Mapping[str, Override] | None = None) -> Layout:
+    """Do the same and leave the model's files open in `files`, which is empty before.
+
+    `paths` is the first file, beside which the others lie, or all of them.
+    """
+    first = engine.read_header(files.open(paths[0]))
     metadata.check_file(first)
-    paths = metadata.find_parts(first)
-    headers = [first, *(engine.read_header(other) for other in paths[1:])]
+    paths = paths if len(paths) > 1 else metadata.find_parts(first)
+    headers = [first, *(engine.read_header(files.open(other)) for other in paths[1:])]
     metadata.check_parts(headers)
     for header in headers:
         metadata.check_tensors(header)
@@ -150,7 +161,7 @@ def read_layout(path: str | Path, overrides: Mapping[str, Override] | None = Non
     architecture = str(values["general.architecture"])
     tensors = [tensor for header in headers for tensor in header.tensors]
     if not tensors:
-        raise LayoutError(f"{path} holds no model weights: it has a header but no tensors.")
+        raise LayoutError(f"{first.path} holds no model weights: it has a header but no tensors.")
     found = _find_experts(headers)
     counts = metadata.check_counts(said, architecture, tensors, {
         block: slices[0].ne[2] for (block, kind), slices in found.items() if kind == "exps"})
@@ -161,7 +172,7 @@ def read_layout(path: str | Path, overrides: Mapping[str, Override] | None = Non
     return Layout(
         paths=tuple(paths),
         architecture=architecture,
-        name=printable(values.get("general.name") or Path(path).stem),
+        name=printable(values.get("general.name") or first.path.stem),
         values=values,
         layers=layers,
         shapes=tuple(dict.fromkeys(layer.shape for layer in layers)),

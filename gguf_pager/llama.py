@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Self
 
 import llama_cpp
@@ -9,7 +10,7 @@ import llama_cpp
 from gguf_pager import guard
 from gguf_pager.arguments import OPTION_NAMES, take_request
 from gguf_pager.budget import parse_budget
-from gguf_pager.errors import EngineError, PagerError
+from gguf_pager.errors import EngineError, LayoutError, PagerError
 from gguf_pager.hooks import hooks
 from gguf_pager.pager import Options, Pager
 from gguf_pager.sizing import Request
@@ -56,6 +57,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         kwargs["budget"] = budget
         request = self._request = take_request(kwargs)
         try:
+            if not os.path.exists(model_path):
+                raise LayoutError(f"{model_path} does not exist.")
             hooks.construct(request, super().__init__, model_path=model_path, **kwargs)
             if not request.opened and request.reason is None:
                 raise EngineError("This model was opened past gguf_pager: some other package has replaced llama_cpp's functions "

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gguf_pager.errors import LayoutError, PagerIOError, printable
+from gguf_pager.errors import LayoutError, printable
+from gguf_pager.files import ModelFiles, OpenedFile
 from gguf_pager.layout import Layout
 from gguf_pager.metadata import split_paths
 
@@ -26,8 +26,9 @@ _READERS = 8
 _CHUNK_BYTES = 1 << 20
 
 
-def find_mirrors(layout: Layout, given: Sequence[str | Path], *, is_any_model: bool) -> tuple[tuple[Path, ...], ...]:
-    """Return the files of each mirror: the one given and, of a split model, those beside it.
+def find_mirrors(layout: Layout, files: ModelFiles, given: Sequence[str | Path], *, is_any_model: bool
+                 ) -> tuple[ModelFiles, ...]:
+    """Open the files of each mirror: the one given and, of a split model, those beside it. `files` are the model's.
 
     Compared are the whole headers, the sizes, and `SAMPLES_PER_TENSOR` samples of each expert tensor: not every byte.
     With `is_any_model` a mirror of another model, or the model itself, is left out instead of refused.
@@ -36,106 +37,94 @@ def find_mirrors(layout: Layout, given: Sequence[str | Path], *, is_any_model: b
         LayoutError: a mirror cannot be opened, or is not the same model.
         PagerIOError: a file cannot be read.
     """
-    mirrors: list[tuple[Path, ...]] = []
-    known = [_identity(path) for path in layout.paths]
-    for first in map(Path, given):
-        if is_any_model and (_identity(first) == known[0] or not _has_same_header(layout, 0, first)):
-            log.info("%s is no mirror of %s and is not read for it", printable(first), printable(layout.paths[0]))
-            continue
-        paths = (first,) if len(layout.paths) == 1 else tuple(split_paths(first, len(layout.paths)))
-        for file, path in enumerate(paths):
-            _check_whole(layout, file, path)
-            if _identity(path) in known:
-                raise LayoutError(f"{path} is {layout.paths[file]} itself, or was given twice: "
-                                  "a mirror is a copy on another disk.")
-            known.append(_identity(path))
-        _check_samples(layout, paths)
-        mirrors.append(paths)
+    known = [_number(file) for file in files]
+    with contextlib.ExitStack() as stack:
+        mirrors: list[ModelFiles] = []
+        for first in map(Path, given):
+            mirror = stack.enter_context(ModelFiles())
+            opened = _open(mirror, first)
+            if is_any_model and (_number(opened) == known[0] or not _has_same_header(layout, files, 0, opened)):
+                log.info("%s is no mirror of %s and is not read for it", printable(first), printable(layout.paths[0]))
+                mirror.close()
+                continue
+            for path in split_paths(first, len(files))[1:] if len(files) > 1 else ():
+                _open(mirror, path)
+            for index, file in enumerate(mirror):
+                _check_whole(layout, files, index, file)
+                if _number(file) in known:
+                    raise LayoutError(f"{file.path} is {layout.paths[index]} itself, or was given twice: "
+                                      "a mirror is a copy on another disk.")
+                known.append(_number(file))
+            _check_samples(layout, files, mirror)
+            mirrors.append(mirror)
+        stack.pop_all()
     return tuple(mirrors)
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _number(file: OpenedFile) -> tuple[int, int]:
+    return file.identity.device, file.identity.inode
+
+
+def _open(mirror: ModelFiles, path: Path) -> OpenedFile:
     try:
-        status = os.stat(path)
-    except OSError as error:
-        raise LayoutError(f"The mirror {path} cannot be read: {error.strerror}.") from None
-    return status.st_dev, status.st_ino
+        file = mirror.open(path)
+    except LayoutError as error:
+        raise LayoutError(f"The mirror {error}") from None
+    if hasattr(os, "posix_fadvise"):  # samples lie scattered: read-ahead would bring megabytes with each
+        os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_RANDOM)
+    return file
 
 
 def _no_mirror(layout: Layout, file: int, path: Path, why: str) -> LayoutError:
     return LayoutError(f"{path} is no mirror of {layout.paths[file]}: {why}. Copy the model anew, or leave the mirror out.")
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make it wait
-    except OSError as error:
-        raise LayoutError(f"The mirror {path} cannot be read: {error.strerror}.") from None
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise LayoutError(f"The mirror {path} is no file: give a copy of the model.")
-        if hasattr(os, "posix_fadvise"):  # samples lie scattered: read-ahead would bring megabytes with each
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _read(fd: int, path: Path, n_bytes: int, offset_bytes: int) -> bytes:
+def _read(file: OpenedFile, n_bytes: int, offset_bytes: int) -> bytes:
     """Read so many bytes; fewer only where the file ends."""
-    got = b""
-    try:
-        while len(got) < n_bytes and (more := os.pread(fd, n_bytes - len(got), offset_bytes + len(got))):
-            got += more
-    except OSError as error:
-        raise PagerIOError(f"Reading {path} at byte {offset_bytes:,} failed: {error.strerror}.", errno=error.errno or 0,
-                           path=str(path), offset_bytes=offset_bytes) from None
-    return got
+    return file.read(max(0, min(n_bytes, file.identity.size_bytes - offset_bytes)), offset_bytes)
 
 
-def _has_same_header(layout: Layout, file: int, path: Path) -> bool:
-    whole = layout.header_bytes[file]
-    with _opened(layout.paths[file]) as own, _opened(path) as other:
-        for at in range(0, whole, _CHUNK_BYTES):
-            n_bytes = min(_CHUNK_BYTES, whole - at)
-            if _read(own, layout.paths[file], n_bytes, at) != _read(other, path, n_bytes, at):
-                return False
+def _has_same_header(layout: Layout, files: ModelFiles, index: int, other: OpenedFile) -> bool:
+    whole = layout.header_bytes[index]
+    for at in range(0, whole, _CHUNK_BYTES):
+        n_bytes = min(_CHUNK_BYTES, whole - at)
+        if _read(files[index], n_bytes, at) != _read(other, n_bytes, at):
+            return False
     return True
 
 
-def _check_whole(layout: Layout, file: int, path: Path) -> None:
-    if not _has_same_header(layout, file, path):
-        raise _no_mirror(layout, file, path, "their headers differ")
-    own_bytes, other_bytes = layout.paths[file].stat().st_size, path.stat().st_size
+def _check_whole(layout: Layout, files: ModelFiles, index: int, other: OpenedFile) -> None:
+    if not _has_same_header(layout, files, index, other):
+        raise _no_mirror(layout, index, other.path, "their headers differ")
+    own_bytes, other_bytes = files[index].identity.size_bytes, other.identity.size_bytes
     if own_bytes != other_bytes:
-        raise _no_mirror(layout, file, path, f"it has {other_bytes:,} bytes instead of {own_bytes:,}")
+        raise _no_mirror(layout, index, other.path, f"it has {other_bytes:,} bytes instead of {own_bytes:,}")
 
 
 def samples(layout: Layout) -> Iterator[tuple[str, int, int, int]]:
     """Yield (tensor, file, offset, bytes) of every sample; of a tensor that is smaller than all of them, the whole."""
     for piece in (piece for layer in layout.layers for piece in layer.slices):
         n_bytes = piece.slice_bytes * piece.ne[2]
-        if n_bytes <= SAMPLES_PER_TENSOR * SAMPLE_BYTES:
-            yield piece.name, piece.file, piece.offset_bytes, n_bytes
-            continue
-        for i in range(SAMPLES_PER_TENSOR):
-            at = (n_bytes - SAMPLE_BYTES) * i // (SAMPLES_PER_TENSOR - 1)
-            yield piece.name, piece.file, piece.offset_bytes + at, SAMPLE_BYTES
+        for at, sample_bytes in spread(piece.offset_bytes, n_bytes):
+            yield piece.name, piece.file, at, sample_bytes
 
 
-def _check_samples(layout: Layout, paths: Sequence[Path]) -> None:
-    with contextlib.ExitStack() as stack:
-        own = [stack.enter_context(_opened(path)) for path in layout.paths]
-        other = [stack.enter_context(_opened(path)) for path in paths]
+def spread(offset_bytes: int, n_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield (offset, bytes) of the samples of a range."""
+    if n_bytes <= SAMPLES_PER_TENSOR * SAMPLE_BYTES:
+        yield offset_bytes, n_bytes
+        return
+    for i in range(SAMPLES_PER_TENSOR):
+        yield offset_bytes + (n_bytes - SAMPLE_BYTES) * i // (SAMPLES_PER_TENSOR - 1), SAMPLE_BYTES
 
-        def check(sample: tuple[str, int, int, int]) -> None:
-            name, file, offset_bytes, n_bytes = sample
-            wanted = _read(own[file], layout.paths[file], n_bytes, offset_bytes)
-            if _read(other[file], paths[file], n_bytes, offset_bytes) != wanted:
-                raise _no_mirror(layout, file, paths[file],
-                                 f"the data of {name} differ within {n_bytes:,} bytes from byte {offset_bytes:,}")
 
-        with ThreadPoolExecutor(_READERS) as pool:
-            for _ in pool.map(check, samples(layout)):
-                pass
+def _check_samples(layout: Layout, files: ModelFiles, mirror: ModelFiles) -> None:
+    def check(sample: tuple[str, int, int, int]) -> None:
+        name, file, offset_bytes, n_bytes = sample
+        if _read(mirror[file], n_bytes, offset_bytes) != _read(files[file], n_bytes, offset_bytes):
+            raise _no_mirror(layout, file, mirror[file].path,
+                             f"the data of {name} differ within {n_bytes:,} bytes from byte {offset_bytes:,}")
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(check, samples(layout)):
+            pass

@@ -6,13 +6,14 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gguf_pager import _native, budget, profile
 from gguf_pager.errors import BudgetError, EngineError, PagerError, PagerIOError
+from gguf_pager.files import ModelFiles
 from gguf_pager.layout import Layout
 
 log = logging.getLogger("gguf_pager")
@@ -42,8 +43,8 @@ class Options:
             was found is kept in $GGUF_PAGER_CACHE, or where the system keeps caches. Until then, and where only one of
             the two is given, the other is 4 or 512 KiB. `Pager.options` tells what is used.
         read_ahead: while a batch computes one layer, read what the next will probably want.
-        lock_dense: keep the weights that every token needs in RAM: "auto" locks them, or copies them where locking
-            is not allowed; "lock", "copy", "off".
+        lock_dense: the weights that every token needs are read into ordinary memory. "auto" locks it in RAM where that is
+            allowed, "lock" fails where it is not, "copy" and "off" do not lock.
         mirror: further copies of the model, byte for byte, on other disks; of a split model the first files, the others
             beside them. All copies are read at the same time, each with `n_readers` reads in flight, a fast disk more than
             a slow one; each directly where its file system can. Opening compares headers, sizes and samples of the data
@@ -153,14 +154,14 @@ class Stats:
         return max((layer.tokens for layer in self.layers), default=0)
 
 
-def _alignment(paths: Sequence[Path], io: IoMode) -> tuple[bool, int, int]:
+def _alignment(paths: Sequence[Path], names: Sequence[str], io: IoMode) -> tuple[bool, int, int]:
     """Return whether reads of a copy can be direct, and the alignments in the file and in memory that serve all its files."""
     if io == "buffered":
         return False, 1, 1
     offset_align = memory_align = 1
-    for path in paths:
+    for path, name in zip(paths, names, strict=True):
         try:
-            at, memory = _native.file_alignment(str(path))
+            at, memory = _native.file_alignment(name)
         except OSError as error:
             if io == "direct":
                 raise PagerIOError(
@@ -176,16 +177,23 @@ def _alignment(paths: Sequence[Path], io: IoMode) -> tuple[bool, int, int]:
 class Pager:
     """The slots of one model. Made by `Llama` and `install`; read its `stats()`.
 
-    `n_slots` and `align` are per shape class and for the file systems at hand. `mirrors` are the files of further copies,
-    which the caller has compared with the model; `paths` all files of all copies.
+    `n_slots` and `align` are per shape class and for the file systems at hand. `paths` are all files of all copies.
     """
 
-    def __init__(self, layout: Layout, options: Options, mirrors: Sequence[Sequence[Path]] = ()) -> None:
+    def __init__(self, layout: Layout, options: Options, mirrors: Sequence[ModelFiles] = (),
+                 files: ModelFiles | None = None) -> None:
+        """`files` are the model's, `mirrors` those of further copies, which the caller has compared with the model. They stay
+        open until `close`. Without `files` the model is opened by its names."""
         self.layout = layout
         self.options = options
-        self._copies = (layout.paths, *mirrors)
-        self.paths = tuple(path for copy in self._copies for path in copy)
-        ways = [_alignment(copy, options.io) for copy in self._copies]
+        self._files = (*([files] if files else []), *mirrors)
+        copies = [layout.paths, *([file.path for file in mirror] for mirror in mirrors)]
+        self._names = [[str(path) for path in layout.paths] if files is None else [file.reopen_path for file in files],
+                       *([file.reopen_path for file in mirror] for mirror in mirrors)]
+        self.paths = tuple(path for copy in copies for path in copy)
+        self.find_change: Callable[[], tuple[int, int, int] | None] = lambda: None
+        self.compare_address = 0
+        ways = [_alignment(copy, names, options.io) for copy, names in zip(copies, self._names, strict=True)]
         self._are_direct = [is_direct for is_direct, _, _ in ways]
         # One slot serves all copies; those that are not read directly need nothing of it.
         self._offset_align, self._memory_align = max(way[1] for way in ways), max(way[2] for way in ways)
@@ -249,9 +257,8 @@ class Pager:
         classes = [(need.stride_bytes, n) for need, n in zip(self.needs, n_slots, strict=True)]
         try:
             self._native = _native.Pager(
-                paths=[str(path) for path in self.layout.paths],
-                mirrors=[([str(path) for path in copy], is_direct)
-                         for copy, is_direct in zip(self._copies[1:], self._are_direct[1:], strict=True)],
+                paths=self._names[0],
+                mirrors=list(zip(self._names[1:], self._are_direct[1:], strict=True)),
                 layers=layers,
                 classes=classes,
                 tables=tables,
@@ -265,6 +272,8 @@ class Pager:
             )
         except (_native.OpenError, MemoryError) as error:
             raise self._open_error(error, sum(stride * n for stride, n in classes)) from None
+        self._native.compare_with(self.compare_address)
+        self._check_names()
         self.n_slots = tuple(n_slots)
         if self.options.profile:
             with contextlib.suppress(OSError):  # a file is gone that has just been opened: it would have no name
@@ -290,6 +299,23 @@ class Pager:
             return EngineError(f"{path} cannot be opened: {error.strerror}. Raise the limit on open files (ulimit -n), or "
                                "close some.")
         return PagerIOError(f"{path} cannot be opened: {error.strerror}.", errno=error.errno or 0, path=path, offset_bytes=0)
+
+    def _check_names(self) -> None:
+        """Refuse what was opened by a name that means another file by now: only where open files have no name."""
+        for index, file in enumerate(file for copy in self._files for file in copy):
+            if file.is_known_by_name and not file.is_still_named():
+                native, self._native = self.native(), None
+                native.close()
+                raise self.failure_error((errno.ESTALE, index, 0))
+
+    def accept(self, times: Sequence[tuple[int, int]]) -> None:
+        """Go on with files whose times are others and whose bytes are not; (modified, changed) of each, in ns.
+
+        Raises:
+            OSError: they have changed again.
+        """
+        if self._native is not None:
+            self._native.accept(times)
 
     def wait_present(self) -> None:
         """Wait until all of the arena is resident; a thread sees to it since `open`."""
@@ -399,8 +425,11 @@ class Pager:
 
         Raises:
             BudgetError: too few slots would be left to compute with.
-            PagerIOError: a read failed.
+            PagerIOError: a read failed, or a file was changed.
         """
+        change = self.find_change()
+        if change is not None:
+            raise self.failure_error(change)
         for layer, chosen in experts.items():
             try:
                 failure = self._in_use.call(self._pin, layer, list(chosen))
@@ -437,27 +466,27 @@ class Pager:
             return EngineError("llama.cpp reused a graph that gguf_pager no longer knows: make a new context.")
         path = str(self.paths[file])
         if number == errno.ENODATA:
-            what = "the file ends there; it was truncated while in use"
+            what, then = "the file ends there; it was truncated while in use", " Open it again."
         elif number == errno.ESTALE:
-            what = "the file was changed while in use"
+            what, then = "the file was changed while in use", " Open it again."
         else:
-            what = os.strerror(number)
+            what, then = os.strerror(number), ""
         return PagerIOError(
-            f"Reading {path} at byte {offset_bytes:,} failed: {what}. The tokens computed from it were thrown away.",
+            f"Reading {path} at byte {offset_bytes:,} failed: {what}. The tokens computed from it were thrown away.{then}",
             errno=number, path=path, offset_bytes=offset_bytes,
         )
 
     def close(self) -> None:
-        """Free the arena and end the readers; twice is fine. Contexts must be freed before."""
+        """Free the arena, end the readers and close the files; twice is fine. Contexts must be freed before."""
         native = self._native
-        if native is None:
-            return
-        if os.getpid() != self._pid:  # the parent's lock and threads mean nothing here
+        if native is not None and os.getpid() != self._pid:  # the parent's lock and threads mean nothing here
             self._native = None
             native.close()
-            return
-        self._last_stats = self.stats()
-        if self._keeper is not None:
-            self._keeper.close()
-        self._native = None  # nobody begins anything with it any more
-        self._in_use.call(native.close)
+        elif native is not None:
+            self._last_stats = self.stats()
+            if self._keeper is not None:
+                self._keeper.close()
+            self._native = None  # nobody begins anything with it any more
+            self._in_use.call(native.close)
+        for copy in self._files:
+            copy.close()

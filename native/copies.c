@@ -5,7 +5,7 @@
  * Invariants
  *   1. Of each copy the reads begin in the order in which they were submitted: first slices of all experts first.
  *   2. waiting_bytes is the sum of the copy's reads that were submitted and not noted yet.
- *   3. The lock guards the paces. It is held for arithmetic only: never across a read, never together with another lock.
+ *   3. The lock guards the paces and what the files were. It is held for arithmetic only: never across a read, never together with another lock.
  */
 #include "copies.h"
 
@@ -20,7 +20,7 @@ enum { SPAN_READS = 4096 };
 typedef struct {
     gp_fetch        *fetch;
     int             *fds;
-    gp_file_id      *ids;
+    gp_file_id      *ids;               /* lock; what the file was, as last agreed */
     uint32_t         n_open;
     _Atomic uint64_t bytes_read;
 } copy;
@@ -149,16 +149,48 @@ uint64_t gp_copies_arrived_bytes(const gp_copies *copies) {
 
 /* ---- files ------------------------------------------------------------------------------------------------------- */
 
-int gp_copies_check(const gp_copies *copies, uint32_t file, uint32_t *changed_file) {
+static bool is_same_time(const gp_file_id *a, const gp_file_id *b) {
+    return a->modified_ns == b->modified_ns && a->changed_ns == b->changed_ns;
+}
+
+int gp_copies_check(gp_copies *copies, uint32_t file, uint32_t *changed_file, bool *is_touched) {
     for (uint32_t i = 0; i < copies->n_copies; i++) {
         const gp_file_id *then = &copies->copies[i].ids[file];
         gp_file_id now;
         int error = copies->os->file_identify(copies->copies[i].fds[file], &now);
-        if (error == 0 && (now.size_bytes != then->size_bytes || now.modified_ns != then->modified_ns)) {
+        pthread_mutex_lock(&copies->lock);
+        const bool is_other = error == 0 && !is_same_time(&now, then);
+        if (error == 0 && now.size_bytes != then->size_bytes) {
             error = -ESTALE;
         }
-        if (error != 0) {
+        pthread_mutex_unlock(&copies->lock);
+        if (error != 0 || is_other) {
             *changed_file = i * copies->n_files + file;
+            *is_touched = true;
+        }
+        if (error != 0) {
+            return error;
+        }
+    }
+    return 0;
+}
+
+int gp_copies_accept(gp_copies *copies, const gp_file_times *times) {
+    for (uint32_t i = 0; i < copies->n_copies * copies->n_files; i++) {
+        copy *c = &copies->copies[i / copies->n_files];
+        const gp_file_id wanted = { .modified_ns = times[i].modified_ns, .changed_ns = times[i].changed_ns };
+        const uint32_t file = i % copies->n_files;
+        gp_file_id now;
+        int error = copies->os->file_identify(c->fds[file], &now);
+        pthread_mutex_lock(&copies->lock);
+        if (error == 0 && (now.size_bytes != c->ids[file].size_bytes || !is_same_time(&now, &wanted))) {
+            error = -ESTALE;
+        }
+        if (error == 0) {
+            c->ids[file] = now;
+        }
+        pthread_mutex_unlock(&copies->lock);
+        if (error != 0) {
             return error;
         }
     }

@@ -31,8 +31,11 @@ void gp_copies_withdraw(gp_copies *copies, gp_read **reads, uint32_t n_reads);
 /* To be called from a read's `done`. */
 void gp_copies_note(gp_copies *copies, const gp_read *read, int error);
 
-/* Whether one of the model's files is in each copy still the one that was opened: 0, or -errno and which is not. */
-int  gp_copies_check(const gp_copies *copies, uint32_t file, uint32_t *changed_file);
+/* Whether one of the model's files is in each copy still the one that was opened: 0, or -errno and which is not. is_touched
+ * becomes true, and changed_file says which, where only the times are others: the bytes may be the same. */
+int  gp_copies_check(gp_copies *copies, uint32_t file, uint32_t *changed_file, bool *is_touched);
+/* See gp_pager_accept. */
+int  gp_copies_accept(gp_copies *copies, const gp_file_times *times);
 
 /* What one of the model's own files was when it was opened. */
 const gp_file_id *gp_copies_file(const gp_copies *copies, uint32_t file);

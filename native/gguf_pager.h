@@ -128,6 +128,10 @@ typedef struct {
     gp_lack  lack;              /* GP_LACKS_SENSE: the config contradicts itself */
     uint32_t file;              /* GP_LACKS_FILE: as in gp_failure */
 } gp_open_failure;
+/* When a file was changed last, as its file system says. */
+typedef struct {
+    int64_t modified_ns, changed_ns;
+} gp_file_times;
 
 typedef struct gp_pager gp_pager;
 typedef struct gp_tap gp_tap;
@@ -176,6 +180,19 @@ typedef struct {
 /* Reads these experts in the background, in this order, as long as slots are free that no batch needs. Demand goes first,
  * and may give up again what has come. A read that fails fails nothing, but ends it. Once: -EALREADY. */
 int  gp_pager_warm_up(gp_pager *pager, const gp_expert *experts, uint32_t n_experts);
+
+/* Called when something was read of a file whose times have changed: `bytes` bytes at `memory` were read from that place of
+ * one of the model's files. Returns 1 if they are what the file holds, and the file holds what it did when it was opened;
+ * gp_pager_accept has been called then. Anything else, 0 too, is a failure: -errno. Called with no lock held, in the thread
+ * that decodes. */
+typedef int (*gp_compare)(void *data, uint32_t file, uint64_t offset_bytes, const void *memory, uint64_t bytes);
+
+/* Without it a file whose times have changed is a changed file. Before the first tap is attached. */
+void gp_pager_compare_with(gp_pager *pager, gp_compare compare, void *data);
+
+/* Files whose times have changed hold the same bytes: from now on these are their times. One entry per file, of the model and
+ * then of each mirror. What was read since and is not in use is dropped. -ESTALE when they have changed again. */
+int  gp_pager_accept(gp_pager *pager, const gp_file_times *times);
 
 bool gp_policy_exists(const char *name);
 

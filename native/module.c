@@ -17,7 +17,7 @@ typedef struct {
     gp_pager *pager;
     uint32_t  n_layers;
     uint32_t *n_experts;    /* per layer */
-    uint32_t  n_copies;
+    uint32_t  n_copies, n_files;    /* files of all copies */
     uint32_t  n_users;      /* taps, and calls that run without the GIL */
 } PagerObject;
 
@@ -314,6 +314,7 @@ static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     self->n_experts = n_experts;
     self->n_layers = config.n_layers;
     self->n_copies = config.n_mirrors + 1;
+    self->n_files = self->n_copies * config.n_paths;
     n_experts = NULL;
     gp_open_failure failure;
     int error;
@@ -575,6 +576,50 @@ done:
     return result;
 }
 
+static PyObject *pager_compare_with(PyObject *object, PyObject *args) {
+    unsigned long long compare;
+    gp_pager *pager = opened((PagerObject *) object);
+    if (!pager || !PyArg_ParseTuple(args, "K", &compare)) {
+        return NULL;
+    }
+    gp_pager_compare_with(pager, (gp_compare) (uintptr_t) compare, NULL);
+    Py_RETURN_NONE;
+}
+
+static PyObject *pager_accept(PyObject *object, PyObject *sequence) {
+    PagerObject *self = (PagerObject *) object;
+    const Py_ssize_t n = PySequence_Size(sequence);
+    if (n < 0) {
+        return NULL;
+    }
+    if ((size_t) n != self->n_files) {
+        return raise_errno(-EINVAL);
+    }
+    gp_file_times *times = malloc(((size_t) n + 1) * sizeof *times);
+    if (!times) {
+        return PyErr_NoMemory();
+    }
+    PyObject *result = NULL;
+    for (Py_ssize_t i = 0; i < n; i++) {
+        long long modified_ns, changed_ns;
+        PyObject *item = PySequence_GetItem(sequence, i);
+        const int is_parsed = item && PyArg_ParseTuple(item, "LL", &modified_ns, &changed_ns);
+        Py_XDECREF(item);
+        if (!is_parsed) {
+            goto done;
+        }
+        times[i] = (gp_file_times) { modified_ns, changed_ns };
+    }
+    gp_pager *pager = opened(self);     /* the sequence may be Python code, which may have closed it */
+    if (pager) {
+        const int error = gp_pager_accept(pager, times);
+        result = error == 0 ? Py_BuildValue("") : raise_errno(error);
+    }
+done:
+    free(times);
+    return result;
+}
+
 static PyObject *pager_unpin_all(PyObject *object, PyObject *unused) {
     (void) unused;
     gp_pager *pager = opened((PagerObject *) object);
@@ -628,6 +673,8 @@ static PyMethodDef pager_methods[] = {
     { "pin", pager_pin, METH_VARARGS, NULL },
     { "unpin_all", pager_unpin_all, METH_NOARGS, NULL },
     { "warm_up", pager_warm_up, METH_O, NULL },
+    { "accept", pager_accept, METH_O, NULL },
+    { "compare_with", pager_compare_with, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },
 };
 
@@ -946,7 +993,7 @@ static PyObject *memory_lock(PyObject *module, PyObject *args) {
     }
     int error;
     Py_BEGIN_ALLOW_THREADS
-    error = gp_os_memory_lock((void *) (uintptr_t) address, bytes);
+    error = gp_os_memory_lock_coming((void *) (uintptr_t) address, bytes);
     Py_END_ALLOW_THREADS
     if (error != 0) {
         return raise_errno(error);
@@ -971,8 +1018,25 @@ static PyObject *lazy_load_begin(PyObject *module, PyObject *args) {
 static PyObject *lazy_load_end(PyObject *module, PyObject *unused) {
     (void) module;
     (void) unused;
+    const uint32_t n = gp_os_take_mappings(NULL, 0);
+    gp_mapping *mappings = calloc((size_t) n + 1, sizeof *mappings);
+    const uint32_t n_taken = mappings ? gp_os_take_mappings(mappings, n) : 0;   /* by this thread: there are no more now */
     gp_os_lazy_load_end();
-    Py_RETURN_NONE;
+    if (!mappings) {
+        return PyErr_NoMemory();
+    }
+    PyObject *list = PyList_New((Py_ssize_t) n_taken);
+    for (uint32_t i = 0; list && i < n_taken; i++) {
+        PyObject *item = Py_BuildValue("(KKKKK)", (unsigned long long) (uintptr_t) mappings[i].address,
+                                       (unsigned long long) mappings[i].bytes,
+                                       (unsigned long long) mappings[i].device, (unsigned long long) mappings[i].inode,
+                                       (unsigned long long) mappings[i].offset_bytes);
+        if (!item || PyList_SetItem(list, (Py_ssize_t) i, item) != 0) {     /* which takes the item, also when it fails */
+            Py_CLEAR(list);
+        }
+    }
+    free(mappings);
+    return list;
 }
 
 static PyObject *policy_exists(PyObject *module, PyObject *args) {

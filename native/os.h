@@ -11,7 +11,7 @@
 /* What tells whether a file is still the one that was opened. */
 typedef struct {
     uint64_t device, inode, size_bytes;
-    int64_t  modified_ns;
+    int64_t  modified_ns, changed_ns;   /* content; content, name or rights */
 } gp_file_id;
 
 /* One read that goes on in the background, as file_read would do it in the foreground. */
@@ -77,11 +77,25 @@ extern const gp_queues gp_queues_linux;     /* on Linux alone */
 
 /* Keeps the pages of a range in RAM. */
 int gp_os_memory_lock(void *memory, size_t bytes);
+/* The same for those that are there and, as they come, for those that are not yet. */
+int gp_os_memory_lock_coming(void *memory, size_t bytes);
+
+/* A part of a file in this process's memory. */
+typedef struct {
+    void    *address;
+    size_t   bytes;
+    uint64_t device, inode, offset_bytes;
+} gp_mapping;
 
 /* While on, llama.cpp's loader maps files without reading them; 0 also where it never reads them. -ENOTSUP where the
  * library looks unfamiliar; the load is then slow and right. Process-wide; calls nest. `library` is the path of the
  * loaded libllama. */
 int  gp_os_lazy_load_begin(const char *library);
 void gp_os_lazy_load_end(void);
+
+/* What libllama has mapped in this thread since it was asked last, while lazy loading was on, less what it has unmapped
+ * again; nothing where that cannot be seen. Ask before the end of lazy loading. Returns how many there are: if more than n_mappings, they are kept for a call
+ * with more room. */
+uint32_t gp_os_take_mappings(gp_mapping *mappings, uint32_t n_mappings);
 
 #endif

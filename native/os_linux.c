@@ -2,12 +2,9 @@
 #include "os.h"
 
 #include <dlfcn.h>
-#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <link.h>
 #include <stdatomic.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -40,6 +37,7 @@ static int file_identify(int fd, gp_file_id *id) {
     id->inode = status.st_ino;
     id->size_bytes = (uint64_t) status.st_size;
     id->modified_ns = (int64_t) status.st_mtim.tv_sec * 1000000000 + status.st_mtim.tv_nsec;
+    id->changed_ns = (int64_t) status.st_ctim.tv_sec * 1000000000 + status.st_ctim.tv_nsec;
     return 0;
 }
 
@@ -226,164 +224,14 @@ int gp_os_memory_lock(void *memory, size_t bytes) {
     return mlock(memory, bytes) == 0 ? 0 : -errno;
 }
 
-/* ---- loading without reading -------------------------------------------------------------------------------------
- * llama.cpp maps a model with MAP_POPULATE and advises WILLNEED, which reads the whole file; it has no switch for it.
- * For the time of the load, libllama's own entries for the two calls are pointed at these instead. */
-
-static void *map_unpopulated(void *at, size_t bytes, int protection, int flags, int fd, off_t offset) {
-    return mmap(at, bytes, protection, flags & ~MAP_POPULATE, fd, offset);
-}
-
-static int advise_no_reading(void *at, size_t bytes, int advice) {
-    return advice == POSIX_MADV_WILLNEED ? 0 : posix_madvise(at, bytes, advice);
-}
-
-#if defined(__x86_64__)
-enum { JUMP_SLOT = R_X86_64_JUMP_SLOT, GLOBAL_DATA = R_X86_64_GLOB_DAT };
-#elif defined(__aarch64__)
-enum { JUMP_SLOT = R_AARCH64_JUMP_SLOT, GLOBAL_DATA = R_AARCH64_GLOB_DAT };
-#else
-enum { JUMP_SLOT = 0, GLOBAL_DATA = 0 };
+#ifndef MLOCK_ONFAULT
+#define MLOCK_ONFAULT 1
 #endif
 
-typedef struct {
-    void **entry;
-    void  *original;
-    void  *replacement;
-} jump_slot;
-
-enum { N_CALLS = 2 };
-
-static struct {
-    pthread_mutex_t lock;
-    unsigned        depth;              /* lock */
-    jump_slot       slots[N_CALLS];     /* lock */
-} shim = { .lock = PTHREAD_MUTEX_INITIALIZER };
-
-typedef struct {
-    const char      *library;
-    bool             found;
-    jump_slot        slots[N_CALLS];
-    char            *relro_begin, *relro_end;
-} search;
-
-static void search_relocations(search *s, char *base, const ElfW(Rela) *relocations, size_t n_relocations,
-                               const ElfW(Sym) *symbols, const char *strings) {
-    for (size_t i = 0; i < n_relocations; i++) {
-        const unsigned type = (unsigned) ELF64_R_TYPE(relocations[i].r_info);
-        if (type != JUMP_SLOT && type != GLOBAL_DATA) {
-            continue;
-        }
-        const char *name = strings + symbols[ELF64_R_SYM(relocations[i].r_info)].st_name;
-        void **entry = (void **) (base + relocations[i].r_offset);
-        if (strcmp(name, "mmap") == 0 || strcmp(name, "mmap64") == 0) {
-            s->slots[0] = (jump_slot) { entry, *entry, (void *) (uintptr_t) map_unpopulated };
-        } else if (strcmp(name, "posix_madvise") == 0) {
-            s->slots[1] = (jump_slot) { entry, *entry, (void *) (uintptr_t) advise_no_reading };
-        }
-    }
-}
-
-static int search_object(struct dl_phdr_info *info, size_t info_bytes, void *data) {
-    (void) info_bytes;
-    search *s = data;
-    struct stat wanted, seen;
-    if (!info->dlpi_name[0] || stat(s->library, &wanted) != 0 || stat(info->dlpi_name, &seen) != 0
-        || wanted.st_ino != seen.st_ino || wanted.st_dev != seen.st_dev) {
+/* By its number: musl and glibc before 2.27 have no name for it. */
+int gp_os_memory_lock_coming(void *memory, size_t bytes) {
+    if (syscall(SYS_mlock2, memory, bytes, MLOCK_ONFAULT) == 0) {
         return 0;
     }
-    s->found = true;
-    char *base = (char *) info->dlpi_addr;
-    const ElfW(Dyn) *dynamic = NULL;
-    for (int i = 0; i < info->dlpi_phnum; i++) {
-        const ElfW(Phdr) *header = &info->dlpi_phdr[i];
-        if (header->p_type == PT_DYNAMIC) {
-            dynamic = (const ElfW(Dyn) *) (base + header->p_vaddr);
-        } else if (header->p_type == PT_GNU_RELRO) {
-            s->relro_begin = base + header->p_vaddr;
-            /* The loader protects whole pages; the last one may hold ordinary data behind the table. */
-            const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
-            s->relro_end = (char *) (((uintptr_t) s->relro_begin + header->p_memsz) / page * page);
-        }
-    }
-    const ElfW(Sym) *symbols = NULL;
-    const char *strings = NULL;
-    const ElfW(Rela) *jumps = NULL, *others = NULL;
-    size_t jumps_bytes = 0, others_bytes = 0;
-    bool is_rela = true;
-    for (; dynamic && dynamic->d_tag != DT_NULL; dynamic++) {
-        switch (dynamic->d_tag) {
-            case DT_SYMTAB:   symbols = (const void *) dynamic->d_un.d_ptr; break;
-            case DT_STRTAB:   strings = (const void *) dynamic->d_un.d_ptr; break;
-            case DT_JMPREL:   jumps = (const void *) dynamic->d_un.d_ptr; break;
-            case DT_PLTRELSZ: jumps_bytes = dynamic->d_un.d_val; break;
-            case DT_RELA:     others = (const void *) dynamic->d_un.d_ptr; break;
-            case DT_RELASZ:   others_bytes = dynamic->d_un.d_val; break;
-            case DT_PLTREL:   is_rela = dynamic->d_un.d_val == DT_RELA; break;
-            default: break;
-        }
-    }
-    /* musl and a few old loaders keep these addresses relative to the load address: then nothing is touched. */
-    if (!symbols || !strings || !is_rela || (char *) symbols < base || (char *) strings < base) {
-        return 1;
-    }
-    if (jumps) {
-        search_relocations(s, base, jumps, jumps_bytes / sizeof *jumps, symbols, strings);
-    }
-    if (others) {
-        search_relocations(s, base, others, others_bytes / sizeof *others, symbols, strings);
-    }
-    return 1;
-}
-
-static int write_entry(const search *s, void **entry, void *value) {
-    const bool is_relro = s && (char *) entry >= s->relro_begin && (char *) entry < s->relro_end;
-    const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
-    void *start = (void *) ((uintptr_t) entry / page * page);
-    if (is_relro && mprotect(start, page, PROT_READ | PROT_WRITE) != 0) {
-        return -errno;
-    }
-    atomic_store((_Atomic(void *) *) entry, value);
-    if (is_relro) {
-        (void) mprotect(start, page, PROT_READ);
-    }
-    return 0;
-}
-
-static search found_library;    /* shim.lock; where the entries are, kept from begin to end */
-
-int gp_os_lazy_load_begin(const char *library) {
-    int result = 0;
-    pthread_mutex_lock(&shim.lock);
-    if (shim.depth == 0) {
-        found_library = (search) { .library = library };
-        dl_iterate_phdr(search_object, &found_library);
-        for (int i = 0; i < N_CALLS; i++) {
-            if (!found_library.found || !found_library.slots[i].entry) {
-                result = -ENOTSUP;
-            }
-        }
-        for (int i = 0; i < N_CALLS && result == 0; i++) {
-            shim.slots[i] = found_library.slots[i];
-            result = write_entry(&found_library, shim.slots[i].entry, shim.slots[i].replacement);
-            if (result != 0 && i > 0) {
-                (void) write_entry(&found_library, shim.slots[0].entry, shim.slots[0].original);
-            }
-        }
-    }
-    if (result == 0) {
-        shim.depth++;
-    }
-    pthread_mutex_unlock(&shim.lock);
-    return result;
-}
-
-void gp_os_lazy_load_end(void) {
-    pthread_mutex_lock(&shim.lock);
-    if (shim.depth > 0 && --shim.depth == 0) {
-        for (int i = 0; i < N_CALLS; i++) {
-            (void) write_entry(&found_library, shim.slots[i].entry, shim.slots[i].original);
-        }
-    }
-    pthread_mutex_unlock(&shim.lock);
+    return errno == ENOSYS ? gp_os_memory_lock(memory, bytes) : -errno;
 }

@@ -46,6 +46,7 @@ static int file_identify(int fd, gp_file_id *id) {
     id->inode = status.st_ino;
     id->size_bytes = (uint64_t) status.st_size;
     id->modified_ns = (int64_t) status.st_mtimespec.tv_sec * 1000000000 + status.st_mtimespec.tv_nsec;
+    id->changed_ns = (int64_t) status.st_ctimespec.tv_sec * 1000000000 + status.st_ctimespec.tv_nsec;
     return 0;
 }
 
@@ -163,6 +164,10 @@ int gp_os_memory_lock(void *memory, size_t bytes) {
     return mlock(memory, bytes) == 0 ? 0 : -errno;
 }
 
+int gp_os_memory_lock_coming(void *memory, size_t bytes) {
+    return gp_os_memory_lock(memory, bytes);
+}
+
 /* Nothing to switch: llama.cpp maps with MAP_POPULATE on Linux alone, and the WILLNEED that it advises everywhere reads
  * no more than one transfer here (xnu, osfmk/vm/vm_map.c: vm_map_willneed). A load reads what it touches. */
 int gp_os_lazy_load_begin(const char *library) {
@@ -171,4 +176,9 @@ int gp_os_lazy_load_begin(const char *library) {
 }
 
 void gp_os_lazy_load_end(void) {
+}
+
+uint32_t gp_os_take_mappings(gp_mapping *mappings, uint32_t n_mappings) {
+    (void) mappings, (void) n_mappings;
+    return 0;
 }

@@ -142,7 +142,7 @@ static int take_slots(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint3
 }
 
 /* The files, in every copy, must still be those whose header was read. */
-static int check_files(gp_pager *p, const gp_layer_spec *spec, gp_failure *failure) {
+static int check_files(gp_pager *p, const gp_layer_spec *spec, gp_failure *failure, bool *is_touched) {
     uint64_t checked = UINT64_MAX;
     for (uint32_t i = 0; i < spec->n_slices; i++) {
         const uint32_t file = spec->slices[i].file;
@@ -150,14 +150,39 @@ static int check_files(gp_pager *p, const gp_layer_spec *spec, gp_failure *failu
             continue;
         }
         checked = file;
+        bool is_other = false;
         uint32_t changed_file;
-        const int error = gp_copies_check(p->copies, file, &changed_file);
-        if (error != 0) {
+        const int error = gp_copies_check(p->copies, file, &changed_file, &is_other);
+        if (is_other) {
             *failure = (gp_failure) { error, changed_file, spec->slices[i].offset_bytes };
+        }
+        *is_touched |= is_other;
+        if (error != 0) {
             return error;
         }
     }
     return 0;
+}
+
+/* Of a file that was touched: what came into this hold's new slots, slice by slice. Nobody gives up slots that are held, and
+ * only this thread changes what is held. */
+static int compare_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, const gp_layer_spec *spec) {
+    for (uint32_t i = first; p->compare && i < hold->n_slots; i++) {
+        const uint32_t index = hold->slots[i];
+        pthread_mutex_lock(&p->lock);
+        const bool is_checked = p->slots[index].is_checked;     /* by another context that waited for it */
+        const uint64_t expert = (uint64_t) p->slots[index].expert;
+        pthread_mutex_unlock(&p->lock);
+        for (uint32_t s = 0; s < spec->n_slices && !is_checked; s++) {
+            const gp_slice_spec *slice = &spec->slices[s];
+            const int got = p->compare(p->compare_data, slice->file, slice->offset_bytes + expert * slice->slice_bytes,
+                                       gp_slot_slice(p, index, s), slice->slice_bytes);
+            if (got != 1) {
+                return got < 0 ? got : -EINTR;
+            }
+        }
+    }
+    return p->compare ? 0 : -ESTALE;
 }
 
 /* Whether a slot of the class may come free without this hold's doing. */
@@ -182,7 +207,11 @@ static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, con
         return 0;
     }
     pthread_mutex_unlock(&p->lock);
-    const int error = check_files(p, spec, failure);
+    bool is_touched = false;
+    int error = check_files(p, spec, failure, &is_touched);
+    if (error == 0 && is_touched) {
+        failure->error = error = compare_new_slots(p, hold, first, spec);
+    }
     pthread_mutex_lock(&p->lock);
     p->changed_file = error != 0 ? failure->file : p->changed_file;
     for (uint32_t i = first; i < hold->n_slots; i++) {
@@ -198,6 +227,33 @@ static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, con
 static void give_up(gp_pager *p, gp_hold *hold, uint32_t first) {
     (void) gp_hold_wait(p, hold, GP_ALL_SLICES);
     release_and_tell(p, hold, first);
+}
+
+void gp_pager_compare_with(gp_pager *p, gp_compare compare, void *data) {
+    p->compare = compare;
+    p->compare_data = data;
+    gp_tables_compare_with(p->tables, compare, data);
+}
+
+int gp_pager_accept(gp_pager *p, const gp_file_times *times) {
+    if (getpid() != p->pid) {
+        return -ECHILD;
+    }
+    pthread_mutex_lock(&p->lock);
+    for (uint32_t i = 0; i < p->n_slots; i++) {
+        gp_slot *s = &p->slots[i];
+        if (s->is_checked || s->users) {    /* the context that uses it looks itself */
+            continue;
+        }
+        if (s->state == READY && !s->is_pinned) {
+            gp_slot_empty(p, s);
+        } else if (s->state == READING) {
+            s->has_failed = true;           /* it may have begun before */
+        }
+    }
+    pthread_cond_broadcast(&p->released);
+    pthread_mutex_unlock(&p->lock);
+    return gp_copies_accept(p->copies, times);
 }
 
 static int find_failed(const gp_pager *p, const gp_hold *hold, uint32_t first, gp_failure *failure) {

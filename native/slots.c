@@ -251,6 +251,12 @@ gp_failure gp_slot_failure(const gp_pager *p, uint32_t index) {
     return (gp_failure) { -ESTALE, p->changed_file, spec->slices[0].offset_bytes };
 }
 
+char *gp_slot_slice(const gp_pager *p, uint32_t index, uint32_t slice) {
+    const gp_layer_spec *spec = &p->layers[p->slots[index].layer].spec;
+    const gp_class *c = &p->classes[spec->shape_class];
+    return c->slots + (uint64_t) (index - c->first) * c->stride_bytes + spec->slices[slice].data_at;
+}
+
 uint32_t gp_slot_prepare_reads(gp_pager *p, uint32_t index, gp_read **reads, uint32_t step) {
     const gp_slot *s = &p->slots[index];
     const gp_layer_spec *spec = &p->layers[s->layer].spec;

@@ -71,6 +71,8 @@ struct gp_pager {
     atomic_bool      has_populated;     /* and that it has nothing more to do */
     atomic_bool      is_closing;
     gp_read         *reads;             /* GP_MAX_SLICES per slot */
+    gp_compare       compare;           /* these two: set before anybody computes */
+    void            *compare_data;
     pthread_mutex_t  lock;              /* guards all below */
     pthread_cond_t   released;
     gp_layer        *layers;
@@ -115,6 +117,9 @@ uint32_t gp_ahead_plan(gp_pager *pager, const gp_hold *hold, const gp_demand *de
  * put into `reads`, for gp_fetch_withdraw, after which gp_ahead_withdrawn must be called with them. */
 uint32_t gp_ahead_drop(gp_pager *pager, const gp_hold *hold, uint32_t layer, gp_read **reads);
 void     gp_ahead_withdrawn(gp_pager *pager, gp_read *const *reads, uint32_t n_reads);
+
+/* Where a slice's first byte lies. */
+char    *gp_slot_slice(const gp_pager *pager, uint32_t index, uint32_t slice);
 
 /* What went wrong with a slot that has failed. */
 gp_failure gp_slot_failure(const gp_pager *pager, uint32_t index);

@@ -15,7 +15,9 @@ typedef struct {
 
 struct gp_tables {
     const gp_os     *os;
-    const gp_copies *copies;
+    gp_copies       *copies;
+    gp_compare       compare;
+    void            *compare_data;
     table_file      *tables;
     uint32_t         n_tables;
     _Atomic uint64_t rows_read, bytes_read, left_alone;
@@ -35,6 +37,15 @@ static int read_row(const gp_tables *tables, const table_file *t, uint64_t offse
         at += (uint64_t) got;
     }
     return 0;
+}
+
+/* Whether a row is what a touched file holds: whoever opened the model is asked. */
+static int compare(const gp_tables *tables, const table_file *t, uint64_t offset_bytes, const char *row) {
+    if (!tables->compare) {
+        return -ESTALE;
+    }
+    const int got = tables->compare(tables->compare_data, t->spec.file, offset_bytes, row, t->spec.row_bytes);
+    return got == 1 ? 0 : got < 0 ? got : -ESTALE;
 }
 
 static uint64_t offset_of(const table_file *t, int32_t row) {
@@ -59,7 +70,11 @@ int gp_tables_read(gp_tables *tables, uint32_t table, const int32_t *rows, uint3
     }
     /* Looked at also after a failed read: a change explains missing bytes. */
     uint32_t changed_file;
-    const int change = gp_copies_check(tables->copies, t->spec.file, &changed_file);
+    bool is_touched = false;
+    int change = gp_copies_check(tables->copies, t->spec.file, &changed_file, &is_touched);
+    for (uint32_t i = 0; error == 0 && change == 0 && is_touched && i < n_rows; i++) {
+        change = compare(tables, t, offset_of(t, rows[i]), into + i * t->spec.row_bytes);
+    }
     if (change != 0) {
         *failure = (gp_failure) { .error = change, .file = changed_file };
         error = change;
@@ -69,6 +84,11 @@ int gp_tables_read(gp_tables *tables, uint32_t table, const int32_t *rows, uint3
         atomic_fetch_add_explicit(&tables->bytes_read, n_rows * t->spec.row_bytes, memory_order_relaxed);
     }
     return error;
+}
+
+void gp_tables_compare_with(gp_tables *tables, gp_compare compare, void *data) {
+    tables->compare = compare;
+    tables->compare_data = data;
 }
 
 const gp_table_spec *gp_tables_spec(const gp_tables *tables, uint32_t table) {
@@ -105,7 +125,7 @@ static int open_file(const gp_tables *tables, table_file *t, const char *path) {
     return error;
 }
 
-int gp_tables_open(gp_tables **out, const gp_os *os, const gp_config *config, const gp_copies *copies,
+int gp_tables_open(gp_tables **out, const gp_os *os, const gp_config *config, gp_copies *copies,
                    gp_open_failure *failure) {
     *out = NULL;
     *failure = (gp_open_failure) { .lack = GP_LACKS_MEMORY };

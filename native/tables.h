@@ -10,9 +10,12 @@
 typedef struct gp_tables gp_tables;
 
 /* Opens the model's own files that hold tables. `copies` tells whether they change, and must outlive the tables. */
-int  gp_tables_open(gp_tables **out, const gp_os *os, const gp_config *config, const gp_copies *copies,
+int  gp_tables_open(gp_tables **out, const gp_os *os, const gp_config *config, gp_copies *copies,
                     gp_open_failure *failure);
 void gp_tables_close(gp_tables *tables);
+
+/* As gp_pager_compare_with. */
+void gp_tables_compare_with(gp_tables *tables, gp_compare compare, void *data);
 
 const gp_table_spec *gp_tables_spec(const gp_tables *tables, uint32_t table);   /* NULL past the last */
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -216,6 +217,14 @@ def footprint_of(folder: Path) -> Footprint:
         mappings=tuple(line for line in maps if str(folder) in line),
         wrapped=tuple(name for owner, name, function in PLACES if getattr(owner, name) is not function),
     )
+
+
+def settled_footprint_of(folder: Path, wanted: Footprint) -> Footprint:
+    """Return it once it is as wanted, or after seconds: a thread that Python has joined ends a moment later."""
+    end = time.monotonic() + 5
+    while (found := footprint_of(folder)) != wanted and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
 
 
 @pytest.fixture

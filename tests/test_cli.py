@@ -390,9 +390,12 @@ def test_doctor_notes_what_costs_speed(models: Path, monkeypatch: pytest.MonkeyP
     def unfamiliar(library: str) -> None:
         raise OSError(errno.ENOTSUP, "not supported")
 
+    def not_allowed(address: int, n_bytes: int) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
     monkeypatch.setattr(doctor._native, "file_alignment", no_direct_io)
     monkeypatch.setattr(doctor._native, "lazy_load_begin", unfamiliar)
-    monkeypatch.setattr(probe, "lock_limit_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(doctor._native, "memory_lock", not_allowed)
     monkeypatch.setattr(probe, "read_ahead_kb", lambda path: 8192)
     monkeypatch.setattr(probe, "memory", lambda: probe.Memory(8 << 30, 4 << 30, 6 << 30, 2 << 30))
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")

@@ -274,20 +274,20 @@ def test_device_that_is_faster_buffered_is_read_so(layout: Layout, here: device.
 
 
 def test_only_large_models_opened_with_the_defaults_are_measured_with(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bandwidth, "measure", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr(bandwidth, "measure", lambda *_: pytest.fail("measured"))
     assert device.fill(layout, Options()) == Options(n_readers=4, piece_bytes=512 * KIB), "a small one"
     monkeypatch.setattr(device, "LEAST_EXPERT_BYTES", 0)
     for given in (Options(io="direct"), Options(io="buffered"), Options(n_readers=4), Options(piece_bytes=4096)):
         device.fill(layout, given)
-    monkeypatch.setattr(bandwidth, "measure", lambda _: FOUND)
+    monkeypatch.setattr(bandwidth, "measure", lambda *_: FOUND)
     assert device.fill(layout, Options()).n_readers == 8
-    monkeypatch.setattr(bandwidth, "measure", lambda _: pytest.fail("measured twice"))
+    monkeypatch.setattr(bandwidth, "measure", lambda *_: pytest.fail("measured twice"))
     assert device.fill(layout, Options()).n_readers == 8
 
 
 def test_device_that_cannot_be_read_is_read_as_by_default(layout: Layout, here: device.Device, caplog: pytest.LogCaptureFixture,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Layout) -> Findings:
+    def fail(*_: object) -> Findings:
         raise PagerIOError("broken", errno=5, path="x", offset_bytes=0)
 
     monkeypatch.setattr(device, "LEAST_EXPERT_BYTES", 0)
@@ -318,7 +318,7 @@ def test_doctor_measures_when_asked_and_tells_what_is_remembered(trace_model: Pa
         return dict(json.loads(done.output)["checks"]["device"])
 
     assert ask()["status"] == "note" and "--probe" in ask()["remedy"]
-    monkeypatch.setattr(bandwidth, "measure", lambda _: FOUND)
+    monkeypatch.setattr(bandwidth, "measure", lambda *_: FOUND)
     assert ask("--probe")["facts"] == {
         "device": here.name, "date": "2026-11-24", "io": "direct",
         "direct": {"n_readers": 8, "piece_bytes": 512 * KIB, "bytes_per_s": 5e9},

@@ -91,6 +91,31 @@ def test_address_of_a_freed_model_is_its_successors(twins: tuple[Path, Path], fr
         other = low.llama_model_load_from_file(os.fsencode(second), plain_params())
         check_equal(logits_of(other, n_ubatch=1), expected)
         low.llama_model_free(other)
+    hooks.forget_freed()
+
+
+def test_model_that_was_freed_and_followed_unseen_is_not_mistaken(twins: tuple[Path, Path]) -> None:
+    """Whoever has bound loading and freeing before we wrapped them, and makes a context by a name that is wrapped."""
+    first, second = twins
+    expected = stock_logits(second, n_ubatch=1)
+    with gguf_pager.install(budget="min"):
+        for _ in range(10):
+            model = low.llama_model_load_from_file(os.fsencode(first), plain_params())
+            logits_of(model, n_ubatch=1)
+            UNWRAPPED["llama_model_free"](model)
+            other = UNWRAPPED["llama_model_load_from_file"](os.fsencode(second), plain_params())
+            check_equal(logits_of(other, n_ubatch=1), expected)
+            UNWRAPPED["llama_model_free"](other)
+        hooks.forget_freed()
+
+
+def test_file_that_was_freed_unseen_is_opened_anew_and_not_shared(zoo_model: Model) -> None:
+    with gguf_pager.install(budget="min"):
+        path = os.fsencode(zoo_model("qwen3moe"))
+        UNWRAPPED["llama_model_free"](low.llama_model_load_from_file(path, plain_params()))
+        model = low.llama_model_load_from_file(path, plain_params())
+        logits_of(model)
+        low.llama_model_free(model)
 
 
 def open_by(name: str, path: Path) -> Any:

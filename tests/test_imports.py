@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "gguf_pager"
 
 # A module imports from those above it only.
 ORDER = (
-    "errors", "_native", "kernel", "cache", "engine", "metadata", "layout", "mirror", "budget", "allocator", "cgroup", "probe",
-    "aftermath", "cap", "profile", "pager", "bandwidth", "device", "residency", "sizing", "loading", "threads", "pace",
-    "contention", "turns", "wrapping", "guard", "arguments", "hooks", "llama", "doctor", "energy", "bench", "report", "cli",
-    "__main__",
+    "errors", "files", "_native", "kernel", "cache", "engine", "llama_log", "metadata", "layout", "mirror", "budget", "allocator",
+    "cgroup", "probe", "aftermath", "cap", "profile", "pager", "bandwidth", "device", "residency", "fingerprint", "sizing",
+    "loading", "threads", "pace", "contention", "turns", "wrapping", "guard", "arguments", "hooks", "llama", "doctor", "energy",
+    "bench", "report", "cli", "__main__",
 )
 
 FOLDERS = ("energy", "bench", "report", "cli")  # rooms of several files, which may import each other

@@ -15,12 +15,16 @@ from typing import Any
 
 import llama_cpp
 import make_zoo
+import numpy as np
 import pytest
 from conftest import ARGUMENTS, Factory, evaluate, footprint_of, some_tokens
 from llama_cpp import llama_cpp as low
+from test_install import decode
 
 import gguf_pager
 from gguf_pager import LayoutError, Options, PagerError, PagerIOError, _native, mirror, read_layout
+from gguf_pager.files import ModelFiles
+from gguf_pager.layout import Layout, open_layout
 
 Model = Callable[..., Path]
 
@@ -95,7 +99,7 @@ def test_copies_on_file_systems_that_differ(
     ask = _native.file_alignment
 
     def alignment(path: str) -> tuple[int, int]:
-        if path != str(second):
+        if not os.path.samefile(path, second):
             return ask(path)
         if align == 0:
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
@@ -217,15 +221,21 @@ def sampled_bytes(model: Path) -> Iterator[tuple[str, int]]:
 
 def test_one_wrong_byte_of_any_sample_is_seen(disks: tuple[Path, Path]) -> None:
     first, second = disks
-    layout = read_layout(first)
+    with ModelFiles() as files:
+        check_samples(open_layout([first], files), files, first, second)
+
+
+def check_samples(layout: Layout, files: ModelFiles, first: Path, second: Path) -> None:
     names = {piece.name for layer in layout.layers for piece in layer.slices}
     assert {name for name, _ in sampled_bytes(first)} == names, "every expert tensor is sampled"
     for name, offset_bytes in sampled_bytes(first):
         change_byte(second, offset_bytes)
         with pytest.raises(LayoutError, match=f"the data of {name} differ"):
-            mirror.find_mirrors(layout, (second,), is_any_model=False)
+            mirror.find_mirrors(layout, files, (second,), is_any_model=False)
         change_byte(second, offset_bytes)
-    assert mirror.find_mirrors(layout, (second,), is_any_model=False) == ((second,),)
+    (found,) = mirror.find_mirrors(layout, files, (second,), is_any_model=False)
+    assert [file.path for file in found] == [second]
+    found.close()
 
 
 @pytest.mark.parametrize("given", (3, [3], [None], b"bytes", {"a": 1}, ["x"] * 8), ids=repr)
@@ -242,11 +252,12 @@ def test_one_path_is_a_list_of_one() -> None:
 # ---- changed while in use ----
 
 @contextlib.contextmanager
-def touched(path: Path) -> Iterator[None]:
-    status = path.stat()
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+def changed(path: Path) -> Iterator[None]:
+    """A byte of the first sample is another."""
+    _, _, offset_bytes, _ = next(iter(mirror.samples(read_layout(path))))
+    change_byte(path, offset_bytes)
     yield
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    change_byte(path, offset_bytes)
 
 
 def test_mirror_changed_while_in_use_is_an_error_that_names_it(disks: tuple[Path, Path], pair: Factory) -> None:
@@ -255,39 +266,61 @@ def test_mirror_changed_while_in_use_is_an_error_that_names_it(disks: tuple[Path
     tokens = some_tokens(N_TOKENS)
     expected = evaluate(theirs, tokens, (8,))
     assert (evaluate(ours, tokens[:8], (8,)) == expected[:8]).all()
-    with touched(second), pytest.raises(PagerIOError, match="changed while in use") as raised:
+    with changed(second), pytest.raises(PagerIOError, match="changed while in use") as raised:
         ours.eval(tokens[8:])
     assert (raised.value.errno, raised.value.path) == (errno.ESTALE, str(second))
     assert (evaluate(ours, tokens[8:]) == expected[8:]).all()
 
 
-@pytest.mark.parametrize("replaced", (0, 1), ids=("model", "mirror"))
-def test_file_replaced_before_the_first_context_is_refused(disks: tuple[Path, Path], replaced: int) -> None:
-    """The pager opens its files when the first context is made: by then another file may have their name."""
+def test_touched_mirror_goes_on(disks: tuple[Path, Path], pair: Factory) -> None:
     first, second = disks
+    ours, theirs = pair(first, "min", {"mirror": [second]}, logits_all=True)
+    tokens = some_tokens(N_TOKENS)
+    expected = evaluate(theirs, tokens)
+    assert (evaluate(ours, tokens[:8]) == expected[:8]).all()
+    os.utime(second, ns=(1, 1))
+    assert (evaluate(ours, tokens[8:]) == expected[8:]).all()
+
+
+@pytest.mark.parametrize("replaced", (0, 1), ids=("model", "mirror"))
+def test_file_replaced_before_the_first_context_stays_what_was_opened(
+    disks: tuple[Path, Path], stock: Factory, replaced: int
+) -> None:
+    """The slots are filled when the first context is made: by then another file may have the name."""
+    first, second = disks
+    tokens = some_tokens(12)
+    expected = evaluate(stock(first, logits_all=True, n_ubatch=1), tokens)
     with gguf_pager.install(budget="min", mirror=[second]) as installed:
         model = low.llama_model_load_from_file(os.fsencode(first), low.llama_model_default_params())
         try:
             other = disks[replaced].with_name("other.gguf")
-            shutil.copy(disks[replaced], other)
+            make_zoo.make("qwen2moe", other)
             other.rename(disks[replaced])
-            for _ in range(2):
-                with pytest.raises(PagerIOError, match="changed while in use") as raised:
-                    low.llama_init_from_model(model, low.llama_context_default_params())
-                assert raised.value.path == str(disks[replaced])
-            assert installed.pagers == []
+            context = low.llama_init_from_model(model, context_params())
+            try:
+                assert (np.concatenate([decode(model, context, [token], i) for i, token in enumerate(tokens)]) == expected).all()
+                assert all(installed.pagers[0].stats().copies)
+            finally:
+                low.llama_free(context)
         finally:
             low.llama_model_free(model)
 
 
+def context_params() -> Any:
+    params = low.llama_context_default_params()
+    params.n_ctx, params.n_threads, params.n_threads_batch = 128, 1, 1
+    params.flash_attn_type = low.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return params
+
+
 # ---- install ----
 
-def open_all(*paths: Path) -> list[gguf_pager.Pager]:
+def open_all(installed: gguf_pager.Installation, *paths: Path) -> list[gguf_pager.Pager]:
     opened = []
     for path in paths:
         llm = llama_cpp.Llama(str(path), **ARGUMENTS)
         opened.append(llm)
-    pagers = list(gguf_pager.llama._installations[-1].pagers)
+    pagers = installed.pagers
     for llm in opened:
         llm.close()
     return pagers
@@ -295,8 +328,8 @@ def open_all(*paths: Path) -> list[gguf_pager.Pager]:
 
 def test_installed_mirror_serves_the_model_it_is_a_copy_of(disks: tuple[Path, Path], zoo_model: Model) -> None:
     first, second = disks
-    with gguf_pager.install(budget="min", mirror=[second]):
-        own, other, itself = open_all(first, zoo_model("qwen2moe"), second)
+    with gguf_pager.install(budget="min", mirror=[second]) as installed:
+        own, other, itself = open_all(installed, first, zoo_model("qwen2moe"), second)
     assert own.paths == (first, second)
     assert other.paths == (zoo_model("qwen2moe"),)
     assert itself.paths == (second,)
@@ -305,5 +338,5 @@ def test_installed_mirror_serves_the_model_it_is_a_copy_of(disks: tuple[Path, Pa
 def test_installed_mirror_with_damage_is_refused(disks: tuple[Path, Path]) -> None:
     first, second = disks
     truncated(second, first)
-    with gguf_pager.install(budget="min", mirror=[second]), pytest.raises(LayoutError, match="bytes instead of"):
-        open_all(first)
+    with gguf_pager.install(budget="min", mirror=[second]) as installed, pytest.raises(LayoutError, match="bytes instead of"):
+        open_all(installed, first)

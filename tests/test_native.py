@@ -23,7 +23,7 @@ CORE = ("ahead", "arena", "compute", "copies", "fetch", "ffn", "ffn_batch", "ffn
         "pins", "policy", "product", "rows", "slots", "tables", "tap", "waits", "warm")
 SUPPORT = ("fake_os", "model", "graph")
 OF_SYSTEM = ("system_os",)
-SYSTEM = ("os_macos",) if platform.system() == "Darwin" else ("os_linux", "os_linux_aio")
+SYSTEM = ("os_macos",) if platform.system() == "Darwin" else ("os_linux", "os_linux_aio", "os_linux_load")
 WITH_ARGUMENTS = ("policy_replay", "system_os")
 WAITS_FOR_SLOTS = ("tap_contexts", "waiting")  # for seconds, however reads are done
 PROGRAMS = tuple(sorted(path.stem for path in HERE.glob("*.c") if path.stem not in SUPPORT))

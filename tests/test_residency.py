@@ -1,11 +1,15 @@
-"""Dense weights stay in RAM, by lock or by copy, and only those of the model that was just loaded."""
+"""Dense weights stay in RAM, in memory of ours, and only those of the model that was just loaded."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import mmap
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,9 @@ import pytest
 from conftest import Factory, evaluate, footprint_of, some_tokens
 from llama_cpp import llama_cpp as low
 
-from gguf_pager import BudgetError, _native, hooks, residency
-from gguf_pager.layout import read_layout
+from gguf_pager import BudgetError, _native, hooks, loading, residency
+from gguf_pager.files import ModelFiles, OpenedFile
+from gguf_pager.layout import Layout, Range, open_layout, read_layout
 
 Model = Callable[..., Path]
 
@@ -34,7 +39,12 @@ def locked_bytes() -> int:
 
 def mapped_offsets(path: Path) -> list[tuple[int, int]]:
     """Return the file ranges that are mapped, as (first, end)."""
-    return [(mapping.offset_bytes, mapping.offset_bytes + mapping.n_bytes) for mapping in residency.find_mappings(path)]
+    return [(mapping.offset_bytes, mapping.offset_bytes + mapping.n_bytes) for mapping in mappings_of(path)]
+
+
+def mappings_of(path: Path) -> list[residency.Mapping]:
+    with contextlib.closing(OpenedFile(path)) as file:
+        return residency.find_mappings(file)
 
 
 def test_locked_weights_are_locked(zoo_model: Model, paged: Factory) -> None:
@@ -49,10 +59,11 @@ def test_locked_weights_are_locked(zoo_model: Model, paged: Factory) -> None:
     assert locked_bytes() == before
 
 
-def test_copied_weights_are_no_longer_mapped_from_the_file(zoo_model: Model, paged: Factory) -> None:
+@pytest.mark.parametrize(("method", "done"), (("auto", "lock"), ("lock", "lock"), ("copy", "copy"), ("off", "copy")))
+def test_weights_are_no_longer_mapped_from_the_file(zoo_model: Model, paged: Factory, method: str, done: str) -> None:
     path = zoo_model("gemma4")
-    llm = paged(path, lock_dense="copy")
-    assert state_of(llm).method == "copy"
+    llm = paged(path, lock_dense=method)
+    assert state_of(llm).method == done
     mapped = mapped_offsets(path)
     assert mapped, "the experts are, for nodes that are left alone"
     for piece in llm.pager.layout.dense:
@@ -60,12 +71,10 @@ def test_copied_weights_are_no_longer_mapped_from_the_file(zoo_model: Model, pag
             assert end <= piece.offset_bytes or first >= piece.offset_bytes + piece.n_bytes
 
 
-def test_weights_left_off_are_left_alone(zoo_model: Model, paged: Factory) -> None:
+def test_weights_are_not_locked_where_nobody_wants_it(zoo_model: Model, paged: Factory) -> None:
     before = locked_bytes()
     llm = paged(zoo_model("gemma4"), lock_dense="off")
-    assert state_of(llm) == residency.Residency("off", 0)
     assert locked_bytes() - before in (0, -(-llm.pager.arena_bytes // mmap.PAGESIZE) * mmap.PAGESIZE), "but the arena"
-    assert len(mapped_offsets(zoo_model("gemma4"))) == 1
 
 
 def refuse(address: int, n_bytes: int) -> None:
@@ -93,17 +102,63 @@ def test_lock_that_is_not_allowed_is_an_error_with_the_remedy(
     assert footprint_of(path) == before
 
 
-def test_copy_holds_the_bytes_of_the_file(tmp_path: Path) -> None:
-    """Up to a last page that the file does not fill; more than one step."""
+def refuse_the_second(address: int, n_bytes: int) -> None:
+    if LOCKED:
+        refuse(address, n_bytes)
+    LOCKED.append(address)
+
+
+LOCKED: list[int] = []
+
+
+def test_nothing_stays_locked_where_not_all_can_be(
+    zoo_model: Model, paged: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = _native.memory_lock
+    monkeypatch.setattr(_native, "memory_lock", lambda *of: (refuse_the_second(*of), lock(*of)))
+    before = locked_bytes()
+    llm = paged(zoo_model("gemma4"))
+    assert state_of(llm).method == "copy" and LOCKED
+    assert locked_bytes() - before in (0, -(-llm.pager.arena_bytes // mmap.PAGESIZE) * mmap.PAGESIZE), "but the arena"
+
+
+@pytest.mark.parametrize("is_direct", (True, False))
+def test_copy_holds_the_bytes_of_the_file(tmp_path: Path, is_direct: bool) -> None:
+    """Up to a last page that the file does not fill; more than one step; read past the page cache, and from it."""
     path = tmp_path / "file"
     content = np.random.default_rng(1).integers(0, 256, (20 << 20) + 1234, dtype=np.uint8)
     path.write_bytes(content.tobytes())
     mapped = np.memmap(path, dtype=np.uint8, mode="r")
-    n_pages_bytes = -(-content.size // 4096) * 4096
-    residency._replace_by_copy(path, mapped.ctypes.data, 0, n_pages_bytes)
+    layout = dataclasses.replace(EMPTY, paths=(path,), dense=(Range(0, 5000, 4000), Range(0, 9 << 20, content.size - (9 << 20))))
+    with ModelFiles() as files:
+        files.open(path)
+        mapping = residency.Mapping(mapped.ctypes.data, 0, content.size)
+        kept = residency.keep_dense(layout, files, [[mapping]], "copy", is_direct=is_direct)
+    assert [(copy.offset_bytes, copy.n_bytes) for copy in kept.copies] == [(4096, 8192), (9 << 20, (11 << 20) + 4096)]
     with open(path, "r+b") as file:
         file.write(bytes(content.size))
-    assert (mapped == content).all()
+    assert (mapped[9 << 20 :] == content[9 << 20 :]).all() and (mapped[4096:12288] == content[4096:12288]).all()
+    assert not mapped[:4096].any() and not mapped[12288 : 9 << 20].any(), "the rest is the file's"
+
+
+EMPTY = Layout(paths=(), architecture="", name="", values={}, layers=(), shapes=(), dense=(), idle_bytes=0, n_vocab=0)
+
+
+def test_interrupted_copy_ends_at_once_and_frees_what_it_has_when_its_reads_end(tmp_path: Path) -> None:
+    """A disk that fails keeps a read for minutes, and the memory it reads into must stay its own until then."""
+    may_end, released = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        assert may_end.wait(30)
+
+    crew = residency._Crew([hang, hang], released.set)
+    timer = threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        crew.run()
+    assert not released.is_set()
+    may_end.set()
+    assert released.wait(30)
 
 
 def test_pages_of_experts_are_given_back(zoo_model: Model, stock: Factory) -> None:
@@ -119,31 +174,29 @@ def test_pages_of_experts_are_given_back(zoo_model: Model, stock: Factory) -> No
                    if name == str(path))
 
     before = resident_kb()
-    residency.release_experts(layout)
+    with ModelFiles() as files:
+        residency.release_experts(open_layout([path], files), files)
     assert before - resident_kb() >= layout.expert_bytes // 1024 * 0.9
 
 
-def test_change_of_a_file_is_found_and_named(zoo_model: Model, tmp_path: Path) -> None:
-    import make_zoo
-
-    layout = read_layout(make_zoo.make_split(zoo_model("qwen3moe"), tmp_path, 3))
-    identities = [residency.identify(path) for path in layout.paths]
-    assert residency.find_change(layout.paths, identities) is None
-    os.truncate(layout.paths[2], 5000)
-    assert residency.find_change(layout.paths, identities) == (errno.ENODATA, 2, 5000)
-    os.utime(layout.paths[1], ns=(1, 1))
-    assert residency.find_change(layout.paths, identities) == (errno.ESTALE, 1, 0)
-    for path in layout.paths:
-        path.unlink()
-    assert residency.find_change(layout.paths, identities) is None, "what is mapped lives on"
+def test_weights_of_a_budget_that_only_seemed_too_small_are_kept(
+    zoo_model: Model, pair: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the model is loaded there may be less room than when its first context is made."""
+    monkeypatch.setattr(loading, "may_be_enough", lambda *_: False)
+    ours, theirs = pair(zoo_model("gemma4"), logits_all=True)
+    kept = state_of(ours)
+    assert kept.method in ("lock", "copy") and kept.n_bytes >= ours.pager.layout.dense_bytes
+    os.utime(zoo_model("gemma4"))
+    assert (evaluate(ours, some_tokens(6)) == evaluate(theirs, some_tokens(6))).all()
 
 
 def test_mapping_of_an_earlier_model_is_not_touched(zoo_model: Model, stock: Factory, paged: Factory) -> None:
     path = zoo_model("qwen3moe")
     theirs = stock(path)
-    before = residency.find_mappings(path)
+    before = mappings_of(path)
     ours = paged(path, lock_dense="copy")
-    after = residency.find_mappings(path)
+    after = mappings_of(path)
     assert set(before) <= set(after)
-    assert len(residency._without(after, before)) == len(after) - len(before) > 0
+    assert len(residency.without(after, before)) == len(after) - len(before) > 0
     assert low.llama_n_ctx(ours.ctx) == low.llama_n_ctx(theirs.ctx)

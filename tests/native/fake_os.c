@@ -212,6 +212,10 @@ void fake_file_touch(const char *path) {
     atomic_fetch_add(&find_file(path)->modified_ns, 1);
 }
 
+int64_t fake_file_time(const char *path) {
+    return atomic_load(&find_file(path)->modified_ns);
+}
+
 void fake_fail_at(const char *path, uint64_t offset_bytes, int error) {
     fake_file *file = find_file(path);
     atomic_store(&file->bad_at, offset_bytes);
@@ -587,6 +591,10 @@ const gp_os fake_os = {
     .now_roughly_ns = now_ns,
     .queues = &queues,
 };
+
+int gp_os_memory_lock_coming(void *memory, size_t bytes) {
+    return gp_os_memory_lock(memory, bytes);
+}
 
 int gp_os_memory_lock(void *memory, size_t bytes) {
     CHECK(memory && bytes > 0, "there is memory to lock");

@@ -25,6 +25,7 @@ void     fake_reset(void);
 uint8_t *fake_file_add(const char *path, uint64_t size_bytes);
 void     fake_file_truncate(const char *path, uint64_t size_bytes);
 void     fake_file_touch(const char *path);      /* its time of modification moves on */
+int64_t fake_file_time(const char *path);      /* when it was modified, in ns */
 void     fake_file_refuse_direct(const char *path);     /* -EINVAL, as from a file system without direct reads */
 void     fake_replace_after_open(const char *path);      /* its next opening is of the last of this file */
 void     fake_file_slow_down(const char *path, unsigned delay_us);     /* each read of it takes so much longer */

@@ -162,8 +162,73 @@ static void both_who_wait_are_refused(void) {
     }
 }
 
+static struct {
+    int      answer;
+    unsigned n_asked;
+    bool     is_same;       /* all that was read is what the file holds */
+} asked;
+
+/* As the caller does: compares with the file, and takes over its times. */
+static int compare(void *data, uint32_t file, uint64_t offset_bytes, const void *memory, uint64_t bytes) {
+    CHECK(data == &asked, "the caller's own data come back");
+    asked.n_asked++;
+    asked.is_same &= memcmp(m.files[file] + offset_bytes, memory, bytes) == 0;
+    if (asked.answer == 1) {
+        const gp_file_times times = { fake_file_time(m.paths[file]), 0 };
+        CHECK(gp_pager_accept(pager, &times) == 0, "the new times are taken over");
+    }
+    return asked.answer;
+}
+
+/* Times alone are no change: whoever can compare decides. */
+static void touched_file_serves_if_its_bytes_are_the_same(void) {
+    begin((model_shape) { 0 });
+    gp_pager_compare_with(pager, compare, &asked);
+    asked.is_same = true;
+    asked.answer = 1;
+    model_use(&m, pager, &hold, 0, (int32_t[]) { 1, 2 }, 2, 1);
+    CHECK(asked.n_asked == 0, "nobody asks about a file that was left alone");
+    fake_file_touch(m.paths[0]);
+    model_use(&m, pager, &hold, 0, (int32_t[]) { 3 }, 1, 1);
+    CHECK(asked.n_asked == m.shape.n_slices && asked.is_same, "each slice that was read is compared, at its place");
+    model_use(&m, pager, &hold, 0, (int32_t[]) { 4 }, 1, 1);
+    CHECK(asked.n_asked == m.shape.n_slices, "once: the times are known now");
+    const gp_file_times wrong = { 0, 0 };
+    CHECK(gp_pager_accept(pager, &wrong) == -ESTALE, "times that the file does not have are refused");
+    end();
+}
+
+static void touched_file_is_refused_if_the_caller_says_so(void) {
+    static const int answers[] = { -ESTALE, -EIO, 0 };
+    for (int i = 0; i < 3; i++) {
+        begin((model_shape) { 0 });
+        gp_pager_compare_with(pager, compare, &asked);
+        asked.answer = answers[i];
+        rewrite_file(0, 0, 3);
+        is_refused(&hold, 0, 3, answers[i] ? answers[i] : -EINTR);
+        end();
+    }
+}
+
+/* It was read before the file was compared, and nobody has looked at it since. */
+static void what_nobody_has_looked_at_is_dropped_when_times_are_taken_over(void) {
+    begin((model_shape) { .n_slots = 24 });
+    const gp_expert expert = { .layer = 0, .expert = 3, .share = 0.5f };
+    rewrite_file(0, 0, 3);
+    CHECK(gp_pager_warm_up(pager, &expert, 1) == 0, "an expert is read before anybody wants it");
+    model_settle(pager);
+    CHECK(model_is_resident(pager, &m, 0, 3), "and came");
+    const gp_file_times times = { fake_file_time(m.paths[0]), 0 };
+    CHECK(gp_pager_accept(pager, &times) == 0, "the times are taken over");
+    CHECK(!model_is_resident(pager, &m, 0, 3), "what came meanwhile is not kept");
+    end();
+}
+
 int main(void) {
     check_begin();
+    touched_file_serves_if_its_bytes_are_the_same();
+    touched_file_is_refused_if_the_caller_says_so();
+    what_nobody_has_looked_at_is_dropped_when_times_are_taken_over();
     newer_file_is_refused();
     shorter_file_is_refused();
     unidentifiable_file_is_refused();
