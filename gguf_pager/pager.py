@@ -342,9 +342,9 @@ class Pager:
             self._keeper.note_use()
 
     def keep_profile(self) -> None:
-        """Add to the model's profile what was chosen since it was last added; when the program ends."""
+        """Add to the model's profile what was chosen since it was last added; the last time, when the program ends."""
         if self._keeper is not None and self._native is not None:
-            self._keeper.keep()
+            self._keeper.close()
 
     def _count_choices(self) -> list[list[int]]:
         return [self.times_chosen(i) for i in range(len(self.layout.layers))]

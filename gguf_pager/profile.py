@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gguf_pager import cache
+from gguf_pager import _native, cache
 from gguf_pager.layout import Layout
 
 FORMAT = 1
@@ -140,6 +141,10 @@ def _forget_oldest(folder: Path) -> None:
 
 # ---- when it is kept ------------------------------------------------------------------------------------------------
 
+_MOST_WAIT_S = 10.0
+"""For the thread to come to its end: it writes a small file at most."""
+
+
 class Keeper:
     """Adds what an open model learns to its profile: from time to time, when nobody computes any more, and at the end.
 
@@ -158,8 +163,8 @@ class Keeper:
         self._count = count
         self._name = name_of(layout)
         self._pid = os.getpid()
-        self._state = threading.Lock()  # held for a moment, also by those who compute
-        self._writing = threading.RLock()  # the collection of garbage may close a model, and that is a write, within a write
+        self._state = _native.Mutex()  # held for a moment, also by those who compute
+        self._writing = _native.Mutex()  # the collection of garbage may close a model, and that is a write, within a write
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._is_watching = False
@@ -168,53 +173,59 @@ class Keeper:
 
     def note_use(self) -> None:
         """Take note that tokens were computed just now."""
-        if os.getpid() != self._pid:
-            return
-        with self._state:
-            self._used_at = time.monotonic()
-            if not self._is_watching and not self._ended.is_set():
-                self._is_watching, self._kept_at = True, self._used_at
-                self._thread = threading.Thread(target=self._watch, name="gguf_pager profile", daemon=True)
-                self._thread.start()
+        if os.getpid() == self._pid:
+            self._state.call(self._note_use)
+
+    def _note_use(self) -> None:
+        self._used_at = time.monotonic()
+        if not self._is_watching and not self._ended.is_set():
+            self._is_watching, self._kept_at = True, self._used_at
+            self._thread = threading.Thread(target=self._watch, name="gguf_pager profile", daemon=True)
+            self._thread.start()
 
     def keep(self, *, is_last: bool = True) -> None:
         """Add to the profile what was chosen since it was last added; not in a child of the process that has opened it."""
-        if os.getpid() != self._pid:
-            return
-        with self._writing:
-            before, now = self._kept, [np.array(row, dtype=np.int64) for row in self._count()]
-            self._kept = now
-            new = [(row - old).tolist() for row, old in zip(now, before, strict=True)]
-            if not write(self._layout, new, name=self._name, is_last=is_last):
-                self._kept = before
+        if os.getpid() == self._pid:
+            self._writing.call(self._keep, is_last)
+
+    def _keep(self, is_last: bool) -> None:
+        before, now = self._kept, [np.array(row, dtype=np.int64) for row in self._count()]
+        self._kept = now
+        new = [(row - old).tolist() for row, old in zip(now, before, strict=True)]
+        if not write(self._layout, new, name=self._name, is_last=is_last):
+            self._kept = before
 
     def close(self) -> None:
-        """Keep the rest, and end the thread; twice is fine."""
+        """Keep the rest, and end the thread; twice is fine.
+
+        Once the interpreter is being taken down there is no thread any more, and nobody who could be waited for.
+        """
         if os.getpid() != self._pid:
             return
-        with self._state:
-            self._ended.set()
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        self._ended.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread() and not sys.is_finalizing():
+            thread.join(_MOST_WAIT_S)
             _wait_gone(thread)
         self.keep()
 
     def _watch(self) -> None:
         while True:
-            with self._state:
-                used_at = self._used_at
-                pause_s = min(used_at + self.idle_s, self._kept_at + self.every_s) - time.monotonic()
+            used_at = self._used_at
+            pause_s = min(used_at + self.idle_s, self._kept_at + self.every_s) - time.monotonic()
             if pause_s > 0:
                 if self._ended.wait(pause_s):
                     return
                 continue
             self.keep(is_last=False)
-            with self._state:
-                self._kept_at = time.monotonic()
-                if self._used_at == used_at and self._kept_at - used_at >= self.idle_s:
-                    self._is_watching = False  # the next use starts another
-                    return
+            if self._state.call(self._is_done, used_at):
+                return
+
+    def _is_done(self, used_at: float) -> bool:
+        self._kept_at = time.monotonic()
+        if self._used_at == used_at and self._kept_at - used_at >= self.idle_s:
+            self._is_watching = False  # the next use starts another
+        return not self._is_watching
 
 
 def _wait_gone(thread: threading.Thread) -> None:

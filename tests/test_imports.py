@@ -26,7 +26,7 @@ ANY_NAME = ("__version__",)  # of the package itself, which is complete before a
 
 OPEN_MODELS = {"bench", "cli"}
 USERS_OF_LLAMA_CPP = {"arguments", "guard", "hooks", "llama", "loading"}
-USERS_OF_NATIVE = {"engine", "pager", "residency", "loading", "turns", "hooks", "doctor"}
+USERS_OF_NATIVE = {"profile", "engine", "pager", "residency", "loading", "turns", "hooks", "doctor"}
 
 
 def room(path: Path) -> str:

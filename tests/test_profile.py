@@ -389,3 +389,21 @@ def test_failed_guess_fails_no_model(paged: Factory, trace_model: Path, folder: 
         llm.eval([7])
     finally:
         llm.close()
+
+
+ENDS = """
+import sys
+import gguf_pager
+llm = gguf_pager.Llama(sys.argv[1], budget="min", n_ctx=64, n_batch=16, n_threads=1, verbose=False)
+llm.eval(list(range(5, 15)))
+"""
+
+
+def test_process_that_closes_nothing_ends(trace_model: Path) -> None:
+    """Its model is closed while the interpreter is taken down, when the thread that keeps profiles is gone or stands still."""
+    running = [subprocess.Popen([sys.executable, "-c", ENDS, str(trace_model)]) for _ in range(6)]
+    try:
+        assert [child.wait(60) for child in running] == [0] * 6
+    finally:
+        for child in running:
+            child.kill()
