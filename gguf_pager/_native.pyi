@@ -68,6 +68,8 @@ class Pager:
     def pin(self, layer: int, experts: Sequence[int], /) -> _Failure | None:
         """Return what a read failed with, if one did."""
     def unpin_all(self) -> None: ...
+    def shrink(self, shape_class: int, n_slots: int, /) -> None:
+        """Leave a class so many of its slots and give back the memory of the others; EBUSY: they are in use."""
     def warm_up(self, experts: Sequence[tuple[int, int, float]], /) -> None:
         """Read (layer, expert, share of tokens that choose it) in the background, in this order, into free slots."""
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ IoMode = Literal["auto", "direct", "buffered"]
 
 DEFAULT_READERS, DEFAULT_PIECE_BYTES = 4, 512 << 10
 """What decoded fastest where it was measured, on a disk of 3 to 4 GB/s (benchmarks/LOG.md, 2026-11-24)."""
+_SHRINK_S = 2.0
+"""How long slots may be in use, by a token or a read in the background, before a context that needs their memory is refused."""
+
 MAX_MIRRORS = 7
 """GP_MAX_COPIES - 1 in native/gguf_pager.h."""
 
@@ -205,6 +209,8 @@ class Pager:
         """The threads that have computed the last single token, where they are adapted."""
         self._n_ubatch: int | None = None
         self._n_ubatch_asked: int | None = None
+        self.widest_ubatch = 1
+        """The largest batch that any of its contexts computes at once."""
         self._pid = os.getpid()
         self._in_use = _native.Mutex()
         """Held by what takes long without Python's lock, so that closing waits for it."""
@@ -280,8 +286,22 @@ class Pager:
                 self._keeper = profile.Keeper(self.layout, self._count_choices)
 
     def note_batches(self, n_ubatch_asked: int, n_ubatch: int) -> None:
-        """Remember for `stats` what a context was asked for, and what it has got."""
+        """Remember what a context was asked for, and what it has got."""
         self._n_ubatch_asked, self._n_ubatch = n_ubatch_asked, n_ubatch
+        self.widest_ubatch = max(self.widest_ubatch, n_ubatch)
+
+    def shrink(self, n_slots: Sequence[int]) -> None:
+        """Keep this many slots per shape class and give back the memory of the others; the arena must be present.
+
+        Raises:
+            BudgetError: those that would go are in use, or pinned.
+        """
+        with self._at_work() as native:
+            for shape_class, (n_now, n_then) in enumerate(zip(self.n_slots, n_slots, strict=True)):
+                if n_then == n_now:
+                    continue
+                self._shrink_class(native, shape_class, n_then)
+                self.n_slots = (*self.n_slots[:shape_class], n_then, *self.n_slots[shape_class + 1 :])
 
     def _open_error(self, error: _native.OpenError | MemoryError, arena_bytes: int) -> PagerError:
         """Return the exception for what the system did not give."""
@@ -316,6 +336,20 @@ class Pager:
         """
         if self._native is not None:
             self._native.accept(times)
+
+    def _shrink_class(self, native: _native.Pager, shape_class: int, n_slots: int) -> None:
+        until = time.monotonic() + _SHRINK_S
+        while True:
+            try:
+                native.shrink(shape_class, n_slots)
+                return
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                if time.monotonic() > until:
+                    raise BudgetError("Another context of this model is computing with the slots whose memory this one needs, or "
+                                      "they are pinned: try again later, or unpin them.") from None
+            time.sleep(0.005)
 
     def wait_present(self) -> None:
         """Wait until all of the arena is resident; a thread sees to it since `open`."""

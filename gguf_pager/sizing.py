@@ -206,8 +206,7 @@ def _arena_bytes(
     if request.budget.kind == "bytes":
         used = now.resident_bytes + not_yet_resident + other
         return min(full, max(0, int(request.budget.value or 0) - used)), used
-    if request.options.lock_dense != "off":  # else the kernel takes them back where memory is short, as in stock
-        other += not_yet_resident
+    other += not_yet_resident
     if request.budget.kind == "share":
         wanted = _share_bytes(needs, request.budget.value)
         if wanted < least:
@@ -223,6 +222,38 @@ def _arena_bytes(
     memory = probe.memory()
     spare = budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)
     return min(full, max(least, spare - other)), 0
+
+
+def _make_room(pager: Pager, needs: Sequence[ClassNeed], request: Request, before: probe.ProcessMemory) -> tuple[int, ...]:
+    """Give back as many slots of an open arena as a further context needs memory; of a budget in bytes alone.
+
+    Returns the slots that are left: enough for the batches of every context.
+
+    Raises:
+        BudgetError: too few would be left.
+    """
+    if request.budget.kind != "bytes":
+        return pager.n_slots
+    pager.wait_present()
+    now = probe.process_memory()
+    untouched = max(0, (now.allocated_bytes - before.allocated_bytes) - (now.resident_bytes - before.resident_bytes))
+    used = now.resident_bytes + untouched + request.output_rows * pager.layout.n_vocab * 4
+    excess = used - int(request.budget.value or 0)
+    if excess <= 0:
+        return pager.n_slots
+    least = [max(need.n_least, *(budget.batch_slots(layer, pager.widest_ubatch) for layer in pager.layout.layers
+                                 if pager.layout.class_of(layer) == index)) for index, need in enumerate(needs)]
+    slots = list(pager.n_slots)
+    for index in sorted(range(len(needs)), key=lambda i: -needs[i].expert_bytes):
+        n_gone = min(max(0, slots[index] - least[index]), math.ceil(excess / needs[index].stride_bytes))
+        slots[index] -= n_gone
+        excess -= n_gone * needs[index].stride_bytes
+        if excess <= 0:
+            break
+    if excess > 0:
+        raise _too_small(int(request.budget.value or 0), int(request.budget.value or 0) + excess)
+    pager.shrink(slots)
+    return pager.n_slots
 
 
 def open_or_shrink(
@@ -254,6 +285,8 @@ def open_or_shrink(
             f"This context keeps {batches.n_sequences} sequences apart and computes as many tokens at once, and the slots that "
             "the model was opened with are too few: raise the budget, lower n_seq_max or set kv_unified."
         )
+    else:
+        slots = _make_room(pager, needs, request, before)
     fitting = batches.largest(pager.layout, slots)
     if fitting == batches.n_ubatch and not pager.is_open:
         pager.open(slots)

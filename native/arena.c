@@ -227,22 +227,29 @@ static int open_layers(gp_pager *p) {
     if (!p->guesses) {
         return -ENOMEM;
     }
-    for (uint32_t i = 0; i < config->n_layers; i++) {
+    for (uint32_t i = 0; i < config->n_classes; i++) {
+        gp_class_divide(p, i);
+    }
+    return 0;
+}
+
+void gp_class_divide(gp_pager *p, uint32_t shape_class) {
+    gp_class *c = &p->classes[shape_class];
+    c->share = c->n_layers ? c->n_slots / c->n_layers : 0;
+    c->floor = c->transient_limit = 0;
+    for (uint32_t i = 0; i < p->config.n_layers; i++) {
         const gp_layer_spec *spec = &p->layers[i].spec;
-        gp_class *c = &p->classes[spec->shape_class];
-        c->share = c->n_slots / c->n_layers;
+        if (spec->shape_class != shape_class) {
+            continue;
+        }
         const uint32_t floor = spec->n_used < c->share ? spec->n_used : c->share;
         c->floor = floor > c->floor ? floor : c->floor;
         /* One layer's worth for the batch, one for read-ahead. */
-        const uint32_t limit = spec->n_experts * (config->read_ahead ? 2 : 1);
+        const uint32_t limit = spec->n_experts * (p->config.read_ahead ? 2 : 1);
         c->transient_limit = limit > c->transient_limit ? limit : c->transient_limit;
     }
-    for (uint32_t i = 0; i < config->n_classes; i++) {
-        gp_class *c = &p->classes[i];
-        const uint32_t aside = c->transient_limit < c->n_slots / 2 ? c->transient_limit : c->n_slots / 2;
-        c->batch_share = c->n_layers ? (c->n_slots - aside) / c->n_layers : 0;
-    }
-    return 0;
+    const uint32_t aside = c->transient_limit < c->n_slots / 2 ? c->transient_limit : c->n_slots / 2;
+    c->batch_share = c->n_layers ? (c->n_slots - aside) / c->n_layers : 0;
 }
 
 int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config, gp_open_failure *failure) {

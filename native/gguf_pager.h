@@ -170,6 +170,10 @@ int  gp_pager_pin(gp_pager *pager, uint32_t layer, const int32_t *experts, uint3
                   gp_abort_callback shall_stop, void *data, gp_failure *failure);
 void gp_pager_unpin_all(gp_pager *pager);
 
+/* Leaves a class so many of its slots, and gives the memory of the others back; after gp_pager_wait_present, and with slots
+ * enough for every batch that is computed. -EBUSY: those that would go are in use now, or pinned. */
+int  gp_pager_shrink(gp_pager *pager, uint32_t shape_class, uint32_t n_slots);
+
 /* An expert of a layer, and the share of tokens that are likely to choose it. */
 typedef struct {
     uint32_t layer;

@@ -630,6 +630,16 @@ static PyObject *pager_unpin_all(PyObject *object, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+static PyObject *pager_shrink(PyObject *object, PyObject *args) {
+    gp_pager *pager = opened((PagerObject *) object);
+    unsigned int shape_class, n_slots;
+    if (!pager || !PyArg_ParseTuple(args, "II", &shape_class, &n_slots)) {
+        return NULL;
+    }
+    const int error = gp_pager_shrink(pager, shape_class, n_slots);
+    return error == 0 ? Py_BuildValue("") : raise_errno(error);
+}
+
 static PyObject *pager_warm_up(PyObject *object, PyObject *sequence) {
     PagerObject *self = (PagerObject *) object;
     const Py_ssize_t n = PySequence_Size(sequence);
@@ -672,6 +682,7 @@ static PyMethodDef pager_methods[] = {
     { "chosen", pager_chosen, METH_VARARGS, NULL },
     { "pin", pager_pin, METH_VARARGS, NULL },
     { "unpin_all", pager_unpin_all, METH_NOARGS, NULL },
+    { "shrink", pager_shrink, METH_VARARGS, NULL },
     { "warm_up", pager_warm_up, METH_O, NULL },
     { "accept", pager_accept, METH_O, NULL },
     { "compare_with", pager_compare_with, METH_VARARGS, NULL },

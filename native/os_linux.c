@@ -157,6 +157,16 @@ static int memory_populate(void *memory, size_t bytes) {
     return 0;
 }
 
+static void memory_give_back(void *memory, size_t bytes) {
+    const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
+    char *const begin = (char *) (((uintptr_t) memory + page - 1) / page * page);
+    char *const end = (char *) (((uintptr_t) memory + bytes) / page * page);
+    if (begin < end) {
+        (void) munlock(begin, (size_t) (end - begin));      /* what is locked cannot be given back: EINVAL */
+        (void) madvise(begin, (size_t) (end - begin), MADV_DONTNEED);
+    }
+}
+
 static void memory_close(void *memory, size_t bytes) {
     if (memory) {
         const size_t page = (size_t) sysconf(_SC_PAGESIZE);
@@ -212,6 +222,7 @@ const gp_os gp_os_system = {
     .memory_open = memory_open,
     .memory_populate = memory_populate,
     .memory_prefer = memory_prefer,
+    .memory_give_back = memory_give_back,
     .memory_close = memory_close,
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,

@@ -107,6 +107,17 @@ static void memory_prefer(void *memory, size_t bytes, bool are_huge) {
     (void) memory, (void) bytes, (void) are_huge;   /* pages have one size */
 }
 
+/* MADV_FREE_REUSABLE takes the pages from what the process is charged for at once, which MADV_FREE does not. */
+static void memory_give_back(void *memory, size_t bytes) {
+    const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
+    char *const begin = (char *) (((uintptr_t) memory + page - 1) / page * page);
+    char *const end = (char *) (((uintptr_t) memory + bytes) / page * page);
+    if (begin < end) {
+        (void) munlock(begin, (size_t) (end - begin));
+        (void) madvise(begin, (size_t) (end - begin), MADV_FREE_REUSABLE);
+    }
+}
+
 static void memory_close(void *memory, size_t bytes) {
     if (memory) {
         munmap(memory, whole_pages(bytes));
@@ -151,6 +162,7 @@ const gp_os gp_os_system = {
     .memory_open = memory_open,
     .memory_populate = memory_populate,
     .memory_prefer = memory_prefer,
+    .memory_give_back = memory_give_back,
     .memory_close = memory_close,
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,

@@ -121,6 +121,9 @@ void     gp_ahead_withdrawn(gp_pager *pager, gp_read *const *reads, uint32_t n_r
 /* Where a slice's first byte lies. */
 char    *gp_slot_slice(const gp_pager *pager, uint32_t index, uint32_t slice);
 
+/* Works out what a class's layers may keep of its slots. */
+void     gp_class_divide(gp_pager *pager, uint32_t shape_class);
+
 /* What went wrong with a slot that has failed. */
 gp_failure gp_slot_failure(const gp_pager *pager, uint32_t index);
 

@@ -20,7 +20,7 @@ HERE = ROOT / "tests" / "native"
 TRACE = ROOT / "scripts" / "traces" / "qwen3-30b-a3b" / "code.npz"
 
 CORE = ("ahead", "arena", "compute", "copies", "fetch", "ffn", "ffn_batch", "ffn_between", "ffn_shape", "ffn_shares", "pager",
-        "pins", "policy", "product", "rows", "slots", "tables", "tap", "waits", "warm")
+        "pins", "policy", "product", "rows", "shrink", "slots", "tables", "tap", "waits", "warm")
 SUPPORT = ("fake_os", "model", "graph")
 OF_SYSTEM = ("system_os",)
 SYSTEM = ("os_macos",) if platform.system() == "Darwin" else ("os_linux", "os_linux_aio", "os_linux_load")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import make_trace_model
 import pytest
 from conftest import ARGUMENTS, Factory, evaluate, some_tokens
 from llama_cpp import llama_cpp as low
@@ -330,3 +334,45 @@ def test_same_file_opened_twice_shares_slots_until_the_last_is_closed(zoo_model:
     assert not second.pager.is_open
     check_equal(evaluate(other, tokens), expected)
     other.close()
+
+
+SHARES = """
+import json, sys
+import gguf_pager
+path, budget = sys.argv[1], int(sys.argv[2])
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+given = dict(budget=budget, n_ctx=4096, n_batch=64, n_ubatch=64, n_threads=1, verbose=False)
+chat = gguf_pager.Llama(path, **given)
+before = chat.pager.arena_bytes
+tokens = list(range(5, 69))
+chat.eval(tokens)
+expected = chat.sample(temp=0.0)
+other = gguf_pager.Llama(path, embedding=True, **given)
+assert other.pager is chat.pager
+other.embed("a hen")
+for llm in (chat, other):
+    llm.reset()
+    llm.eval(tokens)
+    for i in range(60):
+        llm.eval([5 + i])
+chat.reset()
+chat.eval(tokens)
+stats = chat.pager.stats()
+print(json.dumps({"before": before, "after": stats.arena_bytes, "peak": peak(), "left_alone": stats.left_alone,
+                  "same": chat.sample(temp=0.0) == expected}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_second_context_within_a_budget_in_bytes_takes_its_memory_from_the_slots(tmp_path: Path) -> None:
+    """Chat and embeddings of one model: the second was refused, or a third got 42 MB, in silence."""
+    path = tmp_path / "model.gguf"
+    make_trace_model.make(path, "tiny", layers=6, experts=64, n_ff=512)
+    budget = 130 << 20
+    done = subprocess.run([sys.executable, "-c", SHARES, str(path), str(budget)], capture_output=True, text=True, timeout=120,
+                          check=False)
+    assert done.returncode == 0, done.stderr[-800:]
+    found = json.loads(done.stdout)
+    assert found["after"] < found["before"] and found["same"] and found["left_alone"] == 0
+    assert found["peak"] <= budget * 1.03

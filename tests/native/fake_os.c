@@ -58,6 +58,7 @@ static struct {
     bool           are_pages_huge;      /* these three: the populating thread's, then its joiner's */
     unsigned       page_us[2];
     uint64_t       present_bytes[2];
+    uint64_t       given_back_bytes;
 } fake = { .offset_align = 1, .memory_align = 1,
            .gate_lock = PTHREAD_MUTEX_INITIALIZER, .gate_moved = PTHREAD_COND_INITIALIZER };
 
@@ -533,6 +534,16 @@ uint64_t fake_bytes_present(bool are_huge) {
     return fake.present_bytes[are_huge];
 }
 
+static void memory_give_back(void *memory, size_t bytes) {
+    CHECK(memory && bytes > 0, "there is memory to give back");
+    memset(memory, 0xee, bytes);    /* whoever still uses it sees that */
+    fake.given_back_bytes += bytes;
+}
+
+uint64_t fake_bytes_given_back(void) {
+    return fake.given_back_bytes;
+}
+
 static void memory_close(void *memory, size_t bytes) {
     (void) bytes;
     free(memory);
@@ -584,6 +595,7 @@ const gp_os fake_os = {
     .memory_open = memory_open,
     .memory_populate = memory_populate,
     .memory_prefer = memory_prefer,
+    .memory_give_back = memory_give_back,
     .memory_close = memory_close,
     .thread_start = thread_start,
     .thread_step_back = thread_step_back,

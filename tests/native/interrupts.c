@@ -41,7 +41,7 @@ static void begin(model_shape shape) {
     weights_map(&w, &m);
     pager = model_open(&m);
     decoding = pthread_self();
-    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 1 << 20, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 1 << 20, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
     gp_tap_watch(tap, &fake_os, shall_stop, &m);
     CHECK(gp_tap_attach(tap, pager) == 0, "a tap is attached");
 }

@@ -84,7 +84,9 @@ static void file_replaced_while_it_is_opened(void) {
     model_make(&m, (model_shape) { .n_tables = 1 });
     gp_pager *pager;
     fake_replace_after_open(m.paths[0]);
-    CHECK(gp_pager_open(&pager, &fake_os, &m.config) == -ESTALE && !pager, "a file replaced meanwhile is refused");
+    gp_open_failure failure;
+    CHECK(gp_pager_open(&pager, &fake_os, &m.config, &failure) == -ESTALE && !pager, "a file replaced meanwhile is refused");
+    CHECK(failure.lack == GP_LACKS_FILE && failure.file == 0, "and named");
     gp_pager_close(model_open(&m));
     model_end(&m);
 }
