@@ -25,7 +25,12 @@ static void stop_at(unsigned nth) {
 static bool shall_stop(void *data) {
     CHECK(data == &m, "the caller's data comes along");
     CHECK(pthread_equal(pthread_self(), decoding), "only the thread that decodes asks");
-    CHECK(pthread_mutex_trylock(&pager->lock) == 0, "and holds no lock");
+    int error = pthread_mutex_trylock(&pager->lock);     /* another thread may have it for a moment */
+    for (int i = 0; error != 0 && i < 2000; i++) {
+        nanosleep(&(struct timespec) { .tv_nsec = 1000000 }, NULL);
+        error = pthread_mutex_trylock(&pager->lock);
+    }
+    CHECK(error == 0, "and holds no lock");
     pthread_mutex_unlock(&pager->lock);
     return atomic_fetch_add(&n_asked, 1) + 1 == atomic_load(&stops_at);
 }
