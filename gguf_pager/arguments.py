@@ -20,6 +20,10 @@ STOCK_NAMES = tuple(
     if name != "self" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 )
 
+OBSOLETE_NAMES = ("n_parts", "f16_kv", "low_vram", "mul_mat_q", "n_gqa", "rms_norm_eps")
+"""Arguments of earlier versions of llama_cpp.Llama, without effect today. LangChain's LlamaCpp and ChatLlamaCpp
+(langchain-community) hand over the first two always."""
+
 _KNOWN = {*STOCK_NAMES, *OPTION_NAMES, "budget"}
 
 
@@ -30,7 +34,7 @@ def check_names(kwargs: dict[str, Any]) -> None:
         TypeError: an argument that neither knows.
     """
     for name in kwargs:
-        if name not in _KNOWN:
+        if name not in _KNOWN and name not in OBSOLETE_NAMES:
             near = difflib.get_close_matches(name, _KNOWN, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise TypeError(f"Llama() got an unknown argument {name!r}.{hint}")

@@ -511,7 +511,11 @@ class Pager:
         )
 
     def close(self) -> None:
-        """Free the arena, end the readers and close the files; twice is fine. Contexts must be freed before."""
+        """Free the arena, end the readers and close the files; twice is fine. Contexts must be freed before.
+
+        Raises:
+            EngineError: one is not; everything is left as it was.
+        """
         native = self._native
         if native is not None and os.getpid() != self._pid:  # the parent's lock and threads mean nothing here
             self._native = None
@@ -521,6 +525,10 @@ class Pager:
             if self._keeper is not None:
                 self._keeper.close()
             self._native = None  # nobody begins anything with it any more
-            self._in_use.call(native.close)
+            try:
+                self._in_use.call(native.close)
+            except ValueError:  # it has refused, and goes on
+                self._native = native
+                raise EngineError("This pager is in use by a context: close the Llama, or free its contexts, before.") from None
         for copy in self._files:
             copy.close()

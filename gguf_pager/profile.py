@@ -31,6 +31,8 @@ one, and a long past must not outweigh the present use."""
 _FOLDER = "profiles"
 _PATIENCE_S = 0.2
 _LONG_LIST = 1000
+_MOST_CHOICES = 1e15
+"""No process lives to count more; sums of absurd numbers overflow, which is a warning, or an error where warnings are."""
 
 Profile = list[npt.NDArray[np.float64]]
 """Per layer of a layout, the number of choices of each expert, older ones for less."""
@@ -76,7 +78,7 @@ def _check(rows: Any, layout: Layout) -> Profile | None:
             counts = np.array(row, dtype=np.float64)
         except (ValueError, TypeError, OverflowError):
             return None
-        if counts.shape != (layer.n_experts,) or not np.isfinite(counts).all() or (counts < 0).any():
+        if counts.shape != (layer.n_experts,) or not ((counts >= 0) & (counts <= _MOST_CHOICES)).all():
             return None
         found.append(counts)
     return found

@@ -53,6 +53,14 @@ def test_what_nobody_knows_is_refused(zoo_model: Model, given: dict[str, Any], e
         open_stock(zoo_model("qwen3moe"), **given)
 
 
+def test_arguments_of_earlier_versions_are_swallowed_as_by_stock(zoo_model: Model) -> None:
+    """LangChain hands them over whether or not its user has given them."""
+    with gguf_pager.install(budget="min") as installed:
+        llm = open_stock(zoo_model("qwen3moe"), n_parts=-1, f16_kv=True)
+        assert len(installed.pagers) == 1
+        llm.close()
+
+
 def test_stock_is_stock_when_nobody_has_installed(zoo_model: Model) -> None:
     llm = open_stock(zoo_model("qwen3moe"), budget="min", whatever=1)
     assert not hasattr(llm, "pager")

@@ -244,7 +244,7 @@ def test_progress_appears_after_a_second_and_only_where_wanted(capfd: pytest.Cap
     (("run", "no.gguf", "-p", "x"), "does not exist"),
     (("run", "text", "-p", "x"), "is not a GGUF file"),
     (("run", "cut.gguf", "-p", "x"), "is truncated"),
-    (("run", "refused.gguf", "-p", "x"), "Run with --verbose"),
+    (("run", "refused.gguf", "-p", "x"), "unknown model architecture: 'nonesuch'"),
     (("run", "tiny.gguf", "-p", "x", "--budget", "3"), "is too small"),
     (("run", "tiny.gguf", "-p", "x", "--budget", "much"), "is not understood"),
     (("run", "tiny.gguf", "-p", "x", "--policy", "none"), "does not exist"),
@@ -272,6 +272,12 @@ def test_error_is_red_on_a_terminal() -> None:
 ])
 def test_misuse_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     assert CliRunner().invoke(main, arguments).exit_code == 2
+
+
+def test_refused_file_is_one_sentence_without_a_hint_that_does_not_help(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    said = CliRunner().invoke(main, ["run", str(tmp_path / "pipe.gguf"), "-p", "x"]).output
+    assert said.endswith("put it into a file.\n") and "--verbose" not in said
 
 
 def test_missing_compiled_part_is_an_error_line() -> None:

@@ -730,3 +730,16 @@ def test_forked_child_is_told_so_and_the_parent_goes_on(zoo_model: Model, pair: 
     assert in_child(opens_its_own)
     assert time.monotonic() - started < 15
     check_equal(evaluate(ours, tokens[8:]), expected[8:])
+
+
+def test_pager_that_is_in_use_refuses_to_close_and_goes_on(pair: Factory, zoo_model: Callable[..., Path]) -> None:
+    ours, stock = pair(zoo_model("qwen3moe"), logits_all=True)
+    tokens = some_tokens(12)
+    evaluate(ours, tokens[:6])
+    with pytest.raises(EngineError, match="in use"):
+        ours.pager.close()
+    assert ours.pager.is_open
+    evaluate(stock, tokens[:6])
+    assert np.array_equal(evaluate(ours, tokens[6:]), evaluate(stock, tokens[6:]))
+    ours.close()
+    assert not ours.pager.is_open

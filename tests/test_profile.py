@@ -113,7 +113,7 @@ def test_model_is_known_by_its_contents(trace_model: Path, zoo_model: Model, fol
 DAMAGED: list[Any] = [
     None, 7, [], {}, {"format": 0}, {"format": 1}, {"format": 1, "chosen": 3}, {"format": 1, "chosen": [[1.0]]},
     {"format": 1, "chosen": [["a"] * 16] * 4}, {"format": 1, "chosen": [[1] * 15] * 4}, {"format": 1, "chosen": [[1] * 16] * 3},
-    {"format": 1, "chosen": [[-1] * 16] * 4}, {"format": 1, "chosen": [[float("nan")] * 16] * 4},
+    {"format": 1, "chosen": [[-1] * 16] * 4}, {"format": 1, "chosen": [[1e308] * 16] * 4}, {"format": 1, "chosen": [[float("nan")] * 16] * 4},
     {"format": 1, "chosen": [[1] * 16] * 3 + [[10**400] * 16]}, {"format": 1, "chosen": [[1] * 16] * 3 + [[[1], 2] * 8]},
     {"format": 2, "chosen": [[1] * 16] * 4},
 ]
