@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +28,18 @@ def test_readme_names_every_argument_of_llama() -> None:
     readme = (ROOT / "README.md").read_text()
     for name in ("budget", *Options.__dataclass_fields__):
         assert f"`{name}`" in readme
+
+
+def test_tests_that_the_table_of_troubles_names_exist() -> None:
+    """The last column: `test_file: part of a name`, further parts of names, or a file alone."""
+    tests, named, file = Path(__file__).parent, 0, ""
+    for line in (tests.parent / "docs" / "troubleshooting.md").read_text().splitlines():
+        if not line.startswith("| ") or line.startswith("| you see"):
+            continue
+        for words in re.findall(r"`([^`]+)`", line.rsplit(" | ", 1)[1]):
+            if words.startswith("test_"):
+                file, _, words = words.partition(": ")
+            names = re.findall(r"^def (test_\w+)", (tests / f"{file}.py").read_text(), re.MULTILINE)
+            assert any(words in name for name in names), f"{file}.py has no test with {words!r} in its name"
+            named += 1
+    assert named > 50

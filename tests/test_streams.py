@@ -79,14 +79,6 @@ def test_first_line_of_a_command_is_had_without_complaint(zoo_model: Model) -> N
 
 
 @LINUX
-def test_prompt_from_a_stdin_that_is_closed_is_empty_text(zoo_model: Model) -> None:
-    done = subprocess.run(["bash", "-c", '"$@" <&-', "bash", sys.executable, "-m", "gguf_pager", "run",
-                           str(zoo_model("qwen3moe")), "-f", "-", "--budget", "min", "-n", "2"],
-                          capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-
-
-@LINUX
 def test_report_that_cannot_be_written_is_an_error_in_one_line(zoo_model: Model) -> None:
     done = execute("bench --report /dev/full", zoo_model("qwen3moe"), "")
     assert done.returncode == 1 and "Error: [Errno 28] No space left on device" in done.stderr

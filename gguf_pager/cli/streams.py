@@ -58,7 +58,7 @@ def guarded() -> Iterator[Callable[[], bool]]:
     """
     before = (sys.stdin, sys.stdout, sys.stderr)
     if sys.stdin is None:
-        sys.stdin = open(_dead_end(), closefd=False)  # noqa: SIM115  # for the process's life
+        _dead_end()  # or the first file that is opened would be taken for standard input by whoever comes next
     raw_err = _Raw(_descriptor(sys.stderr), _ignore) if sys.stderr is sys.__stderr__ else None
     if raw_err is not None:
         sys.stderr = _text(raw_err, sys.stderr)
