@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import importlib.metadata
 import importlib.util
@@ -415,7 +416,17 @@ _MOST_HEADER_BYTES = 64 << 20
 
 
 def _check_readable(file: OpenedFile) -> None:
-    """Raise PagerIOError if a header could not be read because the file cannot be read."""
+    """Raise if a header could not be read because the file cannot be read, or not be opened a second time as ggml does.
+
+    Raises:
+        PagerIOError: a read fails.
+        EngineError: there is no further descriptor.
+    """
+    try:
+        os.close(os.open(file.reopen_path, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        hint = " Raise the limit on open files (ulimit -n)." if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+        raise EngineError(f"{file.path} cannot be opened a second time: {error.strerror}.{hint}") from None
     whole, step = min(file.identity.size_bytes, _MOST_HEADER_BYTES), 1 << 20
     for at in range(0, whole, step):
         file.read(min(step, whole - at), at)

@@ -71,7 +71,13 @@ class Loader:
             request.reason = reason
             if reason is not None:
                 log.info("%s runs as stock llama.cpp: %s", printable(path), reason)
-                return Opened(self._load(layout, *_call_for(names, params)))
+                try:
+                    return Opened(self._load(layout, *_call_for(names, params)))
+                except LayoutError:
+                    if params.load_mode in _MAPPING_MODES:
+                        for file in files:
+                            check_can_be_mapped(file)
+                    raise
             for file in files:
                 check_can_be_mapped(file)
             mirrors = find_mirrors(layout, files, request.options.mirror, is_any_model=request.is_any_model)
@@ -141,6 +147,9 @@ class Loader:
             raise LayoutError(f"llama.cpp refuses {path}: {reason.rstrip('.')}." if reason else
                               f"llama.cpp refuses {path} and gives no reason here: verbose=True shows what it says.")
         return int(address)
+
+
+_MAPPING_MODES = (low.LLAMA_LOAD_MODE_AUTO, low.LLAMA_LOAD_MODE_MMAP, low.LLAMA_LOAD_MODE_MMAP_MLOCK)
 
 
 def _call_for(paths: Sequence[bytes], params: Any) -> tuple[Any, ...]:

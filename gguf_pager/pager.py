@@ -461,7 +461,11 @@ class Pager:
             BudgetError: too few slots would be left to compute with.
             PagerIOError: a read failed, or a file was changed.
         """
-        change = self.find_change()
+        try:
+            change = self.find_change()
+        except OSError:
+            self.native()  # says so where it was closed, and its files with it
+            raise
         if change is not None:
             raise self.failure_error(change)
         for layer, chosen in experts.items():

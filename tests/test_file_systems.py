@@ -149,6 +149,11 @@ def test_file_system_that_cannot_map_is_refused_with_the_reason(source: Path, tm
             gguf_pager.Llama(str(path), budget="min", use_mmap=use_mmap, **ARGUMENTS)
         check = {each.name: each for each in doctor.examine(path)}["model"]
         assert check.status == "problem" and "cannot be mapped" in check.message
+        if use_mmap:  # a model that fits is stock's to load, which maps it, too
+            with pytest.raises(LayoutError, match="cannot be mapped into memory: No such device"):
+                gguf_pager.Llama(str(path), budget="auto", **ARGUMENTS)
+        else:
+            gguf_pager.Llama(str(path), budget="auto", use_mmap=False, **ARGUMENTS).close()
 
 
 CHANGE = """

@@ -99,3 +99,26 @@ def test_what_fails_while_the_pager_opens_is_named(
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{kind} ") and all(word in done.stdout for word in words), done.stdout + done.stderr
     assert done.stdout.count("\n") == 1
+
+
+ONE_DESCRIPTOR_LEFT = """
+import os, resource, sys
+from pathlib import Path
+from gguf_pager import PagerError, engine
+engine.load()
+spare = os.open(sys.argv[1], os.O_RDONLY)  # the number of the only descriptor that is left below
+os.close(spare)
+resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, spare + 1))
+try:
+    engine.read_header(Path(sys.argv[1]))
+except PagerError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="elsewhere the header is opened by its name")
+def test_header_that_there_is_no_descriptor_for_is_not_called_damaged(zoo_model: Model) -> None:
+    done = subprocess.run([sys.executable, "-c", ONE_DESCRIPTOR_LEFT, str(zoo_model("qwen3moe"))], capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("EngineError ") and "Too many open files. Raise the limit on open files" in done.stdout, done.stdout

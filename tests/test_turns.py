@@ -288,6 +288,8 @@ def test_stats_pins_and_close_in_three_threads(zoo_model: Model) -> None:
 
         run_all(look, pin, close)
         assert not pager.is_open
+        with pytest.raises(EngineError, match="closed"):
+            pager.pin({0: [0]})  # what it finds are descriptors that are closed
 
 
 # ---- opened at the same time ----

@@ -230,7 +230,7 @@ def _open(settings: _Settings, prompt: str) -> Llama:
         raise
     except ValueError as error:  # what llama_cpp raises for a file or context that llama.cpp refuses
         hint = "" if settings.verbose else ". Run with --verbose to see llama.cpp's reason"
-        raise PagerError(f"{error}{hint}.") from error
+        raise PagerError(f"{str(error).rstrip('.')}{hint}.") from error
 
 
 def _lowered_batch(llm: Llama) -> str | None:
