@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import errno
 import functools
 import logging
 import operator
@@ -18,7 +17,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,13 +26,21 @@ from llama_cpp import llama_cpp as low
 from gguf_pager import _native, budget, engine, guard, probe, residency
 from gguf_pager.arguments import take_request
 from gguf_pager.contention import Adaptation, depends_on_threads
-from gguf_pager.errors import BudgetError, EngineError
-from gguf_pager.fingerprint import Watch
-from gguf_pager.layout import Layout
+from gguf_pager.contexts import (
+    Context,
+    Model,
+    address_of,
+    attach,
+    batches_of,
+    handle_of,
+    key_of,
+    no_tables,
+    number_bytes,
+)
+from gguf_pager.errors import EngineError
 from gguf_pager.loading import Loader
-from gguf_pager.pager import Pager
-from gguf_pager.residency import Residency, are_in_place
-from gguf_pager.sizing import Batches, Request, check_cache, open_or_shrink, suitable_ubatch
+from gguf_pager.residency import are_in_place
+from gguf_pager.sizing import Request, check_cache, open_or_shrink, suitable_ubatch
 from gguf_pager.threads import Threads
 from gguf_pager.wrapping import Wrapping
 
@@ -54,64 +60,6 @@ _OF_A_CONTEXT = {
 _OF_A_MEMORY = ("llama_memory_clear", "llama_memory_seq_rm", "llama_memory_seq_cp", "llama_memory_seq_keep",
                 "llama_memory_seq_add", "llama_memory_seq_div")
 """The same for a context's memory, their first argument."""
-
-
-@dataclass(slots=True, eq=False)
-class _Model:
-    """A paged model. `contexts` by address; `requests` are of all who have opened it, and there are
-    as many `openings` as have not freed it."""
-
-    address: int
-    request: Request
-    pager: Pager
-    watch: Watch
-    residency: Residency
-    keep_dense: Callable[[], Residency]
-    key: tuple[Any, ...]
-    openings: list[Request] = field(default_factory=list)
-    requests: list[Request] = field(default_factory=list)
-    contexts: dict[int, _Context] = field(default_factory=dict)
-    taps: list[_native.Tap] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Context:
-    model: _Model
-    address: int
-    memory: int
-    tap: _native.Tap
-    pid: int
-    is_cut: bool
-    threads: Threads
-    keep: tuple[Any, ...]
-    """The user's own callbacks, which must live as long as the context."""
-    adaptation: Adaptation | None
-    mutex: _native.Mutex = field(default_factory=_native.Mutex)
-    """Held while it computes: llama.cpp's contexts know no threads."""
-    afterwards: list[Callable[[], None]] = field(default_factory=list)
-    """What a signal handler wants freed in the middle of a decode: it is, at the decode's end."""
-
-    def close(self) -> None:
-        """End what belongs to a context that is gone."""
-        self.tap.close()
-        self.model.taps[:] = [tap for tap in self.model.taps if tap is not self.tap]
-        if self.pid == os.getpid():
-            self.threads.close()
-
-    def refuse_fork(self) -> None:
-        """Raise EngineError in a child: the threads and the lock's owner are the parent's."""
-        if self.pid != os.getpid():
-            raise EngineError("This model was opened before a fork and cannot be used in the child: "
-                              "open it again there.")
-
-    def is_in_a_handler(self) -> bool:
-        """Return whether this thread runs a signal handler in the middle of a decode with the context."""
-        return self.tap.is_handling() and self.mutex.is_mine()
-
-    def refuse_callback(self, what: str) -> None:
-        """Raise EngineError if this thread is computing with the context right now, in a callback of its own."""
-        if self.mutex.is_mine():
-            raise EngineError(f"A context cannot {what} from inside a callback of its own llama_decode: do it afterwards.")
 
 
 class _Scope:
@@ -139,8 +87,8 @@ class _Hooks:
         self._loader = Loader(self._call)
         self._scopes: weakref.WeakSet[_Scope] = weakref.WeakSet()
         self.installed: list[Request] = []
-        self.models: dict[int, _Model] = {}
-        self.contexts: dict[int, _Context] = {}
+        self.models: dict[int, Model] = {}
+        self.contexts: dict[int, Context] = {}
         self._add_places()
 
     def _add_places(self) -> None:
@@ -203,7 +151,7 @@ class _Hooks:
             handle = getattr(owner, name, None)
             if handle is None:
                 continue
-            entry, model = self.contexts.get(_handle(handle)), self.models.get(_handle(handle))
+            entry, model = self.contexts.get(handle_of(handle)), self.models.get(handle_of(handle))
             if name == "ctx" and entry is not None:
                 setattr(owner, name, None)
                 self.llama_free(handle)
@@ -283,7 +231,7 @@ class _Hooks:
 
     def _open(self, path: bytes | list[bytes], params: Any, request: Request) -> int | None:
         self.forget_freed()
-        key = _key(path, params, request)
+        key = key_of(path, params, request)
         known = next((model for model in list(self.models.values()) if key is not None and model.key == key), None)
         if known is not None and known.pager.is_usable():
             return self._open_again(known, request)
@@ -293,7 +241,7 @@ class _Hooks:
             if opened.pager is None:
                 return opened.address
             assert opened.watch is not None and opened.residency is not None
-            model = _Model(opened.address, request, opened.pager, opened.watch, opened.residency, opened.keep_dense, key or ())
+            model = Model(opened.address, request, opened.pager, opened.watch, opened.residency, opened.keep_dense, key or ())
             self.models[opened.address] = model
             self._add_opening(model, request)
             self.sync()
@@ -302,14 +250,14 @@ class _Hooks:
             self.llama_model_free(opened.address)
             raise
 
-    def _open_again(self, known: _Model, request: Request) -> int:
+    def _open_again(self, known: Model, request: Request) -> int:
         """Share a model that is open, its slots included, with somebody who opens the same file in the same way."""
         log.info("%s is open already: its slots are shared", known.pager.paths[0])
         request.reason = None
         self._add_opening(known, request)
         return known.address
 
-    def _add_opening(self, model: _Model, request: Request) -> None:
+    def _add_opening(self, model: Model, request: Request) -> None:
         model.openings.append(request)
         model.requests.append(request)
         if model.pager not in request.opened:
@@ -324,7 +272,7 @@ class _Hooks:
         self._free_model("llama_free_model", model)
 
     def _free_model(self, name: str, model: Any) -> None:
-        known = self.models.get(_handle(model))
+        known = self.models.get(handle_of(model))
         if known is None:
             self._call(name, model)
             return
@@ -343,7 +291,7 @@ class _Hooks:
         _at_once(partial(self.models.pop, known.address, None), partial(self._wrapping.pristine(name), model))
         self._forget_model(known)
 
-    def _forget_model(self, model: _Model) -> None:
+    def _forget_model(self, model: Model) -> None:
         if self.models.get(model.address) is model:
             del self.models[model.address]
         for context in list(model.contexts.values()):
@@ -366,14 +314,14 @@ class _Hooks:
         return self._make("llama_new_context_with_model", model, params)
 
     def _make(self, name: str, model: Any, params: Any) -> Any:
-        if _handle(model) in self.models:
+        if handle_of(model) in self.models:
             self.forget_freed()
-        paged = self.models.get(_handle(model))
+        paged = self.models.get(handle_of(model))
         if paged is None:
             return self._forgetting(self._call(name, model, params))
         return self._opening.call(self._make_paged, paged, type(params).from_buffer_copy(params))
 
-    def _make_paged(self, paged: _Model, params: Any) -> Any:
+    def _make_paged(self, paged: Model, params: Any) -> Any:
         request = _constructing.get() or paged.request
         asked = int(min(params.n_ubatch or params.n_batch, params.n_batch or params.n_ubatch))
         suitable = suitable_ubatch(paged.pager.layout, asked, 1 if params.kv_unified else max(1, params.n_seq_max))
@@ -383,7 +331,7 @@ class _Hooks:
         self._wait_for_other_arenas(paged)
         was_open = paged.pager.is_open
         check_cache(paged.pager, request, int(params.n_ctx or low.llama_model_n_ctx_train(paged.address)),
-                    paged.residency, (_number_bytes(params.type_k), _number_bytes(params.type_v)))
+                    paged.residency, (number_bytes(params.type_k), number_bytes(params.type_v)))
         params.op_offload = False  # a GPU build would copy host experts to the device for large batches
         while True:
             probe.give_back_free_memory()  # of the attempt before, or of a closed model
@@ -394,7 +342,7 @@ class _Hooks:
             try:
                 wanted = int(low.llama_n_ubatch(context))  # not params.n_ubatch: 0 means n_batch there
                 asked = asked if is_cut else wanted  # at most n_ctx
-                batches = _batches(params, context, paged, wanted)
+                batches = batches_of(params, context, paged, wanted)
                 request.count_outputs(int(low.llama_n_ctx(context)), int(low.llama_n_batch(context)))
                 n_ubatch = open_or_shrink(paged.pager, request, paged.residency, batches, before)
                 if n_ubatch == wanted:
@@ -410,31 +358,31 @@ class _Hooks:
             log.info("n_ubatch is %d instead of %d: the budget has no slots for more", n_ubatch, wanted)
             params.n_ubatch, is_cut = n_ubatch, True
 
-    def _add_context(self, paged: _Model, params: Any, tap: _native.Tap, address: int, is_cut: bool) -> None:
+    def _add_context(self, paged: Model, params: Any, tap: _native.Tap, address: int, is_cut: bool) -> None:
         self._forgetting(address)
         paged.taps.append(tap)
-        _attach(tap, paged.pager)
+        attach(tap, paged.pager)
         kept = Threads(address)
         kept.provide()
         keep = (params, params.cb_eval, params.abort_callback)
         memory = int(low.llama_get_memory(address) or 0)
-        entry = _Context(paged, address, memory, tap, os.getpid(), is_cut, kept, keep,
+        entry = Context(paged, address, memory, tap, os.getpid(), is_cut, kept, keep,
                          self._adaptation(paged, params, address))
         paged.contexts[address] = self.contexts[address] = entry
         paged.pager.warm_up()
 
-    def _drop_context(self, paged: _Model, tap: _native.Tap, address: int) -> None:
+    def _drop_context(self, paged: Model, tap: _native.Tap, address: int) -> None:
         """Free a context that nobody else has seen yet."""
         _at_once(partial(self.contexts.pop, address, None), partial(paged.contexts.pop, address, None),
                  partial(self._wrapping.pristine("llama_free"), address), tap.close)
 
-    def _wait_for_other_arenas(self, paged: _Model) -> None:
+    def _wait_for_other_arenas(self, paged: Model) -> None:
         """What this process uses is measured to size an arena: others that are still being made present would be missed."""
         if not paged.pager.is_open:
             for other in list(self.models.values()):
                 other.pager.wait_present()
 
-    def _make_context(self, paged: _Model, params: Any) -> tuple[_native.Tap, Any]:
+    def _make_context(self, paged: Model, params: Any) -> tuple[_native.Tap, Any]:
         ours = type(params).from_buffer_copy(params)
         n_used = max(layer.n_used for layer in paged.pager.layout.layers)
         n_ubatch = params.n_ubatch or params.n_batch
@@ -443,11 +391,11 @@ class _Hooks:
                 ggml=engine.ggml_numbers(), max_ids=n_ubatch * n_used,
                 batch_bytes=budget.batch_bytes(paged.pager.layout, n_ubatch),
                 row_bytes=budget.row_bytes(paged.pager.layout, n_ubatch),
-                next_eval=_address(params.cb_eval), next_eval_data=params.cb_eval_user_data or 0,
-                next_abort=_address(params.abort_callback), next_abort_data=params.abort_callback_data or 0,
+                next_eval=address_of(params.cb_eval), next_eval_data=params.cb_eval_user_data or 0,
+                next_abort=address_of(params.abort_callback), next_abort_data=params.abort_callback_data or 0,
             )
         except OSError as error:
-            raise _no_tables(error) from None
+            raise no_tables(error) from None
         eval_address, abort_address, data = tap.addresses()
         ours.cb_eval = ctypes.cast(eval_address, type(params.cb_eval))
         ours.cb_eval_user_data = data
@@ -455,32 +403,32 @@ class _Hooks:
         ours.abort_callback_data = data
         return tap, self._call("llama_init_from_model", paged.address, ours)
 
-    def _adaptation(self, paged: _Model, params: Any, context: Any) -> Adaptation | None:
+    def _adaptation(self, paged: Model, params: Any, context: Any) -> Adaptation | None:
         if not paged.pager.options.adapt_threads or depends_on_threads(params):
             return None
         return Adaptation(
             paged.pager, lambda: int(low.llama_n_threads(context)),
             lambda n: self._call("llama_set_n_threads", context, n, low.llama_n_threads_batch(context)))
 
-    def _forget_context(self, address: int) -> _Context | None:
+    def _forget_context(self, address: int) -> Context | None:
         entry = self.contexts.pop(address, None)
         if entry is not None:
             entry.model.contexts.pop(address, None)
         return entry
 
-    def _close_context(self, entry: _Context) -> None:
+    def _close_context(self, entry: Context) -> None:
         if self.contexts.get(entry.address) is entry:
             self._forget_context(entry.address)
         entry.model.contexts.pop(entry.address, None)
         entry.close()
 
-    def _locked(self, entry: _Context, function: Callable[..., _Result], *args: Any) -> _Result:
+    def _locked(self, entry: Context, function: Callable[..., _Result], *args: Any) -> _Result:
         """Call a function while nobody else computes with a context; in a fork nobody does."""
         return function(*args) if entry.pid != os.getpid() else entry.mutex.call(function, *args)
 
     def llama_free(self, ctx: Any, /) -> None:
         """Free a context and its tap; while another thread decodes with it, once that has come to the end."""
-        entry = self.contexts.get(_handle(ctx))
+        entry = self.contexts.get(handle_of(ctx))
         if entry is None:
             self._call("llama_free", ctx)
             return
@@ -490,7 +438,7 @@ class _Hooks:
         entry.refuse_callback("be freed")
         self._locked(entry, self._free, entry, ctx)
 
-    def _free(self, entry: _Context, ctx: Any) -> None:
+    def _free(self, entry: Context, ctx: Any) -> None:
         if self.contexts.get(entry.address) is not entry:
             return  # another thread has done it
         # Forgotten before the address can be given to another context.
@@ -511,7 +459,7 @@ class _Hooks:
         return self._compute("llama_process", ctx, kind, batch)
 
     def _compute(self, name: str, ctx: Any, *args: Any) -> int:
-        entry = self.contexts.get(_handle(ctx))
+        entry = self.contexts.get(handle_of(ctx))
         if entry is None:
             return int(self._call(name, ctx, *args))
         entry.refuse_fork()
@@ -522,7 +470,7 @@ class _Hooks:
             while entry.afterwards:
                 entry.afterwards.pop(0)()
 
-    def _compute_alone(self, entry: _Context, name: str, ctx: Any, *args: Any) -> int:
+    def _compute_alone(self, entry: Context, name: str, ctx: Any, *args: Any) -> int:
         if self.contexts.get(entry.address) is not entry:
             raise EngineError("This context was freed by another thread: make a new one.")
         pager, watch = entry.model.pager, entry.model.watch
@@ -547,25 +495,25 @@ class _Hooks:
             raise pager.failure_error(failure)
         return result
 
-    def _find_context(self, handle: int) -> _Context | None:
+    def _find_context(self, handle: int) -> Context | None:
         return self.contexts.get(handle)
 
-    def _find_memory(self, handle: int) -> _Context | None:
+    def _find_memory(self, handle: int) -> Context | None:
         return next((entry for entry in list(self.contexts.values()) if entry.memory == handle), None)
 
-    def _taking_turns(self, name: str, index: int, find: Callable[[int], _Context | None]) -> Callable[..., Any]:
+    def _taking_turns(self, name: str, index: int, find: Callable[[int], Context | None]) -> Callable[..., Any]:
         """Return a function that waits until nobody computes with the context it is about."""
 
         @functools.wraps(getattr(low, name))
         def waiting(*args: Any) -> Any:
-            entry = find(_handle(args[index])) if len(args) > index else None
+            entry = find(handle_of(args[index])) if len(args) > index else None
             return self._call(name, *args) if entry is None else self._locked(entry, self._call, name, *args)
 
         return waiting
 
     def llama_set_causal_attn(self, ctx: Any, causal_attn: bool, /) -> None:
         """Refuse to let tokens see all others where batches were cut: llama.cpp would end the process."""
-        entry = self.contexts.get(_handle(ctx))
+        entry = self.contexts.get(handle_of(ctx))
         if entry is not None and entry.is_cut and not causal_attn:
             raise EngineError("Non-causal attention needs whole batches, and this budget has made n_ubatch smaller: "
                               "raise the budget or lower n_ubatch.")
@@ -573,18 +521,18 @@ class _Hooks:
 
     def llama_set_abort_callback(self, ctx: Any, abort_callback: Any, abort_callback_data: Any, /) -> None:
         """Set the user's abort callback behind ours, which must stay."""
-        entry = self.contexts.get(_handle(ctx))
+        entry = self.contexts.get(handle_of(ctx))
         if entry is None:
             self._call("llama_set_abort_callback", ctx, abort_callback, abort_callback_data)
             return
         data = ctypes.cast(abort_callback_data, ctypes.c_void_p).value if abort_callback_data else 0
-        entry.tap.chain_abort(_address(abort_callback), data or 0)
+        entry.tap.chain_abort(address_of(abort_callback), data or 0)
         entry.keep = (*entry.keep[:2], abort_callback)
 
     def llama_set_n_threads(self, ctx: Any, n_threads: int, n_threads_batch: int, /) -> None:
         """Set them, and have them."""
         self._call("llama_set_n_threads", ctx, n_threads, n_threads_batch)
-        entry = self.contexts.get(_handle(ctx))
+        entry = self.contexts.get(handle_of(ctx))
         if entry is not None and entry.pid == os.getpid():
             entry.threads.provide()
 
@@ -611,7 +559,7 @@ class _Hooks:
     def is_paged(self, llm: Any) -> bool:
         """Return whether a Llama's context is one of ours."""
         context = getattr(llm.__dict__.get("_ctx"), "ctx", None)
-        return context is not None and _handle(context) in self.contexts
+        return context is not None and handle_of(context) in self.contexts
 
 
 hooks = _Hooks()
@@ -623,85 +571,8 @@ def _at_once(*functions: Callable[[], Any]) -> None:
     deque(map(operator.call, functions), maxlen=0)
 
 
-def _handle(pointer: Any) -> int:
-    """Return the address behind a model or context, which llama_cpp hands out as int and takes as c_void_p, too."""
-    return int((pointer.value if isinstance(pointer, ctypes.c_void_p) else pointer) or 0)
-
-
-def _check_opened(paged: _Model) -> None:
+def _check_opened(paged: Model) -> None:
     """Keep the dense weights of a model whose budget seemed too small for them, now that it is not."""
     if paged.residency.method == residency.LEFT.method:
         paged.residency = paged.keep_dense()
         paged.watch.compare_also(paged.residency.copies)
-
-
-def _attach(tap: _native.Tap, pager: Pager) -> None:
-    try:
-        tap.attach(pager.native())
-    except OSError as error:
-        if error.errno == errno.EMFILE:
-            raise EngineError("This model has as many contexts as a paged model can have: free one.") from None
-        raise _no_tables(error) from None
-
-
-def _no_tables(error: OSError) -> BudgetError:
-    return BudgetError(f"The tables of a context cannot be allocated: {error.strerror}. Lower the budget or n_ubatch.")
-
-
-def _address(function: Any) -> int:
-    """Return the address of a ctypes callback, 0 for none."""
-    return (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
-
-
-def _number_bytes(ggml_type: int) -> float:
-    base = engine.load().base
-    return float(base.ggml_type_size(ggml_type) / base.ggml_blck_size(ggml_type))
-
-
-def _batches(params: Any, context: Any, paged: _Model, n_ubatch: int) -> Batches:
-    """Return what a context that was made with an n_ubatch needs of another one."""
-    n_sequences = 1 if params.kv_unified else int(low.llama_n_seq_max(context))
-    has_states = low.llama_model_is_hybrid(paged.address) or low.llama_model_is_recurrent(paged.address)
-    n_states = int(low.llama_n_rs_seq(context))  # of the past, to go back to
-    return Batches(n_ubatch, _is_uncut(params, context, paged.pager.layout), n_sequences, bool(has_states),
-                   n_states + 1 if n_states else 0)
-
-
-def _is_uncut(params: Any, context: Any, layout: Layout) -> bool:
-    """Return whether a batch must be computed in one piece: its tokens see all others, or are pooled into one result.
-
-    Smaller pieces would give other results, or end the process: llama.cpp asserts that there are none.
-    """
-    is_causal = layout.values.get(f"{layout.architecture}.attention.causal", True)
-    has_memory = bool(low.llama_get_memory(context))  # without a KV cache llama_decode encodes, all at once
-    is_pooled = params.embeddings and low.llama_pooling_type(context) > low.LLAMA_POOLING_TYPE_NONE
-    return (params.attention_type == low.LLAMA_ATTENTION_TYPE_NON_CAUSAL or not is_causal or not has_memory
-            or is_pooled)
-
-
-_PLAIN_FIELDS = ("n_gpu_layers", "split_mode", "main_gpu", "check_tensors", "no_host", "load_mtp")
-
-
-def _key(path: bytes | list[bytes], params: Any, request: Request) -> tuple[Any, ...] | None:
-    """Return what tells whether two openings may share a model: the file, what changes what is loaded from it, the slots.
-
-    None where that cannot be told: the file is gone, or somebody else decides which memory tensors lie in.
-    """
-    if params.devices or params.tensor_buft_overrides:
-        return None
-    paths = path if isinstance(path, list) else [path]
-    try:
-        files = tuple((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) for status in map(os.stat, paths))
-    except OSError:
-        return None
-    shares = tuple(params.tensor_split[: int(low.llama_max_devices())]) if params.tensor_split else ()
-    return (files, shares, request.budget, request.options, *_overrides(params),
-            *(getattr(params, name) for name in _PLAIN_FIELDS))
-
-
-def _overrides(params: Any) -> list[bytes]:
-    """Return the overridden metadata, entry by entry."""
-    found: list[bytes] = []
-    while params.kv_overrides and params.kv_overrides[len(found)].key:
-        found.append(bytes(params.kv_overrides[len(found)]))
-    return found

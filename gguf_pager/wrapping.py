@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ class _Place:
     pristine: Any
     replacement: Callable[..., Any]
     original: Any
+    is_on: bool = False
 
 
 class Wrapping:
@@ -35,37 +37,49 @@ class Wrapping:
 
     def add(self, owners: Iterable[Any], name: str, replacement: Callable[..., Any]) -> None:
         """Have a replacement for `name` in each of the owners that has it, and has the first one's."""
-        first = None
+        first = once = None
         for owner in owners:
             found = getattr(owner, name, None)
-            if found is not None and (first is None or found is first):
-                first = found
-                place = _Place(owner, name, found, replacement, found)
-                self._places.append(place)
-                self._first.setdefault(name, place)
+            if found is None or (first is not None and found is not first):
+                continue
+            if once is None:
+                first, once = found, self._once(name, found, replacement)
+            place = _Place(owner, name, found, once, found)
+            self._places.append(place)
+            self._first.setdefault(name, place)
+
+    def _once(self, name: str, pristine: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the replacement; called again by somebody whom it has called through, it is the function as it was at first."""
+
+        @functools.wraps(replacement)
+        def once(*args: Any, **kwargs: Any) -> Any:
+            return (pristine if name in self._active() else replacement)(*args, **kwargs)
+
+        return once
+
+    def _active(self) -> set[str]:
+        found: set[str] = self._calling.__dict__.setdefault("names", set())
+        return found
 
     def put_on(self) -> None:
-        """Put every replacement in its place."""
+        """Put every replacement in its place; not over somebody who has wrapped ours, and calls it."""
         for place in self._places:
             current = getattr(place.owner, place.name)
-            if current is not place.replacement:
+            if current is not place.replacement and (not place.is_on or current is place.pristine):
                 place.original = current
                 setattr(place.owner, place.name, place.replacement)
+            place.is_on = True
 
     def take_off(self) -> None:
         """Put back what was there."""
         for place in self._places:
             if getattr(place.owner, place.name) is place.replacement:
                 setattr(place.owner, place.name, place.original)
+            place.is_on = False
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call what a replacement of ours stands for.
-
-        Somebody who wrapped our replacement, and whom we have wrapped in turn, comes back here: then it is the function as it
-        was at first that is called.
-        """
-        place = self._first[name]
-        active: set[str] = self._calling.__dict__.setdefault("names", set())
+        """Call what a replacement of ours stands for: what somebody else had put there before us, or what was there at first."""
+        place, active = self._first[name], self._active()
         if name in active or place.original is place.pristine:
             return place.pristine(*args, **kwargs)
         active.add(name)

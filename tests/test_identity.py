@@ -201,3 +201,24 @@ def test_function_that_others_have_wrapped_is_called_through_and_left_to_them(zo
                 llm = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
                 assert len(installed.pagers) == 1 and len(seen) == n  # not passed through twice, nor without end
                 llm.close()
+
+
+def test_function_that_others_wrap_for_a_while_is_ours_to_take_off_again(zoo_model: Model) -> None:
+    """Their patch comes and goes while ours is on, and something else is opened meanwhile: it stayed for good, and a model
+    was loaded within its own loading, so that nobody knew where it lay."""
+    path = zoo_model("qwen3moe")
+    with gguf_pager.install(budget="min") as installed:
+        inner = low.llama_model_load_from_file
+
+        def patched(path_model: bytes, params: Any, /) -> Any:
+            return inner(path_model, params)
+
+        low.llama_model_load_from_file = patched
+        with gguf_pager.install(budget="60%"):
+            pass  # looks at what is wrapped
+        llm = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+        assert [model.residency.method for model in hooks.models.values()] in (["lock"], ["copy"])
+        assert len(installed._request.opened) == 1
+        low.llama_model_load_from_file = inner
+        llm.close()
+    assert low.llama_model_load_from_file is UNWRAPPED["llama_model_load_from_file"]

@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "gguf_pager"
 ORDER = (
     "errors", "files", "_native", "kernel", "cache", "engine", "llama_log", "metadata", "layout", "mirror", "budget", "allocator",
     "cgroup", "probe", "aftermath", "cap", "profile", "pager", "bandwidth", "device", "residency", "fingerprint", "sizing",
-    "loading", "threads", "pace", "contention", "turns", "wrapping", "guard", "arguments", "hooks", "llama", "doctor", "energy",
-    "bench", "report", "cli", "__main__",
+    "loading", "threads", "pace", "contention", "turns", "wrapping", "guard", "arguments", "contexts", "hooks", "llama",
+    "doctor", "energy", "bench", "report", "cli", "__main__",
 )
 
 FOLDERS = ("energy", "bench", "report", "cli")  # rooms of several files, which may import each other
@@ -25,8 +25,8 @@ FOLDERS = ("energy", "bench", "report", "cli")  # rooms of several files, which 
 ANY_NAME = ("__version__",)  # of the package itself, which is complete before any module is
 
 OPEN_MODELS = {"bench", "cli"}
-USERS_OF_LLAMA_CPP = {"arguments", "guard", "hooks", "llama", "loading"}
-USERS_OF_NATIVE = {"profile", "engine", "pager", "residency", "loading", "turns", "hooks", "doctor"}
+USERS_OF_LLAMA_CPP = {"contexts", "arguments", "guard", "hooks", "llama", "loading"}
+USERS_OF_NATIVE = {"profile", "engine", "pager", "residency", "loading", "turns", "contexts", "hooks", "doctor"}
 
 
 def room(path: Path) -> str:
@@ -99,7 +99,7 @@ def test_importing_the_package_loads_nothing() -> None:
     assert not {"llama_cpp", "numpy", "gguf", "psutil", "ctypes", "click"} & set(loaded)
 
 
-@pytest.mark.parametrize("module", [name for name in ORDER if name not in ("loading", "guard", "arguments", "hooks", "llama", "cli", "__main__")])
+@pytest.mark.parametrize("module", [name for name in ORDER if name not in ("loading", "guard", "arguments", "contexts", "hooks", "llama", "cli", "__main__")])
 def test_modules_load_without_llama_cpp(module: str) -> None:
     assert python(f"import sys, gguf_pager.{module}; print('llama_cpp' in sys.modules)") == "False"
 

@@ -1,0 +1,166 @@
+"""A paged model and its contexts as llama_cpp's functions meet them: by address, several openings of one, one at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from llama_cpp import llama_cpp as low
+
+from gguf_pager import _native, engine
+from gguf_pager.contention import Adaptation
+from gguf_pager.errors import BudgetError, EngineError
+from gguf_pager.fingerprint import Watch
+from gguf_pager.layout import Layout
+from gguf_pager.pager import Pager
+from gguf_pager.residency import Residency
+from gguf_pager.sizing import Batches, Request
+from gguf_pager.threads import Threads
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """A paged model. `contexts` by address; `requests` are of all who have opened it, and there are
+    as many `openings` as have not freed it."""
+
+    address: int
+    request: Request
+    pager: Pager
+    watch: Watch
+    residency: Residency
+    keep_dense: Callable[[], Residency]
+    key: tuple[Any, ...]
+    openings: list[Request] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    contexts: dict[int, Context] = field(default_factory=dict)
+    taps: list[_native.Tap] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """A context of a paged model, its tap, and what must live as long as it does."""
+
+    model: Model
+    address: int
+    memory: int
+    tap: _native.Tap
+    pid: int
+    is_cut: bool
+    threads: Threads
+    keep: tuple[Any, ...]
+    """The user's own callbacks, which must live as long as the context."""
+    adaptation: Adaptation | None
+    mutex: _native.Mutex = field(default_factory=_native.Mutex)
+    """Held while it computes: llama.cpp's contexts know no threads."""
+    afterwards: list[Callable[[], None]] = field(default_factory=list)
+    """What a signal handler wants freed in the middle of a decode: it is, at the decode's end."""
+
+    def close(self) -> None:
+        """End what belongs to a context that is gone."""
+        self.tap.close()
+        self.model.taps[:] = [tap for tap in self.model.taps if tap is not self.tap]
+        if self.pid == os.getpid():
+            self.threads.close()
+
+    def refuse_fork(self) -> None:
+        """Raise EngineError in a child: the threads and the lock's owner are the parent's."""
+        if self.pid != os.getpid():
+            raise EngineError("This model was opened before a fork and cannot be used in the child: "
+                              "open it again there.")
+
+    def is_in_a_handler(self) -> bool:
+        """Return whether this thread runs a signal handler in the middle of a decode with the context."""
+        return self.tap.is_handling() and self.mutex.is_mine()
+
+    def refuse_callback(self, what: str) -> None:
+        """Raise EngineError if this thread is computing with the context right now, in a callback of its own."""
+        if self.mutex.is_mine():
+            raise EngineError(f"A context cannot {what} from inside a callback of its own llama_decode: do it afterwards.")
+
+
+# ---- models that may be shared ----
+
+_PLAIN_FIELDS = ("n_gpu_layers", "split_mode", "main_gpu", "check_tensors", "no_host", "load_mtp")
+
+
+def key_of(path: bytes | list[bytes], params: Any, request: Request) -> tuple[Any, ...] | None:
+    """Return what tells whether two openings may share a model: the file, what changes what is loaded from it, the slots.
+
+    None where that cannot be told: the file is gone, or somebody else decides which memory tensors lie in.
+    """
+    if params.devices or params.tensor_buft_overrides:
+        return None
+    paths = path if isinstance(path, list) else [path]
+    try:
+        files = tuple((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) for status in map(os.stat, paths))
+    except OSError:
+        return None
+    shares = tuple(params.tensor_split[: int(low.llama_max_devices())]) if params.tensor_split else ()
+    return (files, shares, request.budget, request.options, *_overrides(params),
+            *(getattr(params, name) for name in _PLAIN_FIELDS))
+
+
+def _overrides(params: Any) -> list[bytes]:
+    """Return the overridden metadata, entry by entry."""
+    found: list[bytes] = []
+    while params.kv_overrides and params.kv_overrides[len(found)].key:
+        found.append(bytes(params.kv_overrides[len(found)]))
+    return found
+
+
+# ---- contexts ----
+
+def handle_of(pointer: Any) -> int:
+    """Return the address behind a model or context, which llama_cpp hands out as int and takes as c_void_p, too."""
+    return int((pointer.value if isinstance(pointer, ctypes.c_void_p) else pointer) or 0)
+
+
+def attach(tap: _native.Tap, pager: Pager) -> None:
+    """Let a tap serve its context from a pager's slots."""
+    try:
+        tap.attach(pager.native())
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise EngineError("This model has as many contexts as a paged model can have: free one.") from None
+        raise no_tables(error) from None
+
+
+def no_tables(error: OSError) -> BudgetError:
+    """Return the exception for a tap that has got no memory."""
+    return BudgetError(f"The tables of a context cannot be allocated: {error.strerror}. Lower the budget or n_ubatch.")
+
+
+def address_of(function: Any) -> int:
+    """Return the address of a ctypes callback, 0 for none."""
+    return (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
+
+
+def number_bytes(ggml_type: int) -> float:
+    """Return the bytes of one number of a type, on average over its blocks."""
+    base = engine.load().base
+    return float(base.ggml_type_size(ggml_type) / base.ggml_blck_size(ggml_type))
+
+
+def batches_of(params: Any, context: Any, paged: Model, n_ubatch: int) -> Batches:
+    """Return what a context that was made with an n_ubatch needs of another one."""
+    n_sequences = 1 if params.kv_unified else int(low.llama_n_seq_max(context))
+    has_states = low.llama_model_is_hybrid(paged.address) or low.llama_model_is_recurrent(paged.address)
+    n_states = int(low.llama_n_rs_seq(context))  # of the past, to go back to
+    return Batches(n_ubatch, is_uncut(params, context, paged.pager.layout), n_sequences, bool(has_states),
+                   n_states + 1 if n_states else 0)
+
+
+def is_uncut(params: Any, context: Any, layout: Layout) -> bool:
+    """Return whether a batch must be computed in one piece: its tokens see all others, or are pooled into one result.
+
+    Smaller pieces would give other results, or end the process: llama.cpp asserts that there are none.
+    """
+    is_causal = layout.values.get(f"{layout.architecture}.attention.causal", True)
+    has_memory = bool(low.llama_get_memory(context))  # without a KV cache llama_decode encodes, all at once
+    is_pooled = params.embeddings and low.llama_pooling_type(context) > low.LLAMA_POOLING_TYPE_NONE
+    return (params.attention_type == low.LLAMA_ATTENTION_TYPE_NON_CAUSAL or not is_causal or not has_memory
+            or is_pooled)
