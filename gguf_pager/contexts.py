@@ -38,6 +38,8 @@ class Model:
     requests: list[Request] = field(default_factory=list)
     contexts: dict[int, Context] = field(default_factory=dict)
     taps: list[_native.Tap] = field(default_factory=list)
+    is_leaving: bool = False
+    """Its last owner frees it: nobody can share it any more."""
 
 
 @dataclass(slots=True, eq=False)

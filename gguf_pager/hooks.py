@@ -83,6 +83,8 @@ class _Hooks:
         self._opening = _native.Mutex()
         """Held while memory is measured and taken: two at a time would take the same bytes."""
         self._syncing = _native.Mutex()
+        self._counting = _native.Mutex()
+        """Held for a moment, by who begins to share a model and by who finds that nobody does."""
         self._wrapping = Wrapping()
         self._loader = Loader(self._call)
         self._scopes: weakref.WeakSet[_Scope] = weakref.WeakSet()
@@ -232,9 +234,10 @@ class _Hooks:
     def _open(self, path: bytes | list[bytes], params: Any, request: Request) -> int | None:
         self.forget_freed()
         key = key_of(path, params, request)
-        known = next((model for model in list(self.models.values()) if key is not None and model.key == key), None)
-        if known is not None and known.pager.is_usable():
-            return self._open_again(known, request)
+        known = next((model for model in list(self.models.values())
+                      if key is not None and model.key == key and not model.is_leaving), None)
+        if known is not None and known.pager.is_usable() and self._counting.call(self._open_again, known, request):
+            return known.address
         opened = self._loader.load(path, params, request)
         try:
             self._forgetting(opened.address)
@@ -250,12 +253,17 @@ class _Hooks:
             self.llama_model_free(opened.address)
             raise
 
-    def _open_again(self, known: Model, request: Request) -> int:
-        """Share a model that is open, its slots included, with somebody who opens the same file in the same way."""
+    def _open_again(self, known: Model, request: Request) -> bool:
+        """Share a model that is open, its slots included, with somebody who opens the same file in the same way.
+
+        Return False if another thread is freeing it.
+        """
+        if known.is_leaving:
+            return False
         log.info("%s is open already: its slots are shared", known.pager.paths[0])
         request.reason = None
         self._add_opening(known, request)
-        return known.address
+        return True
 
     def _add_opening(self, model: Model, request: Request) -> None:
         model.openings.append(request)
@@ -276,9 +284,7 @@ class _Hooks:
         if known is None:
             self._call(name, model)
             return
-        if len(known.openings) > 1:
-            request = _closing.get()
-            known.openings.remove(request if request in known.openings else known.openings[-1])
+        if self._counting.call(self._end_opening, known):
             return
         for context in list(known.contexts.values()):
             if context.is_in_a_handler():
@@ -290,6 +296,15 @@ class _Hooks:
         # Forgotten before the address can be given to another model.
         _at_once(partial(self.models.pop, known.address, None), partial(self._wrapping.pristine(name), model))
         self._forget_model(known)
+
+    def _end_opening(self, model: Model) -> bool:
+        """Return whether others go on with a model that somebody frees."""
+        if len(model.openings) > 1:
+            request = _closing.get()
+            model.openings.remove(request if request in model.openings else model.openings[-1])
+            return True
+        model.is_leaving = True
+        return False
 
     def _forget_model(self, model: Model) -> None:
         if self.models.get(model.address) is model:

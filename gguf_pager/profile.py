@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_pager import _native, cache
+from gguf_pager.errors import EngineError
 from gguf_pager.layout import Layout
 
 FORMAT = 1
@@ -183,7 +184,10 @@ class Keeper:
         if not self._is_watching and not self._ended.is_set():
             self._is_watching, self._kept_at = True, self._used_at
             self._thread = threading.Thread(target=self._watch, name="gguf_pager profile", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:  # no more threads are allowed, or the program ends: `close` keeps it all the same
+                self._thread, self._is_watching = None, False
 
     def keep(self, *, is_last: bool = True) -> None:
         """Add to the profile what was chosen since it was last added; not in a child of the process that has opened it."""
@@ -219,7 +223,10 @@ class Keeper:
                 if self._ended.wait(pause_s):
                     return
                 continue
-            self.keep(is_last=False)
+            try:
+                self.keep(is_last=False)
+            except EngineError:  # the collection of garbage has closed the model in this thread, which has kept it all
+                return
             if self._state.call(self._is_done, used_at):
                 return
 

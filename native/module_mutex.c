@@ -5,11 +5,12 @@
  * C, where no handler runs.
  *
  * Invariant: `owner` is 0 or the thread that holds `lock`; only that thread writes it, under the GIL, which all who read it
- * hold, too. */
+ * hold, too. In a child of a fork it is 0 or the thread that has forked: who else held the lock is not there to give it back. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <pythread.h>
+#include <unistd.h>
 
 #include "module.h"
 
@@ -17,6 +18,7 @@ typedef struct {
     PyObject_HEAD
     PyThread_type_lock lock;
     unsigned long      owner;
+    pid_t              pid;         /* of the process that used it last */
 } MutexObject;
 
 static PyObject *mutex_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
@@ -34,6 +36,7 @@ static PyObject *mutex_new(PyTypeObject *type, PyObject *args, PyObject *keyword
         Py_DECREF((PyObject *) self);
         return PyErr_NoMemory();
     }
+    self->pid = getpid();
     return (PyObject *) self;
 }
 
@@ -46,6 +49,26 @@ static void mutex_dealloc(PyObject *object) {
     freefunc release = (freefunc) PyType_GetSlot(type, Py_tp_free);
     release(object);
     Py_DECREF(type);
+}
+
+/* In a child of a fork, at first use: a new lock in the place of one that a thread of the parent's holds. The old one is left
+ * as it is, as Python does with its own: nobody says what freeing a lock that is held does. */
+static int leave_parent(MutexObject *self) {
+    const pid_t pid = getpid();
+    if (self->pid == pid) {
+        return 0;
+    }
+    if (self->owner != PyThread_get_thread_ident()) {
+        const PyThread_type_lock lock = PyThread_allocate_lock();
+        if (!lock) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        self->lock = lock;
+        self->owner = 0;
+    }
+    self->pid = pid;
+    return 0;
 }
 
 /* Waits for the lock; a signal's handler may end the waiting with an exception. */
@@ -72,6 +95,9 @@ static PyObject *mutex_call(PyObject *object, PyObject *args, PyObject *keywords
     const Py_ssize_t n = PyTuple_Size(args);
     if (n < 1) {
         PyErr_SetString(PyExc_TypeError, "call takes a function and its arguments");
+        return NULL;
+    }
+    if (leave_parent(self) != 0) {
         return NULL;
     }
     PyObject *function = PyTuple_GetItem(args, 0);

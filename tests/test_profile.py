@@ -407,3 +407,41 @@ def test_process_that_closes_nothing_ends(trace_model: Path) -> None:
     finally:
         for child in running:
             child.kill()
+
+
+def test_tokens_are_computed_where_no_further_thread_is_to_be_had(trace_model: Path, folder: Path) -> None:
+    """The profile's thread is no reason to fail; what was learned is kept at the end."""
+    llm = gguf_pager.Llama(str(trace_model), budget="60%", **ARGUMENTS)
+    before = threading.stack_size()
+    threading.stack_size(1 << 46)  # more than the address space has: no thread can be made
+    try:
+        llm.eval(some_tokens(8))
+        with pytest.raises(RuntimeError):
+            threading.Thread(target=print).start()
+    finally:
+        threading.stack_size(before)
+        llm.close()
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_model_collected_as_garbage_in_the_profiles_own_thread(
+        trace_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is closed there, in the middle of the count."""
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    monkeypatch.setattr(profile.Keeper, "idle_s", 0.3)
+    llm = gguf_pager.Llama(str(trace_model), budget="60%", **ARGUMENTS)
+    keeper, own = llm.pager._keeper, [llm]
+    count = llm.pager.times_chosen
+
+    def collect(layer: int) -> list[int]:
+        if threading.current_thread() is keeper._thread and own:
+            own.pop().close()
+        return count(layer)
+
+    monkeypatch.setattr(llm.pager, "times_chosen", collect)
+    llm.eval(some_tokens(8))
+    keeper._thread.join(20)
+    assert not own
+    assert not raised
+    assert len(list(folder.iterdir())) == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,12 +16,13 @@ from typing import Any
 import llama_cpp
 import make_trace_model
 import pytest
-from conftest import ARGUMENTS, Factory, evaluate, some_tokens
+from conftest import ARGUMENTS, UNWRAPPED, Factory, evaluate, some_tokens
 from llama_cpp import llama_cpp as low
 from test_llama import check_equal, context_of, decode, run_all
 
 import gguf_pager
 from gguf_pager import EngineError, turns
+from gguf_pager.hooks import hooks
 
 Model = Callable[..., Path]
 PROMPTS = ("the rain in", "a hen and", "once upon a", "is it the")
@@ -378,3 +381,57 @@ def test_second_context_within_a_budget_in_bytes_takes_its_memory_from_the_slots
     found = json.loads(done.stdout)
     assert found["after"] < found["before"] and found["same"] and found["left_alone"] == 0
     assert found["peak"] <= budget * 1.03
+
+
+def test_model_being_freed_is_not_shared(zoo_model: Model) -> None:
+    """Its last owner waits for a context that computes; who opens the file meanwhile has a model of his own, not a freed one."""
+    path, computing = os.fsencode(zoo_model("qwen3moe")), threading.Event()
+
+    def compute() -> None:
+        computing.set()
+        time.sleep(1)
+
+    with gguf_pager.install(budget="min"):
+        first = low.llama_model_load_from_file(path, low.llama_model_default_params())
+        context = low.llama_init_from_model(first, low.llama_context_default_params())
+        entry = hooks.contexts[context]
+        UNWRAPPED["llama_free"](context)  # before its model, as it has to be; we have not seen it
+        computes = threading.Thread(target=entry.mutex.call, args=(compute,))
+        computes.start()
+        computing.wait()
+        frees = threading.Thread(target=low.llama_model_free, args=(first,))
+        frees.start()
+        time.sleep(0.3)
+        second = low.llama_model_load_from_file(path, low.llama_model_default_params())
+        frees.join()
+        computes.join()
+        assert second != first
+        assert list(hooks.models) == [second]
+        low.llama_model_free(second)
+    assert not hooks.models
+
+
+def test_fork_while_another_thread_opens_a_model(zoo_model: Model) -> None:
+    """The lock that the other thread holds is given back by nobody in the child, which waited for ever."""
+    opening, is_done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        opening.set()
+        is_done.wait()
+
+    other = threading.Thread(target=hooks._opening.call, args=(hold,))
+    other.start()
+    opening.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            gguf_pager.Llama(str(zoo_model("qwen3moe")), budget="min", **ARGUMENTS).close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    is_done.set()
+    other.join()
+    assert status == 0
+    assert hooks._opening.call(lambda: 1) == 1
