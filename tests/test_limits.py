@@ -60,8 +60,9 @@ def open_under_limit(self, n_slots):
             os.setresuid(65534, 65534, 65534)
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     elif what == "descriptors":
-        n_open = max(map(int, os.listdir("/proc/self/fd"))) + 1
-        resource.setrlimit(resource.RLIMIT_NOFILE, (n_open - 1, n_open - 1))
+        first_free = os.dup(0)
+        os.close(first_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, first_free))
     else:
         used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGESIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + int(what), used + int(what)))
