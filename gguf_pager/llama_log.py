@@ -54,7 +54,9 @@ class LlamaLog:
             functions = self._functions()
             if functions is not None and self._n_listening == 0:
                 for kind, (get, _) in functions.items():
-                    self._before[kind] = _current(get)
+                    found = _current(get)
+                    if found[0] != ctypes.cast(self._ours, ctypes.c_void_p).value:  # an interrupt has left ours there
+                        self._before[kind] = found
                 for _, put in functions.values():
                     put(self._ours, None)
             self._n_listening += 1

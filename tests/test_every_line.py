@@ -17,6 +17,7 @@ from conftest import ARGUMENTS, Factory, Footprint, some_tokens
 from test_resume import OTHER, PROMPT, greedy
 
 import gguf_pager
+from gguf_pager import llama_log
 from gguf_pager.hooks import hooks
 
 Model = Callable[..., Path]
@@ -99,6 +100,18 @@ def test_opening(zoo_model: Model, footprint: Callable[[Path], Footprint]) -> No
         assert not hooks.models, k
         k += STEP
     assert k > 200
+
+
+def test_listening_to_the_log(zoo_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an interrupt leaves of it: it called itself, at every line that llama.cpp said from then on."""
+    path, k, lost = zoo_model("qwen3moe"), 1, list[object]()
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: lost.append(told.exc_type))
+    while interrupted_at(k, lambda: open_one(path).close(), (str(llama_log.__file__),)):
+        lost.clear()  # the interrupt itself, where it has struck in a callback
+        open_one(path).close()
+        assert not lost, k
+        k += 1
+    assert k > 25
 
 
 def test_closing(zoo_model: Model, footprint: Callable[[Path], Footprint]) -> None:
