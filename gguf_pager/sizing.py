@@ -139,7 +139,7 @@ def check_room(pager: Pager, request: Request) -> None:
                 f"A budget of {format_bytes(wanted)} is more than there is: {_has(memory)}. Lower it, free memory, or {_INSIST}."
             )
         return
-    dense = 0 if request.options.lock_dense == "off" else pager.layout.dense_bytes
+    dense = pager.layout.dense_bytes
     wanted = _share_bytes(pager.needs, request.budget.value) if request.budget.kind == "share" else 0
     _check_room(pager.needs, request, wanted, dense + budget.WORK_BYTES)
 
@@ -155,7 +155,7 @@ def check_cache(pager: Pager, request: Request, n_cells: int, kept: Residency, n
     if request.options.overcommit and request.budget.kind != "auto":
         return
     cache = budget.least_cache_bytes(pager.layout, n_cells, *number_bytes)
-    dense = 0 if kept.method in ("lock", "copy") or request.options.lock_dense == "off" else pager.layout.dense_bytes
+    dense = 0 if kept.method in ("lock", "copy") else pager.layout.dense_bytes
     arena = 0 if pager.is_open else budget.least_arena_bytes(pager.needs)
     memory = probe.memory()
     if cache + arena + dense > memory.available_bytes:

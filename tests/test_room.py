@@ -122,9 +122,11 @@ def test_share_that_does_not_fit_names_the_largest_that_does(model: Path) -> Non
     assert told.error is None and told.returncode == 0
 
 
-def test_without_locking_the_group_is_no_less_than_for_stock(model: Path) -> None:
+def test_dense_weights_that_are_not_locked_need_their_room_as_well(model: Path) -> None:
+    """They are copied in any case, so that nothing a token needs lies in a mapping whose file can fail."""
     told = open_in_group(model, 150 * MIB, budget="min", lock_dense="off")
-    assert told.returncode == 0 and told.error is None and told.oom_kills == 0
+    assert told.returncode == 0 and told.oom_kills == 0
+    assert told.error is not None and stated_minimum(told.error) > 150 * MIB
 
 
 def test_budget_above_the_group_is_refused_with_both_figures(model: Path) -> None:
