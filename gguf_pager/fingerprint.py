@@ -22,6 +22,9 @@ Failure = tuple[int, int, int]
 
 _Compare = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64)
 
+_SAME = 0x53616D65
+"""GP_SAME in native/gguf_pager.h. ctypes hands on anything where a callback is interrupted before its first line."""
+
 _CHUNK_BYTES = 4 << 20
 _MOST_TRIES = 5
 """A file whose times change even while it is compared is compared again, but not for ever."""
@@ -175,7 +178,7 @@ class Watch:
         except BaseException as error:  # noqa: BLE001  a Ctrl-C: raised where Python can be interrupted
             self._caught = error
             return -errno.EINTR
-        return 1 if failure is None else -failure[0]
+        return _SAME if failure is None else -failure[0]
 
     def raise_caught(self) -> None:
         """Raise what has interrupted a comparison in the middle of a graph."""

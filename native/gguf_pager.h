@@ -186,9 +186,10 @@ typedef struct {
 int  gp_pager_warm_up(gp_pager *pager, const gp_expert *experts, uint32_t n_experts);
 
 /* Called when something was read of a file whose times have changed: `bytes` bytes at `memory` were read from that place of
- * one of the model's files. Returns 1 if they are what the file holds, and the file holds what it did when it was opened;
+ * one of the model's files. Returns GP_SAME if they are what the file holds, and the file holds what it did when it was opened;
  * gp_pager_accept has been called then. Anything else, 0 too, is a failure: -errno. Called with no lock held, in the thread
  * that decodes. */
+enum { GP_SAME = 0x53616d65 };  /* no number that a callback which was interrupted leaves behind by chance */
 typedef int (*gp_compare)(void *data, uint32_t file, uint64_t offset_bytes, const void *memory, uint64_t bytes);
 
 /* Without it a file whose times have changed is a changed file. Before the first tap is attached. */

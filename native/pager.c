@@ -177,8 +177,8 @@ static int compare_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, c
             const gp_slice_spec *slice = &spec->slices[s];
             const int got = p->compare(p->compare_data, slice->file, slice->offset_bytes + expert * slice->slice_bytes,
                                        gp_slot_slice(p, index, s), slice->slice_bytes);
-            if (got != 1) {
-                return got < 0 ? got : -EINTR;
+            if (got != GP_SAME) {
+                return got < 0 && got > -4096 ? got : -EINTR;
             }
         }
     }

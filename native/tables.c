@@ -45,7 +45,7 @@ static int compare(const gp_tables *tables, const table_file *t, uint64_t offset
         return -ESTALE;
     }
     const int got = tables->compare(tables->compare_data, t->spec.file, offset_bytes, row, t->spec.row_bytes);
-    return got == 1 ? 0 : got < 0 ? got : -ESTALE;
+    return got == GP_SAME ? 0 : got < 0 && got > -4096 ? got : -EINTR;
 }
 
 static uint64_t offset_of(const table_file *t, int32_t row) {

@@ -173,7 +173,7 @@ static int compare(void *data, uint32_t file, uint64_t offset_bytes, const void 
     CHECK(data == &asked, "the caller's own data come back");
     asked.n_asked++;
     asked.is_same &= memcmp(m.files[file] + offset_bytes, memory, bytes) == 0;
-    if (asked.answer == 1) {
+    if (asked.answer == GP_SAME) {
         const gp_file_times times = { fake_file_time(m.paths[file]), 0 };
         CHECK(gp_pager_accept(pager, &times) == 0, "the new times are taken over");
     }
@@ -185,7 +185,7 @@ static void touched_file_serves_if_its_bytes_are_the_same(void) {
     begin((model_shape) { 0 });
     gp_pager_compare_with(pager, compare, &asked);
     asked.is_same = true;
-    asked.answer = 1;
+    asked.answer = GP_SAME;
     model_use(&m, pager, &hold, 0, (int32_t[]) { 1, 2 }, 2, 1);
     CHECK(asked.n_asked == 0, "nobody asks about a file that was left alone");
     fake_file_touch(m.paths[0]);
