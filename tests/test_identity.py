@@ -110,11 +110,13 @@ def test_model_that_was_freed_and_followed_unseen_is_not_mistaken(twins: tuple[P
 
 
 def test_file_that_was_freed_unseen_is_opened_anew_and_not_shared(zoo_model: Model) -> None:
-    with gguf_pager.install(budget="min"):
+    expected = stock_logits(zoo_model("qwen3moe"), n_ubatch=1)
+    with gguf_pager.install(budget="min") as installed:
         path = os.fsencode(zoo_model("qwen3moe"))
         UNWRAPPED["llama_model_free"](low.llama_model_load_from_file(path, plain_params()))
         model = low.llama_model_load_from_file(path, plain_params())
-        logits_of(model)
+        check_equal(logits_of(model, n_ubatch=1), expected)
+        assert len(installed.pagers) == 1
         low.llama_model_free(model)
 
 
