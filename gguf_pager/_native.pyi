@@ -73,8 +73,10 @@ class Pager:
     def warm_up(self, experts: Sequence[tuple[int, int, float]], /) -> None:
         """Read (layer, expert, share of tokens that choose it) in the background, in this order, into free slots."""
 
-    def compare_with(self, compare: int, /) -> None:
-        """The address of a gp_compare (native/gguf_pager.h): what tells a touched file from a changed one."""
+    def compare_with(self, compare: Callable[[int, int, int, int], int], /) -> None:
+        """What tells a touched file from a changed one: called with (file, offset, address, bytes) of what was read, it returns 0
+        if the file holds that and what it did when it was opened, else an errno. What it raises, `Tap.take_exception` returns,
+        or `pin` raises. It is not known to the garbage collector: it must not refer to the pager."""
     def accept(self, times: Sequence[tuple[int, int]], /) -> None:
         """Take over when each file (of all copies) was modified and changed, in ns: the bytes are the same."""
 
@@ -103,7 +105,7 @@ class Tap:
     def is_handling(self) -> bool:
         """Return whether such a handler is running."""
     def take_exception(self) -> BaseException | None:
-        """Return what one has raised."""
+        """Return what one has raised, or a comparison of `Pager.compare_with` in this thread."""
     def close(self) -> None: ...
 
 class Mutex:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +59,7 @@ class Context:
     adaptation: Adaptation | None
     mutex: _native.Mutex = field(default_factory=_native.Mutex)
     """Held while it computes: llama.cpp's contexts know no threads."""
-    afterwards: list[Callable[[], None]] = field(default_factory=list)
+    afterwards: deque[Callable[[], None]] = field(default_factory=deque)
     """What a signal handler wants freed in the middle of a decode: it is, at the decode's end."""
 
     def close(self) -> None:

@@ -6,10 +6,11 @@ import ctypes
 import errno
 import functools
 import hashlib
-import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from gguf_pager import _native
 from gguf_pager.errors import PagerIOError
 from gguf_pager.files import FileIdentity, ModelFiles, OpenedFile, is_equal
 from gguf_pager.layout import Layout, Range
@@ -19,11 +20,6 @@ from gguf_pager.residency import Copy, Job
 
 Failure = tuple[int, int, int]
 """errno, index of the file among those of all copies, offset."""
-
-_Compare = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64)
-
-_SAME = 0x53616D65
-"""GP_SAME in native/gguf_pager.h. ctypes hands on anything where a callback is interrupted before its first line."""
 
 _CHUNK_BYTES = 4 << 20
 _MOST_TRIES = 5
@@ -100,12 +96,10 @@ class Watch:
         self._files = [file for copy in copies for file in copy]
         self._fingerprint = fingerprint
         self._dense = list(dense)
-        self._lock = threading.Lock()
+        self._mutex = _native.Mutex()
         self._refused: dict[int, FileIdentity] = {}
-        self._caught: BaseException | None = None
-        self._callback = _Compare(self._compare_read)  # which lives as long as the pager
         pager.find_change = self.find_change
-        pager.compare_address = ctypes.cast(self._callback, ctypes.c_void_p).value or 0
+        pager.compare_read = functools.partial(_compare_read, weakref.ref(self))
 
     def compare_also(self, dense: Sequence[Copy]) -> None:
         """Compare these copies, too, from now on."""
@@ -119,18 +113,20 @@ class Watch:
         """
         if all(file.status() == file.identity for file in self._files):
             return None
-        with self._lock:
-            touched: dict[int, FileIdentity] = {}
-            for index, file in enumerate(self._files):
-                now, then = file.status(), file.identity
-                if now == then:
-                    continue
-                if now.size_bytes < then.size_bytes:
-                    return errno.ENODATA, index, now.size_bytes
-                if now.size_bytes > then.size_bytes or now == self._refused.get(index):
-                    return errno.ESTALE, index, 0
-                touched[index] = now
-            return self._compare(touched) if touched else None
+        return self._mutex.call(self._find_change)
+
+    def _find_change(self) -> Failure | None:
+        touched: dict[int, FileIdentity] = {}
+        for index, file in enumerate(self._files):
+            now, then = file.status(), file.identity
+            if now == then:
+                continue
+            if now.size_bytes < then.size_bytes:
+                return errno.ENODATA, index, now.size_bytes
+            if now.size_bytes > then.size_bytes or now == self._refused.get(index):
+                return errno.ESTALE, index, 0
+            touched[index] = now
+        return self._compare(touched) if touched else None
 
     def _compare(self, touched: dict[int, FileIdentity]) -> Failure | None:
         first = next(iter(touched))
@@ -166,31 +162,28 @@ class Watch:
         self._refused[index] = now
         return errno.ESTALE, index, 0
 
-    def _compare_read(self, _: int | None, file: int, offset_bytes: int, address: int, n_bytes: int) -> int:
-        """The core's gp_compare (native/gguf_pager.h), in the middle of a graph."""
+    def compare_read(self, copy: Copy) -> int:
+        """Return 0 if that was read of the model that was opened, else an errno."""
         try:
             failure = self.find_change()
-            if failure is None and not _is_copy(self._files[file], Copy(file, offset_bytes, address, n_bytes)):
-                failure = errno.ESTALE, file, offset_bytes
+            if failure is None and not _is_copy(self._files[copy.file], copy):
+                return errno.ESTALE
             failure = failure or self.find_change()
         except PagerIOError as error:
-            return -error.errno
-        except BaseException as error:  # noqa: BLE001  a Ctrl-C: raised where Python can be interrupted
-            self._caught = error
-            return -errno.EINTR
-        return _SAME if failure is None else -failure[0]
-
-    def raise_caught(self) -> None:
-        """Raise what has interrupted a comparison in the middle of a graph."""
-        caught, self._caught = self._caught, None
-        if caught is not None:
-            raise caught
+            return error.errno
+        return 0 if failure is None else failure[0]
 
     def _is_same(self, index: int) -> bool:
         opened = self._files[index]
         if not self._fingerprint.matches(opened, index % self._n_files):
             return False
         return all(_is_copy(opened, copy) for copy in self._dense if copy.file == index)
+
+
+def _compare_read(watch: weakref.ref[Watch], *place: int) -> int:
+    """The core's gp_compare, in the middle of a graph. The core must not keep alive who keeps it alive."""
+    found = watch()
+    return errno.ESTALE if found is None else found.compare_read(Copy(*place))
 
 
 def _is_copy(opened: OpenedFile, copy: Copy) -> bool:

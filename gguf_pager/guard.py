@@ -189,6 +189,8 @@ _BODIES: dict[str, tuple[Method, Doubt, bool]] = {
     "__call__": (_plain, Doubt.NONE, False),
 }
 
+_MAY_STREAM = ("create_completion", "create_chat_completion", "__call__")
+
 _STREAMS = {"generate": Doubt.TAIL, "_create_completion": Doubt.NONE}
 
 NAMES = (*_BODIES, *_STREAMS, "close")
@@ -202,12 +204,16 @@ def guarded(name: str, method: Method, is_guarded: Callable[[Any], bool]) -> Met
     if name in _STREAMS:
         return _streaming(method, _STREAMS[name], is_guarded)
     body, doubt, continues = _BODIES[name]
+    parameters = inspect.signature(method)
 
     @functools.wraps(method)
     def whole(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_guarded(self):
             return method(self, *args, **kwargs)
         check_open(self)
+        if name in _MAY_STREAM and parameters.bind(self, *args, **kwargs).arguments.get("stream"):
+            # A generator, whose steps take turns. To wait here would stop an event loop, and the streams that it reads.
+            return method(self, *args, **kwargs)
 
         def settle(doubt: Doubt) -> None:
             check_open(self)

@@ -42,6 +42,7 @@ from gguf_pager.loading import Loader
 from gguf_pager.residency import are_in_place
 from gguf_pager.sizing import Request, check_cache, open_or_shrink, suitable_ubatch
 from gguf_pager.threads import Threads
+from gguf_pager.turns import take_all
 from gguf_pager.wrapping import Wrapping
 
 log = logging.getLogger("gguf_pager")
@@ -482,8 +483,8 @@ class _Hooks:
         try:
             return entry.mutex.call(self._compute_alone, entry, name, ctx, *args)
         finally:
-            while entry.afterwards:
-                entry.afterwards.pop(0)()
+            for put_off in take_all(entry.afterwards):
+                put_off()
 
     def _compute_alone(self, entry: Context, name: str, ctx: Any, *args: Any) -> int:
         if self.contexts.get(entry.address) is not entry:
@@ -506,7 +507,6 @@ class _Hooks:
         pager.note_use()
         failure = failure or watch.find_change()
         if failure is not None:
-            watch.raise_caught()
             raise pager.failure_error(failure)
         return result
 

@@ -19,6 +19,7 @@ MAX_SLICES = 4
 
 _EXPERT_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_(exps|chexps)\.weight")
 _ROLE_ORDER = {"gate_up": 0, "gate": 1, "up": 2, "down": 3}
+_FEED_FORWARD_TENSOR = re.compile(r"blk\.(\d+)\.(?:ffn|exp)_")
 _LOOKED_UP = re.compile(r"(token_embd|per_layer_token_embd)\.weight")
 """Tables of which a token needs one row; keeping them in RAM would waste the budget."""
 
@@ -185,28 +186,34 @@ def open_layout(paths: Sequence[Path], files: ModelFiles, overrides: Mapping[str
     )
 
 
-def explain_refusal(layout: Layout) -> LayoutError | None:
-    """Return why llama.cpp has probably refused a model: what only some architectures ask for, and is not so here."""
-    blocks = {layer.block for layer in layout.layers}
+def explain_refusal(layout: Layout, reason: str) -> LayoutError | None:
+    """Return why llama.cpp has refused a model, if its reason names a feed-forward tensor that is only missing, or of another
+    shape, because some architectures take a key at its word which others ignore."""
+    said = _FEED_FORWARD_TENSOR.search(reason)
+    if said is None:
+        return None
+    block = int(said[1])
     for layer in layout.layers:
-        if layer.kind == "exps":
+        if layer.block == block and layer.kind == "exps":
             down = next(piece for piece in layer.slices if _role(piece) == "down")
             key = f"{layout.architecture}.expert_feed_forward_length"
-            said = layout.values.get(key)
-            width = said[layer.block] if isinstance(said, list) and layer.block < len(said) else said
+            value = layout.values.get(key)
+            width = value[block] if isinstance(value, list) and block < len(value) else value
             if type(width) is int and width not in (0, down.ne[0]):
-                return _contradiction(layout, f"the experts of block {layer.block} are to be {width} wide ({key}), and their "
-                                              f"tensors are {down.ne[0]} wide")
+                return _contradiction(layout, f"the experts of block {block} are to be {width} wide ({key}), and their "
+                                              f"tensors are {down.ne[0]} wide", reason)
+    first = min((layer.block for layer in layout.layers), default=block)
     n_dense = layout.values.get(f"{layout.architecture}.leading_dense_block_count")
-    if blocks and type(n_dense) is int and n_dense != min(blocks):
+    if type(n_dense) is int and min(n_dense, first) <= block < max(n_dense, first):
         return _contradiction(layout, f"its first {n_dense} blocks are to be without experts ({layout.architecture}."
-                                      f"leading_dense_block_count), but the first with experts is block {min(blocks)}, "
-                                      "counted from 0")
+                                      f"leading_dense_block_count), but the first with experts is block {first}, "
+                                      "counted from 0", reason)
     return None
 
 
-def _contradiction(layout: Layout, why: str) -> LayoutError:
-    return LayoutError(f"{layout.paths[0]} contradicts itself: {why}. Download it again, or ask who made it.")
+def _contradiction(layout: Layout, why: str, reason: str) -> LayoutError:
+    return LayoutError(f"{layout.paths[0]} contradicts itself: {why} (llama.cpp: {reason.rstrip('.')}). Download it again, or "
+                       "ask who made it.")
 
 
 def _find_experts(headers: Sequence[GgufHeader]) -> dict[tuple[int, str], list[Slice]]:

@@ -57,8 +57,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         kwargs["budget"] = budget
         request = self._request = take_request(kwargs)
         try:
-            if not os.path.exists(model_path):
-                raise LayoutError(f"{model_path} does not exist.")
+            _check_path(model_path)
             hooks.construct(request, super().__init__, model_path=model_path, **kwargs)
             if not request.opened and request.reason is None:
                 raise EngineError("This model was opened past gguf_pager: some other package has replaced llama_cpp's functions "
@@ -88,6 +87,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "budget": self._budget, **self._pager_options}
+
+
+def _check_path(path: str) -> None:
+    if not os.path.exists(path):
+        raise LayoutError(f"{path} does not exist.")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise LayoutError(f"{path} has a name that is no UTF-8, which llama-cpp-python cannot open: rename it, or "
+                          "make a link to it.") from None
 
 
 def _is_ours(llm: Any) -> bool:

@@ -3,88 +3,108 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from gguf_pager import engine
+from gguf_pager import _native, engine
 
 _ERROR = 4
 """GGML_LOG_LEVEL_ERROR of ggml.h."""
+
+_KINDS = ("llama", "ggml")
+"""In the order to set them: llama.cpp's function sets both."""
 
 _REASON = re.compile(r"error loading model: (.*)")
 
 _Callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
+class _Listener:
+    """A load that goes on: its thread, what has been said of level error, what the user calls the files."""
+
+    __slots__ = ("lines", "names", "thread")
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.thread = threading.get_ident()
+        self.lines: list[str] = []
+        self.names = {name.encode(): shown.encode("utf-8", "replace") for name, shown in names.items()}
+
+
 class LlamaLog:
     """Listens while somebody does, and hands everything on to whom it went before.
 
-    llama.cpp has one callback for all threads. While several listen, the first has put ours in place and the last puts the
-    old one back, unless somebody has set another meanwhile.
+    llama.cpp has one callback for all threads, and ggml another. Every load puts ours in their places, whatever an interrupt has
+    left there; the last puts the old ones back, unless somebody has set others meanwhile.
+
+    Invariant: whom to hand on to (`_before`) is known before ours are put in place. `_listeners` is replaced, never changed:
+    who hears takes no lock. One that an interrupt has left there gives way to the next of its thread.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._n_listening = 0
+        self._mutex = _native.Mutex()
         self._before: dict[str, tuple[int, int | None]] = {}
-        self._names: dict[bytes, bytes] = {}
-        self._heard: list[tuple[int, list[str]]] = []
-        self._ours = _Callback(self._hear)
+        self._listeners: dict[int, _Listener] = {}
+        self._ours = {kind: _Callback(functools.partial(self._hear, kind)) for kind in _KINDS}
 
     def _functions(self) -> dict[str, tuple[Any, Any]] | None:
-        libraries = {"ggml": engine.load().base, "llama": ctypes.CDLL(str(engine.load().llama_library))}
+        libraries = {"llama": ctypes.CDLL(str(engine.load().llama_library)), "ggml": engine.load().base}
         found = {}
-        for name, library in libraries.items():
-            if not hasattr(library, f"{name}_log_get"):
+        for kind in _KINDS:
+            if not hasattr(libraries[kind], f"{kind}_log_get"):
                 return None
-            found[name] = getattr(library, f"{name}_log_get"), getattr(library, f"{name}_log_set")
-            found[name][0].argtypes, found[name][0].restype = [ctypes.c_void_p, ctypes.c_void_p], None
+            found[kind] = getattr(libraries[kind], f"{kind}_log_get"), getattr(libraries[kind], f"{kind}_log_set")
+            found[kind][0].argtypes, found[kind][0].restype = [ctypes.c_void_p, ctypes.c_void_p], None
         return found
 
     @contextmanager
     def listening(self, names: Mapping[str, str]) -> Iterator[list[str]]:
-        """Yield what this thread's load says of level error. In all that is said `names` are replaced by what the user calls
+        """Yield what this thread's load says of level error. In all that it says `names` are replaced by what the user calls
         the files."""
-        lines: list[str] = []
-        heard = (threading.get_ident(), lines)
-        with self._lock:
-            functions = self._functions()
-            if functions is not None and self._n_listening == 0:
-                for kind, (get, _) in functions.items():
-                    found = _current(get)
-                    if found[0] != ctypes.cast(self._ours, ctypes.c_void_p).value:  # an interrupt has left ours there
-                        self._before[kind] = found
-                for _, put in functions.values():
-                    put(self._ours, None)
-            self._n_listening += 1
-            self._heard.append(heard)
-            self._names |= {name.encode(): shown.encode("utf-8", "replace") for name, shown in names.items()}
+        listener = _Listener(names)
         try:
-            yield lines
+            self._mutex.call(self._begin, listener)
+            yield listener.lines
         finally:
-            with self._lock:
-                self._n_listening -= 1
-                self._heard = [other for other in self._heard if other is not heard]
-                for name in names:
-                    self._names.pop(name.encode(), None)
-                if functions is not None and self._n_listening == 0:
-                    own = ctypes.cast(self._ours, ctypes.c_void_p).value
-                    are_ours = {kind: _current(get)[0] == own for kind, (get, _) in functions.items()}
-                    for kind in ("llama", "ggml"):  # the first sets both
-                        address, data = self._before[kind]
-                        if are_ours[kind]:
-                            functions[kind][1](ctypes.cast(address, _Callback), data)
+            self._mutex.call(self._end, listener)
 
-    def _hear(self, level: int, text: bytes, _: int | None) -> None:
-        for name, shown in list(self._names.items()):
-            text = text.replace(name, shown)
-        for thread, lines in self._heard if level == _ERROR else ():
-            if thread == threading.get_ident():
-                lines.append(text.decode("utf-8", "replace").strip())
-        address, data = self._before["llama"]
+    def _begin(self, listener: _Listener) -> None:
+        self._listeners = {**self._listeners, listener.thread: listener}
+        functions = self._functions()
+        if functions is None:
+            return
+        for kind, (get, _) in functions.items():
+            current = _current(get)
+            if not self._is_ours(current[0]):
+                self._before[kind] = current
+        for kind, (_, put) in functions.items():
+            put(self._ours[kind], None)
+
+    def _end(self, listener: _Listener) -> None:
+        self._listeners = {thread: other for thread, other in self._listeners.items() if other is not listener}
+        functions = self._functions()
+        if functions is None or self._listeners:
+            return
+        current = {kind: _current(get) for kind, (get, _) in functions.items()}
+        if any(self._is_ours(address) for address, _ in current.values()):
+            for kind, (_, put) in functions.items():
+                address, data = self._before[kind] if self._is_ours(current[kind][0]) else current[kind]
+                put(ctypes.cast(address, _Callback), data)
+
+    def _is_ours(self, address: int) -> bool:
+        return any(address == ctypes.cast(callback, ctypes.c_void_p).value for callback in self._ours.values())
+
+    def _hear(self, kind: str, level: int, text: bytes, _: int | None) -> None:
+        listener = self._listeners.get(threading.get_ident())
+        if listener is not None:
+            for name, shown in listener.names.items():
+                text = text.replace(name, shown)
+            if level == _ERROR:
+                listener.lines.append(text.decode("utf-8", "replace").strip())
+        address, data = self._before[kind]
         ctypes.cast(address, _Callback)(level, text, data)
 
 

@@ -141,7 +141,7 @@ class Loader:
             address = self._call(name, *arguments)
         if not address:
             path, reason = layout.paths[0], reason_of(said)
-            contradiction = explain_refusal(layout)
+            contradiction = explain_refusal(layout, reason or "")
             if contradiction is not None:
                 raise contradiction
             raise LayoutError(f"llama.cpp refuses {path}: {reason.rstrip('.')}." if reason else

@@ -196,7 +196,8 @@ class Pager:
                        *([file.reopen_path for file in mirror] for mirror in mirrors)]
         self.paths = tuple(path for copy in copies for path in copy)
         self.find_change: Callable[[], tuple[int, int, int] | None] = lambda: None
-        self.compare_address = 0
+        self.compare_read: Callable[[int, int, int, int], int] | None = None
+        """What tells a touched file from a changed one, as `_native.Pager.compare_with` takes it."""
         ways = [_alignment(copy, names, options.io) for copy, names in zip(copies, self._names, strict=True)]
         self._are_direct = [is_direct for is_direct, _, _ in ways]
         # One slot serves all copies; those that are not read directly need nothing of it.
@@ -278,7 +279,8 @@ class Pager:
             )
         except (_native.OpenError, MemoryError) as error:
             raise self._open_error(error, sum(stride * n for stride, n in classes)) from None
-        self._native.compare_with(self.compare_address)
+        if self.compare_read is not None:
+            self._native.compare_with(self.compare_read)
         self._check_names()
         self.n_slots = tuple(n_slots)
         if self.options.profile:

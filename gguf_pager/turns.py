@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from enum import IntEnum
 from typing import TypeVar
 
@@ -15,7 +18,7 @@ from gguf_pager.errors import EngineError
 _Result = TypeVar("_Result")
 
 PATIENCE_S = 10.0
-"""A stream that nobody has asked for its next token for so long gives way to a request of another thread. Shorter would take
+"""A stream that nobody has asked for its next token for so long gives way to a request of somebody else. Shorter would take
 it from a slow reader; a stream that was abandoned without being closed must not stop the others for good."""
 
 _LOOK_S = 0.02
@@ -34,25 +37,64 @@ class Doubt(IntEnum):
 class Stream:
     """A generator that is not exhausted. Between two steps it rests, and others may have their turn."""
 
-    __slots__ = ("rested_s", "thread")
+    __slots__ = ("is_passed_on", "rested_s", "thread")
 
     def __init__(self) -> None:
-        self.rest()
+        self.thread: int | None = None
+        self.is_passed_on = False
+        self.rested_s = time.monotonic()
 
     def rest(self) -> None:
         """Note who has made the last step, and when."""
-        self.thread, self.rested_s = threading.get_ident(), time.monotonic()
+        thread = threading.get_ident()
+        self.is_passed_on |= self.thread not in (None, thread)
+        self.thread, self.rested_s = thread, time.monotonic()
+        _last_stepped.set(self)
+
+    def is_own(self) -> bool:
+        """Return whether who asks is its reader, and so does not wait for it.
+
+        That is the thread that has made its steps. A server hands the steps of several streams to the threads of a pool, each
+        in a context of its own: there the same thread is another reader, except where it runs the event loop of them all.
+        """
+        if self.is_passed_on or self.thread != threading.get_ident():
+            return False
+        return _last_stepped.get() is self or _runs_event_loop()
 
     def is_kept_for_another(self) -> bool:
-        """Return whether its reader, another thread, is still likely to go on."""
-        return self.thread != threading.get_ident() and time.monotonic() - self.rested_s < PATIENCE_S
+        """Return whether its reader, somebody else, is still likely to go on."""
+        return not self.is_own() and time.monotonic() - self.rested_s < PATIENCE_S
+
+
+_last_stepped: ContextVar[Stream | None] = ContextVar("gguf_pager_stream", default=None)
+
+
+def _runs_event_loop() -> bool:
+    asyncio = sys.modules.get("asyncio")  # which nobody uses who has not imported it
+    if asyncio is None:
+        return False
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def take_all(works: deque[Callable[[], None]]) -> Iterator[Callable[[], None]]:
+    """Yield what was put off, each once: several threads may come to it at the same time."""
+    while works:
+        try:
+            work = works.popleft()
+        except IndexError:
+            return
+        yield work
 
 
 class Turn:
     """The right to compute with one Llama.
 
-    A request holds it from beginning to end, a stream during each step. While a stream rests, requests of other threads wait for
-    its end, or until it has been resting for PATIENCE_S; its own thread need not wait. A stream that was overtaken raises
+    A request holds it from beginning to end, a stream during each step. While a stream rests, other requests wait for its end,
+    or until it has been resting for PATIENCE_S; its own reader need not wait. A stream that was overtaken raises
     EngineError at its next step: to go on would give another text.
 
     Attributes:
@@ -65,7 +107,7 @@ class Turn:
         self._mutex = _native.Mutex()
         self._pid = os.getpid()
         self._stream: Stream | None = None
-        self._afterwards: list[Callable[[], None]] = []
+        self._afterwards = deque[Callable[[], None]]()
         self.doubt = Doubt.NONE
         self.has_outputs = False
 
@@ -98,7 +140,7 @@ class Turn:
             if self.doubt is not Doubt.NONE:
                 settle(self.doubt)
                 self.doubt = Doubt.NONE
-            if not (is_aside and resting is not None and resting.thread == threading.get_ident()):
+            if not (is_aside and resting is not None and resting.is_own()):
                 self._stream = stream
             self.doubt = doubt
             result = work()
@@ -113,8 +155,8 @@ class Turn:
             while (done := self._mutex.call(step)) is None:
                 time.sleep(_LOOK_S)
         finally:
-            while self._afterwards:
-                self._mutex.call(self._afterwards.pop(0))
+            for put_off in take_all(self._afterwards):
+                self._mutex.call(put_off)
         return done[0]
 
     def end(self, stream: Stream) -> None:

@@ -19,6 +19,8 @@ typedef struct {
     uint32_t *n_experts;    /* per layer */
     uint32_t  n_copies, n_files;    /* files of all copies */
     uint32_t  n_users;      /* taps, and calls that run without the GIL */
+    PyObject *compare;      /* gp_compare's answer: 0 for GP_SAME, or an errno */
+    PyObject *caught;       /* what it has raised and nobody has taken yet, by thread */
 } PagerObject;
 
 typedef struct {
@@ -47,6 +49,19 @@ static gp_pager *opened(PagerObject *self) {
         PyErr_SetString(PyExc_ValueError, "the pager is closed");
     }
     return self->pager;
+}
+
+/* What was raised just now, which is not raised any more. */
+static PyObject *take_raised(void) {
+    PyObject *type, *exception, *traceback;
+    PyErr_Fetch(&type, &exception, &traceback);
+    PyErr_NormalizeException(&type, &exception, &traceback);
+    if (traceback) {
+        (void) PyException_SetTraceback(exception, traceback);
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+    return exception;
 }
 
 /* ---- arguments -------------------------------------------------------------------------------------------------- */
@@ -312,6 +327,12 @@ static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keyword
         n_experts[i] = arrays.layers[i].n_experts;
     }
     self->n_experts = n_experts;
+    self->caught = PyDict_New();
+    if (!self->caught) {
+        n_experts = NULL;
+        Py_CLEAR(self);
+        goto fail;
+    }
     self->n_layers = config.n_layers;
     self->n_copies = config.n_mirrors + 1;
     self->n_files = self->n_copies * config.n_paths;
@@ -383,6 +404,8 @@ static void pager_dealloc(PyObject *object) {
     PyTypeObject *type = Py_TYPE(object);
     gp_pager_close(self->pager);
     free(self->n_experts);
+    Py_XDECREF(self->compare);
+    Py_XDECREF(self->caught);
     freefunc release = (freefunc) PyType_GetSlot(type, Py_tp_free);
     release(object);
     Py_DECREF(type);
@@ -507,6 +530,41 @@ static PyObject *pager_chosen(PyObject *object, PyObject *args) {
     return list;
 }
 
+/* gp_compare, in a thread of Python's that has let go of the lock. An interrupt is kept for who can raise it. */
+static int compare_read(void *data, uint32_t file, uint64_t offset_bytes, const void *memory, uint64_t bytes) {
+    PagerObject *self = data;
+    const PyGILState_STATE state = PyGILState_Ensure();
+    PyObject *answer = PyObject_CallFunction(self->compare, "IKKK", (unsigned int) file, (unsigned long long) offset_bytes,
+                                             (unsigned long long) (uintptr_t) memory, (unsigned long long) bytes);
+    const long error = answer ? PyLong_AsLong(answer) : EINTR;
+    Py_XDECREF(answer);
+    if (PyErr_Occurred()) {
+        PyObject *exception = take_raised(), *thread = PyLong_FromUnsignedLong(PyThread_get_thread_ident());
+        if (!thread || PyDict_SetItem(self->caught, thread, exception) != 0) {
+            PyErr_WriteUnraisable(self->compare);
+        }
+        Py_XDECREF(thread);
+        Py_XDECREF(exception);
+    }
+    PyGILState_Release(state);
+    return error == 0 ? GP_SAME : error > 0 && error < 4096 ? (int) -error : -EINTR;
+}
+
+/* What a comparison has raised in this thread since it was asked last; NULL if nothing. */
+static PyObject *take_caught(PagerObject *self) {
+    PyObject *exception = NULL, *thread = PyLong_FromUnsignedLong(PyThread_get_thread_ident());
+    if (thread) {
+        exception = PyDict_GetItemWithError(self->caught, thread);
+        Py_XINCREF(exception);
+        if (exception) {
+            (void) PyDict_DelItem(self->caught, thread);
+        }
+        Py_DECREF(thread);
+    }
+    PyErr_Clear();  /* of memory that is lacking: nothing was taken */
+    return exception;
+}
+
 static PyObject *failure_tuple(const gp_failure *failure) {
     return Py_BuildValue("(iIK)", -failure->error, failure->file, (unsigned long long) failure->offset_bytes);
 }
@@ -523,7 +581,7 @@ static bool is_raising(void *unused) {
 static PyObject *pager_pin(PyObject *object, PyObject *args) {
     PagerObject *self = (PagerObject *) object;
     unsigned int layer;
-    PyObject *sequence;
+    PyObject *sequence, *caught;
     if (!opened(self) || !PyArg_ParseTuple(args, "IO", &layer, &sequence)) {
         return NULL;
     }
@@ -566,6 +624,9 @@ static PyObject *pager_pin(PyObject *object, PyObject *args) {
         result = Py_BuildValue("");
     } else if (PyErr_Occurred()) {
         result = NULL;      /* what a signal handler has raised */
+    } else if ((caught = take_caught(self))) {
+        PyErr_SetObject((PyObject *) Py_TYPE(caught), caught);
+        Py_DECREF(caught);
     } else if (failure.error != 0) {
         result = failure_tuple(&failure);
     } else {
@@ -576,13 +637,16 @@ done:
     return result;
 }
 
-static PyObject *pager_compare_with(PyObject *object, PyObject *args) {
-    unsigned long long compare;
-    gp_pager *pager = opened((PagerObject *) object);
-    if (!pager || !PyArg_ParseTuple(args, "K", &compare)) {
+static PyObject *pager_compare_with(PyObject *object, PyObject *compare) {
+    PagerObject *self = (PagerObject *) object;
+    gp_pager *pager = opened(self);
+    if (!pager) {
         return NULL;
     }
-    gp_pager_compare_with(pager, (gp_compare) (uintptr_t) compare, NULL);
+    Py_INCREF(compare);
+    Py_XDECREF(self->compare);
+    self->compare = compare;
+    gp_pager_compare_with(pager, compare_read, self);
     Py_RETURN_NONE;
 }
 
@@ -685,7 +749,7 @@ static PyMethodDef pager_methods[] = {
     { "shrink", pager_shrink, METH_VARARGS, NULL },
     { "warm_up", pager_warm_up, METH_O, NULL },
     { "accept", pager_accept, METH_O, NULL },
-    { "compare_with", pager_compare_with, METH_VARARGS, NULL },
+    { "compare_with", pager_compare_with, METH_O, NULL },
     { NULL, NULL, 0, NULL },
 };
 
@@ -716,15 +780,8 @@ static bool has_raised(void *data) {
     self->is_handling = false;
     self->has_stopped |= has_raised;
     if (has_raised) {
-        PyObject *type, *traceback;
         Py_CLEAR(self->exception);
-        PyErr_Fetch(&type, &self->exception, &traceback);
-        PyErr_NormalizeException(&type, &self->exception, &traceback);
-        if (traceback) {
-            (void) PyException_SetTraceback(self->exception, traceback);
-        }
-        Py_XDECREF(type);
-        Py_XDECREF(traceback);
+        self->exception = take_raised();
     }
     PyGILState_Release(state);
     return has_raised;
@@ -911,6 +968,9 @@ static PyObject *tap_watch(PyObject *object, PyObject *unused) {
     TapObject *self = (TapObject *) object;
     (void) gp_tap_take_failure(tap);    /* of a decode whose caller was interrupted before he could take it */
     Py_CLEAR(self->exception);
+    if (self->pager) {
+        Py_XDECREF(take_caught(self->pager));
+    }
     self->has_stopped = false;
     self->is_watched = true;
     Py_RETURN_NONE;
@@ -927,6 +987,9 @@ static PyObject *tap_take_exception(PyObject *object, PyObject *unused) {
     PyObject *exception = self->exception;
     self->exception = NULL;
     self->is_watched = false;
+    if (!exception && self->pager) {
+        exception = take_caught(self->pager);
+    }
     if (!exception) {
         Py_RETURN_NONE;
     }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,15 @@ from typing import Any
 import llama_cpp
 import pytest
 from conftest import ARGUMENTS, Factory, Footprint, some_tokens
+from llama_cpp import _logger
+from llama_cpp import llama_cpp as low
+from test_errors import touch
+from test_files import current_callbacks
+from test_install import decode, low_level
 from test_resume import OTHER, PROMPT, greedy
 
 import gguf_pager
-from gguf_pager import llama_log
+from gguf_pager import fingerprint, llama_log
 from gguf_pager.hooks import hooks
 
 Model = Callable[..., Path]
@@ -103,15 +110,61 @@ def test_opening(zoo_model: Model, footprint: Callable[[Path], Footprint]) -> No
 
 
 def test_listening_to_the_log(zoo_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an interrupt leaves of it: it called itself, at every line that llama.cpp said from then on."""
-    path, k, lost = zoo_model("qwen3moe"), 1, list[object]()
+    """What an interrupt leaves of it. It called itself at every line that llama.cpp said from then on, and later it was never put
+    in place again: the next loads called the file /proc/self/fd/N."""
+    path, k, lost, said = zoo_model("qwen3moe"), 1, list[object](), list[bytes]()
+    callback = low.llama_log_callback(lambda level, text, data: said.append(text))
     monkeypatch.setattr(sys, "unraisablehook", lambda told: lost.append(told.exc_type))
-    while interrupted_at(k, lambda: open_one(path).close(), (str(llama_log.__file__),)):
-        lost.clear()  # the interrupt itself, where it has struck in a callback
-        open_one(path).close()
-        assert not lost, k
-        k += 1
+    try:
+        while interrupted_at(k, lambda: open_one(path).close(), (str(llama_log.__file__),)):
+            lost.clear()  # the interrupt itself, where it has struck in a callback
+            low.llama_log_set(callback, None)
+            before = current_callbacks()
+            open_one(path).close()
+            assert current_callbacks() == before, k
+            assert not lost, k
+            assert any(str(path).encode() in text for text in said), k
+            assert not any(b"/proc/self/fd" in text for text in said), k
+            said.clear()
+            low.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+            k += 1
+    finally:
+        low.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
     assert k > 25
+
+
+def test_comparing_a_touched_file(zoo_model: Model, tmp_path: Path) -> None:
+    """In the middle of a graph, where no exception can pass: one before the first line of ours was lost."""
+    path, tokens = Path(shutil.copy(zoo_model("qwen3moe"), tmp_path / "model.gguf")), some_tokens(5)
+    count, k, outcomes = [-10_000], 1, list[str]()
+
+    @low.ggml_backend_sched_eval_callback
+    def meddle(address: int, ask: bool, data: int | None) -> bool:
+        count[0] += 1
+        if count[0] == 20:
+            touch(path)
+        return False
+
+    with gguf_pager.install(budget="min"), low_level(path, cb_eval=meddle) as (model, context):
+        memory = low.llama_get_memory(context)
+        decode(model, context, tokens[:4])
+        expected = decode(model, context, tokens[4:], 4)
+
+        def work() -> None:
+            assert low.llama_memory_seq_rm(memory, 0, 4, -1)
+            count[0] = 0
+            try:
+                assert (decode(model, context, tokens[4:], 4) == expected).all()
+                outcomes.append("done")
+            except KeyboardInterrupt:
+                outcomes.append("interrupted")
+
+        while interrupted_at(k, work, (str(fingerprint.__file__),)):
+            assert outcomes.pop() == "interrupted", k
+            work()
+            assert outcomes.pop() == "done", k
+            k += 1
+    assert k > 40
 
 
 def test_closing(zoo_model: Model, footprint: Callable[[Path], Footprint]) -> None:

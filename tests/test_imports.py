@@ -26,7 +26,8 @@ ANY_NAME = ("__version__",)  # of the package itself, which is complete before a
 
 OPEN_MODELS = {"bench", "cli"}
 USERS_OF_LLAMA_CPP = {"contexts", "arguments", "guard", "hooks", "llama", "loading"}
-USERS_OF_NATIVE = {"profile", "engine", "pager", "residency", "loading", "turns", "contexts", "hooks", "doctor"}
+USERS_OF_NATIVE = {"profile", "engine", "pager", "residency", "loading", "turns", "contexts", "hooks", "doctor",
+                   "llama_log", "fingerprint"}
 
 
 def room(path: Path) -> str:

@@ -158,6 +158,23 @@ def test_what_only_llama_cpp_can_tell_is_explained_when_it_refuses(
         gguf_pager.Llama(str(path), budget="min", **ARGUMENTS)
 
 
+@pytest.mark.parametrize(("arch", "key", "other", "value", "reason"), (
+    ("qwen3moe", "leading_dense_block_count", "attention.head_count", 2, r"blk\.0\.attn_q"),
+    ("qwen3moe", "leading_dense_block_count", "attention.layer_norm_rms_epsilon", None, "layer_norm_rms_epsilon"),
+    ("olmoe", "expert_feed_forward_length", "attention.layer_norm_rms_epsilon", None, "layer_norm_rms_epsilon"),
+    ("deepseek2", "leading_dense_block_count", "attention.head_count", 2, r"blk\.0\.attn"),
+))
+def test_key_is_not_blamed_for_what_llama_cpp_refuses_for_another_reason(
+    zoo_model: Model, tmp_path: Path, arch: str, key: str, other: str, value: int | None, reason: str
+) -> None:
+    """One that is ignored, or has no part in it: what llama.cpp said was hidden behind it."""
+    path = tmp_path / "model.gguf"
+    fuzz_metadata.write(zoo_model(arch), path, [change_of(arch, key, 3), change_of(arch, other, value)])
+    with leaving_nothing(tmp_path), pytest.raises(LayoutError, match=reason) as raised:
+        gguf_pager.Llama(str(path), budget="min", **ARGUMENTS)
+    assert "contradicts itself" not in str(raised.value) and key not in str(raised.value)
+
+
 @pytest.mark.parametrize(("arch", "key"), (("olmoe", "expert_feed_forward_length"), ("qwen3moe", "leading_dense_block_count")))
 def test_key_that_an_architecture_ignores_may_say_anything(
     zoo_model: Model, tmp_path: Path, pair: Factory, arch: str, key: str

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import gguf_pager
+
 Model = Callable[..., Path]
 
 COMMANDS = ["run", "run --json", "inspect", "doctor", "energy", "bench", "--help", "--version"]
@@ -132,6 +134,15 @@ def test_names_that_are_no_text_do_not_matter(zoo_model: Model, tmp_path: Path, 
     assert child(LIBRARY) == "True True True\nTrue\n"
     for arguments in (["doctor", model], ["energy"], ["bench", model, *arguments_of("bench", Path(model))[2:]], ["inspect", model]):
         assert child(COMMAND, *arguments)
+
+
+@LINUX
+def test_model_whose_name_is_no_text_is_refused_with_a_sentence(zoo_model: Model, tmp_path: Path) -> None:
+    """llama_cpp encodes the name as UTF-8: a UnicodeEncodeError."""
+    model = os.path.join(os.fsencode(tmp_path), b"caf\xe9.gguf")
+    os.link(zoo_model("qwen3moe"), model)
+    with pytest.raises(gguf_pager.LayoutError, match="name that is no UTF-8"):
+        gguf_pager.Llama(os.fsdecode(model), budget="min")
 
 
 @LINUX

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import json
 import os
 import signal
@@ -10,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +139,50 @@ def test_thread_need_not_wait_for_its_own_stream(llm: llama_cpp.Llama, expected:
     assert time.monotonic() - started < turns.PATIENCE_S / 2
     with pytest.raises(EngineError, match="begin the stream again"):
         next(stream)
+
+
+@pytest.mark.parametrize("has_contexts", (True, False))
+def test_streams_whose_steps_a_pool_of_threads_makes_come_to_their_ends(
+    llm: llama_cpp.Llama, expected: dict[str, str], has_contexts: bool
+) -> None:
+    """As FastAPI answers with a generator, or any server that hands each step to a thread. One overtook the other, whose next
+    step was an EngineError, where a thread made a step of one and then the first of another."""
+    with ThreadPoolExecutor(4) as pool:
+
+        async def step(stream: Iterator[Any]) -> Any:
+            loop = asyncio.get_running_loop()
+            if has_contexts:  # asyncio.to_thread, anyio, starlette
+                return await loop.run_in_executor(pool, contextvars.copy_context().run, next, stream, None)
+            return await loop.run_in_executor(pool, next, stream, None)
+
+        async def read(prompt: str) -> None:
+            for _ in range(5):
+                stream, text = llm(prompt, stream=True, **GREEDY), ""
+                while (chunk := await step(stream)) is not None:
+                    text += chunk["choices"][0]["text"]
+                assert text == expected[prompt]
+
+        async def read_all() -> None:
+            await read(PROMPTS[0])  # after one that went from thread to thread, threads without contexts are no readers either
+            await asyncio.gather(*(read(prompt) for prompt in PROMPTS))
+
+        asyncio.run(read_all())
+
+
+def test_event_loop_does_not_wait_for_a_stream_of_its_own(llm: llama_cpp.Llama, expected: dict[str, str]) -> None:
+    """Who reads the other one cannot go on meanwhile."""
+
+    async def read_two() -> None:
+        stream = llm(PROMPTS[0], stream=True, **GREEDY)
+        next(stream)
+        started = time.monotonic()
+        assert await asyncio.create_task(ask()) == expected[PROMPTS[1]]
+        assert time.monotonic() - started < turns.PATIENCE_S / 2
+
+    async def ask() -> str:
+        return text_of(llm, PROMPTS[1])
+
+    asyncio.run(read_two())
 
 
 def test_looking_at_the_state_leaves_the_own_stream_alone(llm: llama_cpp.Llama, expected: dict[str, str]) -> None:

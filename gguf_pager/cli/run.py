@@ -223,9 +223,6 @@ def _open(settings: _Settings, prompt: str) -> Llama:
         )
     except MemoryError:
         raise PagerError("There is no memory for a context of that size: give a smaller -c or -b.") from None
-    except UnicodeEncodeError:
-        raise PagerError(f"{settings.model} has a name that is no UTF-8, which llama-cpp-python cannot open: rename it, or "
-                         "make a link to it.") from None
     except PagerError:  # LayoutError is a ValueError, and says all there is
         raise
     except ValueError as error:  # what llama_cpp raises for a file or context that llama.cpp refuses
