@@ -10,6 +10,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,12 +301,14 @@ def test_device_that_cannot_be_read_is_read_as_by_default(layout: Layout, here: 
 def test_model_is_opened_with_what_was_measured_once(paged: Callable[..., Any], trace_model: Path, here: device.Device,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "LEAST_EXPERT_BYTES", 0)
-    options = paged(trace_model).pager.options
-    found = device.recall(here)
+    first = paged(trace_model)
+    options, found = first.pager.options, device.recall(here)
     assert found is not None
     assert Way(found.io, options.n_readers, options.piece_bytes) == found.best(found.io)
-    device.remember(here, FOUND)
-    assert paged(trace_model).pager.options.n_readers == 8
+    first.close()  # or the next would share its slots, and its readers
+    other = replace(FOUND, direct=(Way("direct", 5, 512 * KIB), 5e9))  # no measurement finds 5
+    assert device.remember(here, other) and device.recall(here) == other
+    assert paged(trace_model).pager.options.n_readers == 5
     assert paged(trace_model, n_readers=3).pager.options.n_readers == 3
 
 
