@@ -102,6 +102,13 @@ def recall(device: Device) -> Findings | None:
     return findings if findings.direct or findings.buffered else None
 
 
+def best_rate(path: Path) -> float | None:
+    """Return the bytes per second that were measured of the device a file lies on; None where it was not."""
+    here = identify(path)
+    findings = recall(here) if here else None
+    return max(way[1] for way in (findings.direct, findings.buffered) if way) if findings else None
+
+
 def _recall_way(io: Io, value: Any) -> tuple[Way, float] | None:
     if value is None:
         return None

@@ -23,13 +23,11 @@ from gguf_pager.errors import EngineError, PagerError
 from gguf_pager.files import ModelFiles, check_can_be_mapped
 from gguf_pager.layout import Layout, open_layout
 from gguf_pager.pager import Options, Pager
+from gguf_pager.verdict import judge, process_bytes
 
 LINUX_READ_AHEAD_KB = 128
 """The kernel's default; below the model's size stock llama.cpp decoded faster with it than with 8 MiB wherever both were measured
 (benchmarks/results)."""
-
-PROCESS_BYTES = 48 << 20
-"""Python with llama_cpp imported and nothing loaded: 46.7 MB resident (Python 3.11, llama-cpp-python 0.3.36, Linux)."""
 
 _TRIAL_LOCK_BYTES = 4096
 _TRIAL_CAP_BYTES = 256 << 20
@@ -47,11 +45,6 @@ class Check:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def process_bytes(layout: Layout, arena_bytes: int) -> int:
-    """Estimate what a process with an arena of this size takes, without KV cache and compute buffers."""
-    return PROCESS_BYTES + layout.dense_bytes + budget.WORK_BYTES + arena_bytes
-
-
 def examine(model: Path | None, *, measure_device: bool = False) -> list[Check]:
     """Ask everything, about a model and its file system or, without one, about the current folder's.
 
@@ -62,6 +55,8 @@ def examine(model: Path | None, *, measure_device: bool = False) -> list[Check]:
     layout: Layout | None = None
     if model is not None:
         layout, check = _model(model)
+        if layout is not None:
+            checks.insert(0, _verdict(layout))
         checks.append(check)
     checks += [_memory(), _memory_lock(layout), _huge_pages(Path("/sys/kernel/mm/transparent_hugepage/enabled"))]
     try:
@@ -163,6 +158,14 @@ def _model(path: Path) -> tuple[Layout | None, Check]:
         return layout, Check("model", "problem", message, "Free memory, or take a smaller model.", facts)
     message = f"{layout.name}: {format_bytes(layout.expert_bytes)} of experts, runs in {format_bytes(least)} and more"
     return layout, Check("model", "ok", message, None, facts)
+
+
+def _verdict(layout: Layout) -> Check:
+    """The answer, in a sentence; what it rests on stands below."""
+    verdict = judge(layout, tuple(Pager(layout, Options()).needs), probe.memory(), device.best_rate(layout.paths[0]))
+    status: dict[str, Literal["ok", "note", "problem"]] = {"stock": "ok", "well": "ok", "no": "problem"}
+    remedy = "Measure it: gguf-pager doctor MODEL --probe" if verdict.kind == "unknown" else None
+    return Check("verdict", status.get(verdict.kind, "note"), verdict.sentence, remedy, {"kind": verdict.kind})
 
 
 def _memory() -> Check:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 from typing import Any, Self
 
@@ -33,8 +35,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
             dense weights, KV cache and buffers leave). "25%": a share of the experts, everything else on top. "min": as
             few experts as can compute one token. "auto": what the machine can spare; if the model fits, it runs as stock
             llama.cpp.
-        policy, io, n_readers, piece_bytes, read_ahead, lock_dense, mirror, profile, adapt_threads, overcommit: see
+        profile: keep, from one process to the next, how often each expert was chosen, and begin with the most used ones.
+        policy, io, n_readers, piece_bytes, read_ahead, lock_dense, mirror, adapt_threads, overcommit: see
             `gguf_pager.Options`.
+
+    Use it in a `with` block, or `close()` it: its memory is free at once.
 
     May be used by several threads: one request after the other. A stream that another request has overtaken, because nobody has
     asked it for a token for `gguf_pager.turns.PATIENCE_S` seconds, raises EngineError when it is asked again.
@@ -85,8 +90,34 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
     def __del__(self) -> None:
         self.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        name = os.path.basename(str(getattr(self, "model_path", "")))
+        if self._is_closed:
+            return f"<gguf_pager.Llama {name!r}, closed>"
+        return f"<gguf_pager.Llama {name!r}, {self.not_paged_reason or f'budget={self._budget!r}, {self.pager!r}'}>"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "budget": self._budget, **self._pager_options}
+
+
+def _signature() -> inspect.Signature:
+    """Return what a notebook completes: stock's arguments and ours, without the **kwargs that swallow them."""
+    found = inspect.signature(llama_cpp.Llama.__init__).parameters.values()
+    theirs = [parameter for parameter in found if parameter.kind is not inspect.Parameter.VAR_KEYWORD][1:]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    ours = [inspect.Parameter("budget", keyword, default="auto", annotation=float | str)]
+    ours += [inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
+             for field in dataclasses.fields(Options)]
+    return inspect.Signature([*theirs, *ours])
+
+
+Llama.__signature__ = _signature()
 
 
 def _check_path(path: str) -> None:

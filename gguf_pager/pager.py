@@ -157,6 +157,12 @@ class Stats:
         """Tokens that passed the first layer."""
         return max((layer.tokens for layer in self.layers), default=0)
 
+    def __repr__(self) -> str:
+        """Say the most important of it; `layers` and the other fields tell the rest."""
+        hits = "no token yet" if self.hit_rate is None else f"{self.tokens:,} tokens, {self.hit_rate:.1%} hits"
+        return (f"<Stats: {hits}, {self.bytes_read / 1e9:.2f} GB read, {self.stall_ns / 1e9:.1f} s waited for reads, "
+                f"{budget.format_bytes(self.resident_bytes)} of experts in {budget.format_bytes(self.arena_bytes)}>")
+
 
 def _alignment(paths: Sequence[Path], names: Sequence[str], io: IoMode) -> tuple[bool, int, int]:
     """Return whether reads of a copy can be direct, and the alignments in the file and in memory that serve all its files."""
@@ -217,6 +223,12 @@ class Pager:
         """Held by what takes long without Python's lock, so that closing waits for it."""
         self._is_warmed = False
         self._keeper: profile.Keeper | None = None
+
+    def __repr__(self) -> str:
+        full = budget.full_arena_bytes(self.needs)
+        if not self.is_open:
+            return f"<Pager: {'closed' if self._last_stats is not None else 'not open yet'}>"
+        return f"<Pager: {budget.format_bytes(self.arena_bytes)} for experts, {min(1.0, self.arena_bytes / full):.0%} of them>"
 
     @property
     def is_direct(self) -> bool:

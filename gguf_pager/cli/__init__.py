@@ -14,7 +14,7 @@ from gguf_pager.cli.streams import OutputError, guarded
 from gguf_pager.errors import PagerError
 from gguf_pager.report.words import as_options
 
-_COMMANDS = ("run", "bench", "inspect", "doctor", "energy")
+_COMMANDS = ("run", "bench", "inspect", "doctor", "energy", "completion")
 """In the order of the help. Each is a module of this package with a command of the same name."""
 
 
@@ -82,11 +82,28 @@ def _show_version(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> No
     ctx.exit()
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+_START = """\
+gguf-pager runs mixture-of-experts models (GGUF) that are larger than your memory.
+
+  gguf-pager inspect MODEL.gguf          does it run here, and how much memory should it get?
+  gguf-pager run MODEL.gguf "Once upon"  let it go on; for a question: --chat "Why is the sky blue?"
+  gguf-pager doctor                      what works on this machine
+  gguf-pager bench MODEL.gguf            how fast, beside stock llama-cpp-python
+
+No model yet? pip install huggingface_hub, then:
+  hf download ggml-org/gpt-oss-20b-GGUF --local-dir .
+
+All commands: gguf-pager --help. The options of one: gguf-pager run --help."""
+
+
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version,
               help="Show the versions of gguf-pager and of llama-cpp-python, and exit.")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Run mixture-of-experts GGUF models larger than RAM, within a memory budget.
 
     MODEL is a GGUF file; of a split model the first file.
     """
+    if context.invoked_subcommand is None:
+        click.echo(_START)

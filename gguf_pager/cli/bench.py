@@ -31,6 +31,7 @@ from gguf_pager.bench.disk import Device
 from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.runner import Run, Runner, Settings
 from gguf_pager.cli.energy import CONSTANT_OPTION, POWER_COMMAND_OPTION
+from gguf_pager.cli.model import GPU_LAYERS_OPTION, takes_model
 from gguf_pager.device import fill
 from gguf_pager.doctor import LINUX_READ_AHEAD_KB, physical_cores
 from gguf_pager.energy import meter
@@ -118,10 +119,11 @@ class _Request:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@takes_model
 @_list("-p", "--n-prompt", default="512", text="Tokens of prompt; 0 measures decode alone.")
 @_list("-n", "--n-gen", default="128", text="Tokens decoded one by one, after the prompt; 0 measures the prompt alone.")
 @_list("-d", "--n-depth", default="0", text="Tokens computed before the clock starts.")
+@GPU_LAYERS_OPTION
 @click.option("-r", "--repetitions", metavar="N", type=click.IntRange(min=1), default=3, show_default=True,
               help="Runs of each case, which take turns.")
 @_list("-t", "--threads", default=None, text="Threads that compute. [default: physical cores]")

@@ -8,11 +8,12 @@ from pathlib import Path
 import click
 
 from gguf_pager import doctor as probing
+from gguf_pager.cli.model import may_take_model
 from gguf_pager.report import checks as shown
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path), required=False)
+@may_take_model
 @click.option("--probe", "is_probing", is_flag=True,
               help="Measure anew how the device that holds MODEL is read best, and remember it; takes 1 to 2.4 s.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with null for what is not known.")

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import click
 
-from gguf_pager import probe
+from gguf_pager import device, probe
+from gguf_pager.cli.model import takes_model
 from gguf_pager.layout import read_layout
 from gguf_pager.pager import Options, Pager
 from gguf_pager.report import inspection as shown
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@takes_model
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with null for what is not known.")
 def inspect(model: Path, as_json: bool) -> None:
     """Show a model's experts and what budgets mean for it.
@@ -23,5 +24,6 @@ def inspect(model: Path, as_json: bool) -> None:
     process leave out the KV cache and the compute buffers, which depend on the context.
     """
     layout = read_layout(model)
-    facts = shown.inspection(layout, Pager(layout, Options()) if layout.layers else None, probe.memory())
+    facts = shown.inspection(layout, Pager(layout, Options()) if layout.layers else None, probe.memory(),
+                             device.best_rate(layout.paths[0]))
     click.echo(json.dumps(facts, indent=2) if as_json else shown.inspection_text(facts))

@@ -17,9 +17,11 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from gguf_pager import __version__, probe
-from gguf_pager.budget import format_bytes
+from gguf_pager.budget import auto_budget_bytes, fits_whole, format_bytes, full_arena_bytes
+from gguf_pager.cli.model import GPU_LAYERS_OPTION, MODEL_OPTION, chosen_model, missing_model
 from gguf_pager.doctor import physical_cores
 from gguf_pager.errors import PagerError, printable
+from gguf_pager.layout import read_layout
 from gguf_pager.pager import Options, Stats
 from gguf_pager.report import generation as shown
 
@@ -98,12 +100,15 @@ class _Run(click.Command):
 
 
 @click.command(cls=_Run)
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", required=False)
+@click.argument("words", metavar="[PROMPT]", required=False)
+@MODEL_OPTION
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
 @click.option("-f", "--file", metavar="FILE", type=click.File("rb"),
               help="Read the prompt from a file, '-' for stdin; one newline at its end is dropped.")
 @click.option("-n", "--n-predict", metavar="N", type=int, default=128, show_default=True, callback=_check_n_predict,
               help="Tokens to generate; -1 for as many as the context holds.")
+@GPU_LAYERS_OPTION
 @click.option("-c", "--ctx-size", metavar="N", type=click.IntRange(0, MOST_TOKENS),
               help=f"Context in tokens, in steps of {CTX_STEP}; 0 takes the model's own. "
                    f"[default: what the prompt and -n need, at most {DEFAULT_CTX}]")
@@ -142,8 +147,12 @@ class _Run(click.Command):
 @click.option("--progress/--no-progress", default=None,
               help="Say on stderr what takes longer than a second. [default: when stderr is a terminal]")
 @click.option("--json", "as_json", is_flag=True, help="Print statistics and text as one JSON object.")
-def run(**given: Any) -> None:
+def run(model: str | None, words: str | None, model_option: Path | None, **given: Any) -> None:
     """Generate text from a prompt within a memory budget.
+
+    \b
+    gguf-pager run MODEL "Once upon a time"
+    gguf-pager run MODEL --chat "Why is the sky blue?"
 
     The text goes to stdout as it comes; the last line, on stderr, gives decode speed (without the prompt), prompt
     speed, hit rate, megabytes read per token, the share of time spent waiting for reads, and peak memory.
@@ -151,41 +160,62 @@ def run(**given: Any) -> None:
     With --json stdout holds one JSON object and nothing else, "text" among its keys; while it is generated, the text
     goes to stderr.
     """
-    settings = _Settings(**given)
-    prompt = _read_prompt(settings)
+    path, words = _take_words(model, words, model_option)
+    settings = _Settings(model=path, **given)
+    prompt = _read_prompt(settings, words)
     progress = shown.Progress(settings.progress)
     if settings.verbose:
         logging.basicConfig(format="%(name)s: %(message)s")
         logging.getLogger("gguf_pager").setLevel(logging.INFO)
     seed = settings.seed if settings.seed >= 0 else random.randrange(1 << 32)
-    begun = time.monotonic()
-    with progress.during(lambda: f"opening {printable(settings.model.name)}: "
-                                 f"{format_bytes(probe.process_memory().resident_bytes)} in memory"):
+    begun, memory = time.monotonic(), probe.memory()
+    with progress.bar(f"opening {printable(settings.model.name)}", lambda: _opening_bytes(settings, memory),
+                      lambda: probe.process_memory().resident_bytes):
         llm = _open(settings, prompt)
     try:
         load_s = time.monotonic() - begun
         if llm.not_paged_reason:
             click.echo(f"Not paged: {llm.not_paged_reason}.", err=True)
-        if (lowered := _lowered_batch(llm)) is not None:
-            click.echo(lowered, err=True)
+        for line in (_budget_taken(llm, settings, memory), _lowered_batch(llm)):
+            if line is not None:
+                click.echo(line, err=True)
         generation = _generate(llm, settings, prompt, seed, progress)
         facts = shown.run_facts(_facts(llm, settings, generation, load_s, seed), *generation.phases(),
                                  probe.process_memory().peak_bytes)
+        hint = shown.run_hint(facts, llm.pager, probe.memory())
     finally:
         llm.close()
     if settings.as_json:
         click.echo(json.dumps(facts))
     else:
+        if hint is not None:
+            click.echo(hint, err=True)
         click.echo(shown.run_line(facts), err=True)
     if generation.finish_reason == "interrupt":
         raise KeyboardInterrupt
 
 
-def _read_prompt(settings: _Settings) -> str:
-    if (settings.prompt is None) == (settings.file is None):
-        raise click.UsageError("Give the prompt, either with -p or with -f.")
+def _take_words(first: str | None, second: str | None, model: Path | None) -> tuple[Path, str | None]:
+    """Return the model and the prompt among the arguments: with -m there is no model among them."""
+    if model is not None:
+        if second is not None:
+            chosen_model(Path(first or ""), model)
+        return model, first
+    if first is None:
+        raise missing_model()
+    return Path(first), second
+
+
+def _read_prompt(settings: _Settings, words: str | None) -> str:
+    given = [way for way in (words, settings.prompt, settings.file) if way is not None]
+    if not given:
+        raise click.UsageError('What is the prompt? gguf-pager run MODEL "Once upon a time", or -f FILE.')
+    if len(given) > 1:
+        raise click.UsageError("The prompt is given twice. A prompt of several words is one argument: put it into straight "
+                               'quotes, "like this".')
+    text = words if settings.prompt is None else settings.prompt
     try:
-        raw = settings.file.read().removesuffix(b"\n") if settings.file else os.fsencode(settings.prompt or "")
+        raw = settings.file.read().removesuffix(b"\n") if settings.file else os.fsencode(text or "")
     except OSError as error:
         raise PagerError(f"The prompt cannot be read: {error.strerror}.") from None
     try:
@@ -238,6 +268,27 @@ def _lowered_batch(llm: Llama) -> str | None:
     several = "s" if stats.n_ubatch > 1 else ""
     return (f"The prompt is computed {stats.n_ubatch} token{several} at a time instead of {stats.n_ubatch_asked}, because the budget "
             "has no room for the experts of more: that is slower. Raise the budget to avoid it.")
+
+
+def _opening_bytes(settings: _Settings, memory: probe.Memory) -> int | None:
+    """Return about how much becomes resident while the model opens; None where it cannot be opened, which is said later."""
+    try:
+        layout = read_layout(settings.model)
+    except PagerError:
+        return None
+    spare = auto_budget_bytes(memory.available_bytes, memory.total_bytes)
+    is_whole = not layout.layers or (settings.budget == "auto" and fits_whole(layout.tensor_bytes, spare))
+    return layout.tensor_bytes if is_whole else layout.dense_bytes
+
+
+def _budget_taken(llm: Llama, settings: _Settings, memory: probe.Memory) -> str | None:
+    """Say which budget was taken, and why, where nobody has set one."""
+    if llm.pager is None or settings.budget != "auto":
+        return None
+    spare = auto_budget_bytes(memory.available_bytes, memory.total_bytes)
+    share = llm.pager.arena_bytes / full_arena_bytes(llm.pager.needs)
+    return (f"The model is larger than the memory that can be spared: of {format_bytes(memory.available_bytes)} free, "
+            f"{format_bytes(spare)} are taken, and {share:.0%} of the experts stay in memory. --budget sets another size.")
 
 
 class _Generation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -9,8 +10,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gguf_pager.budget import format_bytes
-from gguf_pager.pager import Stats
+from tqdm import tqdm
+
+from gguf_pager.budget import auto_budget_bytes, format_bytes, full_arena_bytes
+from gguf_pager.pager import Pager, Stats
+from gguf_pager.probe import Memory
 from gguf_pager.report import number
 
 
@@ -81,8 +85,35 @@ def run_line(facts: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+_LONG_WAIT = 0.3
+"""The share of the time spent waiting for reads from which on more memory is worth a word."""
+
+_FREE_BYTES = 256 << 20
+"""So much has to be free for it."""
+
+_TELLING_S = 2.0
+"""A shorter run has measured nothing worth a word."""
+
+
+def run_hint(facts: dict[str, Any], pager: Pager | None, memory: Memory) -> str | None:
+    """Return the one setting that would have helped most, where this run has measured that it would; None where none would."""
+    waited = facts["decode"]["stall_share"]
+    if pager is None or waited is None or facts["decode"]["seconds"] < _TELLING_S:
+        return None
+    spare, full = auto_budget_bytes(memory.available_bytes, memory.total_bytes), full_arena_bytes(pager.needs)
+    if waited >= _LONG_WAIT and spare >= _FREE_BYTES and pager.arena_bytes < full:
+        more = min(1.0, (pager.arena_bytes + spare) / full)
+        return (f"Hint: {waited:.0%} of the time went into waiting for the disk, and {format_bytes(spare)} of memory are free: "
+                f"--budget {math.floor(more * 100)}% would keep more in it.")
+    last = facts["n_threads_last"]
+    if last is not None and last < facts["n_threads"]:
+        return (f"Hint: other programs used the processors, so that {last} of {facts['n_threads']} threads were faster at the end: "
+                "close them for more speed.")
+    return None
+
+
 class Progress:
-    """One line on stderr, written again and again while something takes longer than a second."""
+    """What takes longer than a second, on stderr: a bar, or one line written again and again."""
 
     def __init__(self, is_wanted: bool | None) -> None:
         self._is_terminal = os.isatty(2)
@@ -104,6 +135,33 @@ class Progress:
         finally:
             done.set()
             thread.join()
+
+    @contextmanager
+    def bar(self, name: str, total: Callable[[], int | None], count: Callable[[], int]) -> Iterator[None]:
+        """Show a bar of the bytes that `count` returns, of about `total`, from another thread, for the time of the block."""
+        if self._fd is None:
+            yield
+            return
+        done = threading.Event()
+        thread = threading.Thread(target=self._fill, args=(self._fd, name, total, count, done), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _fill(self, fd: int, name: str, total: Callable[[], int | None], count: Callable[[], int], done: threading.Event) -> None:
+        if done.wait(1.0):
+            return
+        with suppress(OSError), os.fdopen(os.dup(fd), "w") as file, tqdm(  # nobody reads it any more
+                desc=name, total=total(), unit="B", unit_scale=True, file=file, leave=False, dynamic_ncols=True) as bar:
+            while True:
+                bar.n = count()
+                bar.total = bar.total and max(bar.total, bar.n)
+                bar.refresh()
+                if done.wait(0.25 if self._is_terminal else 1.0):
+                    return
 
     def _show(self, fd: int, describe: Callable[[], str], done: threading.Event) -> None:
         before, after, period_s = ("\r", "\x1b[K", 0.25) if self._is_terminal else ("", "\n", 1.0)

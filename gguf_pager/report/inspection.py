@@ -8,17 +8,23 @@ from typing import Any
 
 from gguf_pager import __version__, budget
 from gguf_pager.budget import format_bytes
-from gguf_pager.doctor import process_bytes
 from gguf_pager.errors import printable
 from gguf_pager.layout import Layout, Slice
 from gguf_pager.pager import Pager
 from gguf_pager.probe import Memory
+from gguf_pager.verdict import judge, process_bytes
 
 
-def inspection(layout: Layout, pager: Pager | None, memory: Memory) -> dict[str, Any]:
-    """Return what a model is made of and what budgets mean for it. `pager` need not be open; None without experts."""
+def inspection(layout: Layout, pager: Pager | None, memory: Memory, bytes_per_s: float | None) -> dict[str, Any]:
+    """Return what a model is made of and what budgets mean for it. `pager` need not be open; None without experts.
+
+    `bytes_per_s` is what was measured of its disk; None where nothing was.
+    """
+    verdict = judge(layout, tuple(pager.needs) if pager else (), memory, bytes_per_s)
     return {
         "gguf_pager_version": __version__,
+        "verdict": verdict.kind,
+        "verdict_sentence": verdict.sentence,
         "architecture": layout.architecture,
         "name": layout.name,
         "files": [{"path": str(path), "file_bytes": path.stat().st_size} for path in layout.paths],
@@ -98,6 +104,9 @@ def inspection_text(facts: dict[str, Any]) -> str:
     files = facts["files"]
     n_bytes = sum(file["file_bytes"] for file in files)
     lines = [
+        facts["verdict_sentence"],
+        *(["How fast its disk reads: gguf-pager doctor MODEL --probe"] if facts["verdict"] == "unknown" else []),
+        "",
         printable(files[0]["path"]) + (f" and {len(files) - 1} more" if len(files) > 1 else ""),
         f"{printable(facts['name'])}, architecture {printable(facts['architecture'])}, {format_bytes(n_bytes)}",
         "",
