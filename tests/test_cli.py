@@ -28,7 +28,8 @@ import gguf_pager
 from gguf_pager import doctor, engine, probe
 from gguf_pager.cli import main
 from gguf_pager.errors import EngineError
-from gguf_pager.report.generation import Progress
+from gguf_pager.pager import Options, Pager
+from gguf_pager.report.generation import Progress, run_hint
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "First Citizen:"
@@ -355,6 +356,68 @@ def test_inspect_and_doctor_do_not_import_llama_cpp(models: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+# ---- what fingers know ----------------------------------------------------------------------------------------------
+
+def test_command_alone_shows_what_to_do_first() -> None:
+    done = call()
+    assert done.returncode == 0
+    for words in (b"gguf-pager inspect MODEL.gguf", b"gguf-pager run MODEL.gguf", b"hf download", b"--help"):
+        assert words in done.stdout
+
+
+@pytest.mark.parametrize("form", ("{m} {p}", "-m {m} {p}", "-m {m} -p {p}", "{p} -m {m}", "{m} -p {p}", "{m} -ngl 0 {p}"))
+def test_model_and_prompt_are_taken_as_they_come(models: Path, form: str) -> None:
+    words = [word.format(m=models / "tiny.gguf", p=PROMPT) for word in form.split()]
+    facts = run_json(*words, "-n", "3", "--temp", "0", "--budget", "50%")
+    assert facts["model"] == str(models / "tiny.gguf") and facts["prompt"]["tokens"] > 1
+
+
+@pytest.mark.parametrize(("words", "message"), (
+    (("run",), "Which model? Name a GGUF file: gguf-pager run MODEL"), (("inspect",), "Which model?"), (("bench",), "Which model?"),
+    (("run", "a.gguf", "-m", "b.gguf", "x"), "The model is named twice"), (("inspect", "a.gguf", "-m", "b.gguf"), "named twice"),
+    (("run", "tiny.gguf", "x", "-p", "y"), "The prompt is given twice"),
+    (("run", "tiny.gguf", "-p", "Once", "upon"), 'put it into straight quotes, "like this"'),
+    (("run", "tiny.gguf", "Once", "upon", "a"), 'put it into straight quotes, "like this"'),
+))
+def test_words_that_do_not_fit_are_a_sentence(models: Path, words: tuple[str, ...], message: str) -> None:
+    done = call(*words, cwd=models)
+    assert done.returncode == 2 and message in done.stderr.decode().replace("__main__.py", "gguf-pager").replace(
+        "python -m gguf_pager", "gguf-pager")
+
+
+def test_layers_for_a_gpu_are_answered(models: Path) -> None:
+    done = call("run", models / "tiny.gguf", "-ngl", "99", "-n", "2", "--budget", "50%", PROMPT)
+    assert done.returncode == 0 and b"-ngl 99 is ignored: gguf-pager computes on the CPU only." in done.stderr
+    done = call("run", models / "tiny.gguf", "-ngl", "0", "-n", "2", "--budget", "50%", PROMPT)
+    assert b"CPU only" not in done.stderr
+
+
+@pytest.mark.parametrize("shell", ("bash", "zsh", "fish"))
+def test_shells_complete(shell: str, models: Path) -> None:
+    done = call("completion", shell)
+    assert done.returncode == 0 and b"_GGUF_PAGER_COMPLETE" in done.stdout
+    if shell == "bash":
+        asked = {"_GGUF_PAGER_COMPLETE": "bash_complete", "COMP_WORDS": "gguf-pager ins", "COMP_CWORD": "1"}
+        program = "import sys; sys.argv = ['gguf-pager']; from gguf_pager.cli import main; main(prog_name='gguf-pager')"
+        found = subprocess.run([sys.executable, "-c", program], capture_output=True, env={**os.environ, **asked}, check=False)
+        assert b"inspect" in found.stdout
+
+
+def facts_of(waited: float, *, seconds: float = 5.0, n_last: int = 2) -> dict[str, Any]:
+    return {"decode": {"stall_share": waited, "seconds": seconds}, "n_threads_last": n_last, "n_threads": 2}
+
+
+def test_hint_is_given_where_it_was_measured(zoo_model: Callable[..., Path]) -> None:
+    pager = Pager(gguf_pager.read_layout(zoo_model("qwen3moe")), Options())
+    much, little = (probe.Memory(16 << 30, n_bytes, None, 0) for n_bytes in (12 << 30, 100 << 20))
+    assert "--budget 100%" in str(run_hint(facts_of(0.6), pager, much))
+    assert run_hint(facts_of(0.6), pager, little) is None
+    assert run_hint(facts_of(0.1), pager, much) is None
+    assert run_hint(facts_of(0.6, seconds=1.0), pager, much) is None
+    assert run_hint(facts_of(0.6), None, much) is None
+    assert "1 of 2 threads" in str(run_hint(facts_of(0.1, n_last=1), pager, much))
+
+
 # ---- doctor ---------------------------------------------------------------------------------------------------------
 
 def test_doctor_finds_no_problem_here(models: Path) -> None:
@@ -363,7 +426,7 @@ def test_doctor_finds_no_problem_here(models: Path) -> None:
     assert done.returncode == 0 and facts["n_problems"] == 0
     assert facts["checks"]["engine"]["status"] == facts["checks"]["model"]["status"] == "ok"
     assert set(facts["checks"]) == {
-        "versions", "engine", "lazy_load", "spinning", "cores", "model", "memory", "memory_lock", "huge_pages",
+        "verdict", "versions", "engine", "lazy_load", "spinning", "cores", "model", "memory", "memory_lock", "huge_pages",
         "direct_io", "device", "read_ahead", "memory_cap", "energy"}
 
 
@@ -480,7 +543,7 @@ def test_prompt_that_the_shell_has_taken_apart_gets_a_hint(models: Path) -> None
 
 @pytest.mark.parametrize(("prompt", "message"), (
     (("-f", "/nonexistent"), "'/nonexistent': No such file or directory"), (("-f", "/"), "'/': Is a directory"),
-    (("-f", "/proc/self/mem"), "The prompt cannot be read: Input/output error."), ((), "Give the prompt"),
+    (("-f", "/proc/self/mem"), "The prompt cannot be read: Input/output error."), ((), "What is the prompt?"),
 ))
 def test_prompt_that_cannot_be_read_is_an_error_of_one_line(models: Path, prompt: tuple[str, ...], message: str) -> None:
     assert message in said("run", models / "tiny.gguf", *prompt)

@@ -7,6 +7,7 @@ import gc
 import inspect
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -743,3 +744,27 @@ def test_pager_that_is_in_use_refuses_to_close_and_goes_on(pair: Factory, zoo_mo
     assert np.array_equal(evaluate(ours, tokens[6:]), evaluate(stock, tokens[6:]))
     ours.close()
     assert not ours.pager.is_open
+
+
+# ---- in a notebook ----
+
+def test_object_says_what_it_is(zoo_model: Callable[..., Path], dense_model: Path) -> None:
+    with gguf_pager.Llama(str(zoo_model("qwen3moe")), budget="60%", **ARGUMENTS) as llm:
+        assert re.fullmatch(r"<gguf_pager.Llama '[^']+\.gguf', budget='60%', <Pager: \S+ \S+ for experts, 6\d% of them>>", repr(llm))
+        assert llm.pager is not None
+        assert "no token yet" in repr(llm.pager.stats())
+        llm.eval(some_tokens(4))
+        assert re.search(r"<Stats: 4 tokens, \d+\.\d% hits, ", repr(llm.pager.stats()))
+        pager = llm.pager
+    assert "closed" in repr(llm) and repr(pager) == "<Pager: closed>"
+    with pytest.raises(EngineError, match="closed"):
+        llm.eval([1])
+    with gguf_pager.Llama(str(dense_model), **ARGUMENTS) as llm:
+        assert "no experts to page" in repr(llm)
+
+
+def test_arguments_can_be_completed() -> None:
+    names = inspect.signature(gguf_pager.Llama).parameters
+    assert {"model_path", "n_ctx", "n_threads", "budget", "profile", "mirror", "overcommit"} <= names.keys()
+    assert all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in names.values())
+    assert "profile" in str(gguf_pager.Llama.__doc__)
