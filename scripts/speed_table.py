@@ -118,10 +118,10 @@ def picture(rows: list[dict[str, Any]]) -> str:
     longest, lines = max(speed for _, speed, _ in bars), []
     for i, (label, value, kind) in enumerate(bars):
         y = 62 + 34 * i + 12 * (i // 2)
-        width = 360 * value / longest
-        lines.append(f'<text x="228" y="{y + 16}" text-anchor="end">{label}</text>\n'
-                     f'<rect class="{kind}" x="240" y="{y}" width="{width:.0f}" height="22" rx="3"/>\n'
-                     f'<text class="value" x="{248 + width:.0f}" y="{y + 16}">{value:.1f}</text>')
+        width = 330 * value / longest
+        lines.append(f'<text x="268" y="{y + 16}" text-anchor="end">{label}</text>\n'
+                     f'<rect class="{kind}" x="280" y="{y}" width="{width:.0f}" height="22" rx="3"/>\n'
+                     f'<text class="value" x="{288 + width:.0f}" y="{y + 16}">{value:.1f}</text>')
     height = 62 + 34 * len(bars) + 12 * ((len(bars) - 1) // 2) + 26
     size = f"{decode[0]['model_size'] / 1e9:.1f} GB"
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 {height}" role="img" aria-label="tokens per second">

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import gguf_pager
+from gguf_pager.cli import main
+from gguf_pager.hooks import hooks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +38,60 @@ def test_readme_names_every_argument_of_llama() -> None:
     readme = (ROOT / "README.md").read_text()
     for name in ("budget", *Options.__dataclass_fields__):
         assert f"`{name}`" in readme
+
+
+def blocks(language: str) -> list[tuple[Path, str]]:
+    """Return the examples in README.md and docs/, and where they stand."""
+    found = [(path, block) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+             for block in re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)]
+    assert found
+    return found
+
+
+MODEL, BUDGET = re.compile(r"[\w./-]+\.gguf|\bMODEL\b"), re.compile(r'budget="[^"]+"')
+
+
+@pytest.mark.parametrize(("path", "block"), blocks("python"))
+def test_python_examples_run(path: Path, block: str, zoo_model: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+    program = BUDGET.sub('budget="min"', MODEL.sub(str(zoo_model("qwen3moe")), block))
+    try:
+        exec(compile(program, str(path), "exec"), {})
+    finally:
+        while hooks.installed:
+            gguf_pager.uninstall()
+    capfd.readouterr()
+
+
+def commands() -> list[str]:
+    lines = [line for _, block in blocks("sh") for line in block.splitlines()]
+    return sorted({line.split("  #")[0].split(" > ")[0].strip() for line in lines if line.startswith("gguf-pager ")})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_in_examples_are_understood(line: str, trace_model: Path, tmp_path: Path) -> None:
+    """Parsed to the end; those that take no time are run."""
+    words = shlex.split(MODEL.sub(str(trace_model), line).replace("out.html", str(tmp_path / "out.html")))[1:]
+    command = main.get_command(click.Context(main), words[0])
+    assert command is not None
+    assert command.make_context(words[0], words[1:]).params
+    if words[0] in ("inspect", "doctor", "completion"):
+        assert CliRunner().invoke(main, words).exit_code == 0
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    n_links = 0
+    for path in (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "findings" / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+            if not target.startswith(("http://", "https://")):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
+                n_links += 1
+    assert n_links > 20
+
+
+def test_readme_is_for_somebody_in_a_hurry() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert "docs/speed.svg" in "\n".join(lines[:12])
 
 
 def test_tests_that_the_table_of_troubles_names_exist() -> None:
