@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -91,6 +92,17 @@ def test_auto_plans_with_the_group_and_not_with_the_host_or_what_is_cached(wide:
     assert fresh.error is None and fresh.arena_bytes is not None and 20 * MIB < fresh.arena_bytes < 90 * MIB
     cached = open_in_group(wide, limit, is_read_first=True, budget="auto")
     assert cached.arena_bytes is not None and abs(cached.arena_bytes - fresh.arena_bytes) < 12 * MIB
+
+
+def test_run_says_which_budget_auto_took_and_why(wide: Path) -> None:
+    with memory_cap(AUTO_RESERVE_BYTES + 150 * MIB) as cap:
+        if cap.folder is None:
+            pytest.skip(f"no group can be made here: {cap.method} {cap.reason}")
+        command = cap.command([sys.executable, "-m", "gguf_pager", "run", str(wide), "First", "-n", "3", "--temp", "0"])
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("The model is larger than the memory that can be spared")]
+    assert len(told) == 1 and re.search(r"of \d{3}\.\d+ MiB free, \d+\.\d+ MiB are taken, and \d+% of the experts", told[0]), done.stderr
 
 
 @pytest.mark.parametrize("budget", ("auto", "min", "50%"))
