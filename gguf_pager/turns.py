@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -90,11 +91,28 @@ def take_all(works: deque[Callable[[], None]]) -> Iterator[Callable[[], None]]:
         yield work
 
 
+class _Ticket:
+    """Somebody's place in the queue, for as long as he keeps asking."""
+
+    __slots__ = ("asked_s",)
+
+    def __init__(self) -> None:
+        self.ask()
+
+    def ask(self) -> None:
+        """Note that he still waits. Whoever was interrupted does not, and loses his place."""
+        self.asked_s = time.monotonic()
+
+    def is_good(self) -> bool:
+        """Return whether he has asked lately, or since a step of somebody else's began that is not long yet."""
+        return time.monotonic() - self.asked_s < PATIENCE_S
+
+
 class Turn:
     """The right to compute with one Llama.
 
     A request holds it from beginning to end, a stream during each step. While a stream rests, other requests wait for its end,
-    or until it has been resting for PATIENCE_S; its own reader need not wait. A stream that was overtaken raises
+    or until it has been resting for PATIENCE_S, in the order in which they came; its own reader need not wait. A stream that was overtaken raises
     EngineError at its next step: to go on would give another text.
 
     Attributes:
@@ -108,6 +126,7 @@ class Turn:
         self._pid = os.getpid()
         self._stream: Stream | None = None
         self._afterwards = deque[Callable[[], None]]()
+        self._queue = deque[_Ticket]()
         self.doubt = Doubt.NONE
         self.has_outputs = False
 
@@ -131,11 +150,16 @@ class Turn:
             self.doubt = before
             return result
 
+        ticket = _Ticket()
+
         def step() -> tuple[_Result] | None:
             resting = self._stream
-            if resting is not None and resting is not stream and resting.is_kept_for_another():
-                return None
-            if not is_first and resting is not stream:
+            goes_on = stream is not None and resting is stream
+            if not goes_on and not (resting is not None and resting.is_own()):
+                is_my_turn = self._is_first_in_queue(ticket)
+                if not is_my_turn or (resting is not None and resting.is_kept_for_another()):
+                    return None
+            if not is_first and not goes_on:
                 raise EngineError("Another request has used this model while this stream was waiting: begin the stream again.")
             if self.doubt is not Doubt.NONE:
                 settle(self.doubt)
@@ -154,10 +178,24 @@ class Turn:
         try:
             while (done := self._mutex.call(step)) is None:
                 time.sleep(_LOOK_S)
+                ticket.ask()
         finally:
+            self._leave_queue(ticket)
             for put_off in take_all(self._afterwards):
                 self._mutex.call(put_off)
         return done[0]
+
+    def _is_first_in_queue(self, ticket: _Ticket) -> bool:
+        """Return whether nobody who still waits came before; called by one thread at a time, as who asks joins here."""
+        while self._queue and self._queue[0] is not ticket and not self._queue[0].is_good():
+            self._queue.popleft()
+        if not any(other is ticket for other in self._queue):
+            self._queue.append(ticket)
+        return self._queue[0] is ticket
+
+    def _leave_queue(self, ticket: _Ticket) -> None:
+        with contextlib.suppress(ValueError):
+            self._queue.remove(ticket)
 
     def end(self, stream: Stream) -> None:
         """Note that a stream is exhausted, closed or failed."""

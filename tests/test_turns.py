@@ -24,7 +24,7 @@ from llama_cpp import llama_cpp as low
 from test_llama import check_equal, context_of, decode, run_all
 
 import gguf_pager
-from gguf_pager import EngineError, turns
+from gguf_pager import EngineError, guard, turns
 from gguf_pager.hooks import hooks
 
 Model = Callable[..., Path]
@@ -167,6 +167,37 @@ def test_streams_whose_steps_a_pool_of_threads_makes_come_to_their_ends(
             await asyncio.gather(*(read(prompt) for prompt in PROMPTS))
 
         asyncio.run(read_all())
+
+
+def test_request_waits_for_one_stream_and_not_for_all_that_come_after(llm: llama_cpp.Llama, expected: dict[str, str]) -> None:
+    """A thread that reads one stream after the other let another thread's request wait for ever."""
+    begun, is_over = [0], threading.Event()
+
+    def read_on_and_on() -> None:
+        while not is_over.is_set() and begun[0] < 200:
+            begun[0] += 1
+            for _ in llm(PROMPTS[0], stream=True, **GREEDY):
+                time.sleep(0.002)
+
+    def ask() -> None:
+        try:
+            time.sleep(0.1)
+            for _ in range(5):
+                before = begun[0]
+                assert text_of(llm, PROMPTS[1]) == expected[PROMPTS[1]]
+                assert begun[0] - before <= 2
+        finally:
+            is_over.set()
+
+    run_all(read_on_and_on, ask)
+
+
+def test_who_was_interrupted_while_waiting_holds_nobody_up(llm: llama_cpp.Llama, expected: dict[str, str]) -> None:
+    turn, ticket = guard.turn_of(llm), turns._Ticket()
+    turn._queue.append(ticket)
+    ticket.asked_s -= turns.PATIENCE_S
+    check_text(llm, PROMPTS[1], expected)
+    assert not turn._queue
 
 
 def test_event_loop_does_not_wait_for_a_stream_of_its_own(llm: llama_cpp.Llama, expected: dict[str, str]) -> None:
