@@ -29,9 +29,28 @@ make_environment() {
     python=$venv/bin/python
 }
 
+with_clock() {          # runs a command; on a terminal the time goes on meanwhile
+    if [ ! -t 2 ]; then
+        "$@"
+        return
+    fi
+    "$@" &
+    local job=$! seconds=0 status=0
+    trap 'kill $job 2>/dev/null; exit 130' INT TERM     # a job in the background does not hear of a Ctrl-C
+    while kill -0 "$job" 2>/dev/null; do
+        sleep 1
+        seconds=$((seconds + 1))
+        printf '\r  %d:%02d ' $((seconds / 60)) $((seconds % 60)) >&2
+    done
+    printf '\r          \r' >&2
+    wait "$job" || status=$?
+    trap - INT TERM
+    return $status
+}
+
 install_project() {     # $1: extras, such as [test]
     if ! "$python" -c 'import llama_cpp' >/dev/null 2>&1; then
         say "Building llama-cpp-python: about 5 minutes on 2 cores, once"
     fi
-    "$python" -m pip install --quiet --disable-pip-version-check --editable "$root$1"
+    with_clock "$python" -m pip install -qq --disable-pip-version-check --editable "$root$1"
 }
