@@ -20,8 +20,9 @@ BATCH_BYTES = 16 << 20
 """The most that a context keeps for batches that are computed an expert at a time: 81 tokens of Qwen3-30B-A3B, 25 of
 DeepSeek-V3. Larger ones have more to compute than to wait for."""
 
-AUTO_RESERVE_SHARE, AUTO_RESERVE_BYTES = 0.08, 768 << 20
-"""What `auto` leaves to the rest of the machine, or of the container that is the machine: the larger of the two."""
+AUTO_RESERVE_SHARE, AUTO_RESERVE_BYTES, AUTO_RESERVE_SMALL_SHARE = 0.08, 768 << 20, 0.125
+"""What `auto` leaves to the rest of the machine, or of the container that is the machine: the larger of the first two; but of a small
+one no more than an eighth, or there would be nothing left of a container of 512 MiB."""
 
 OVER_SHARE = 0.03
 """What a budget in bytes may lie above what this process can come to hold, beside WORK_BYTES: that is known no better,
@@ -224,7 +225,8 @@ def auto_budget_bytes(available_bytes: int, total_bytes: int) -> int:
 
     Both are those of `probe.memory()`: of the container, where there is one.
     """
-    reserve = max(AUTO_RESERVE_BYTES, int(total_bytes * AUTO_RESERVE_SHARE))
+    least = min(AUTO_RESERVE_BYTES, int(total_bytes * AUTO_RESERVE_SMALL_SHARE))
+    reserve = max(least, int(total_bytes * AUTO_RESERVE_SHARE))
     return max(0, available_bytes - reserve)
 
 
@@ -261,9 +263,18 @@ def most_bytes(reachable_bytes: int) -> int:
     return int(reachable_bytes * (1 + OVER_SHARE)) + WORK_BYTES
 
 
-def fits_whole(tensor_bytes: int, spare_bytes: int) -> bool:
-    """Return whether a model fits into what can be spared, so that `auto` leaves it to stock llama.cpp."""
-    return tensor_bytes + WORK_BYTES <= spare_bytes
+def whole_spare_bytes(available_bytes: int, total_bytes: int) -> int:
+    """Return what a model may take that runs as stock llama.cpp: of small machines less than `auto` takes for one that is paged,
+    because stock is held by no budget, and keeps repacked weights beside those in the mapping."""
+    return max(0, available_bytes - max(AUTO_RESERVE_BYTES, int(total_bytes * AUTO_RESERVE_SHARE)))
+
+
+def fits_whole(tensor_bytes: int, available_bytes: int, total_bytes: int) -> bool:
+    """Return whether a model fits into what can be spared, so that `auto` leaves it to stock llama.cpp.
+
+    The figures are those of `probe.memory()`.
+    """
+    return tensor_bytes + WORK_BYTES <= whole_spare_bytes(available_bytes, total_bytes)
 
 
 def format_bytes(n_bytes: float) -> str:

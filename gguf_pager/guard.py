@@ -189,6 +189,10 @@ _BODIES: dict[str, tuple[Method, Doubt, bool]] = {
     "__call__": (_plain, Doubt.NONE, False),
 }
 
+_RANKS = {"create_chat_completion": 5, "__call__": 4, "create_completion": 3, "create_embedding": 3, "_create_completion": 2,
+          "embed": 2, "generate": 1}
+"""Stock's requests call others of a lower rank. One of the same or a higher rank comes from a callback of the user's."""
+
 _MAY_STREAM = ("create_completion", "create_chat_completion", "__call__")
 
 _STREAMS = {"generate": Doubt.TAIL, "_create_completion": Doubt.NONE}
@@ -202,7 +206,7 @@ def guarded(name: str, method: Method, is_guarded: Callable[[Any], bool]) -> Met
     if name == "close":
         return _closing(method, is_guarded)
     if name in _STREAMS:
-        return _streaming(method, _STREAMS[name], is_guarded)
+        return _streaming(method, _STREAMS[name], is_guarded, _RANKS[name])
     body, doubt, continues = _BODIES[name]
     parameters = inspect.signature(method)
 
@@ -223,7 +227,7 @@ def guarded(name: str, method: Method, is_guarded: Callable[[Any], bool]) -> Met
             check_open(self)  # somebody may have closed it while this thread was waiting
             return body(method, self, *args, **kwargs)
 
-        return turn_of(self).run(work, doubt, settle, is_aside=continues)
+        return turn_of(self).run(work, doubt, settle, is_aside=continues, rank=_RANKS.get(name))
 
     return whole
 
@@ -232,7 +236,7 @@ def _evaluate(llm: Any, tokens: list[int]) -> None:
     llm.eval(tokens)
 
 
-def _streaming(method: Method, doubt: Doubt, is_guarded: Callable[[Any], bool]) -> Method:
+def _streaming(method: Method, doubt: Doubt, is_guarded: Callable[[Any], bool], rank: int) -> Method:
     @functools.wraps(method)
     def steps(self: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         if not is_guarded(self):
@@ -254,7 +258,7 @@ def _streaming(method: Method, doubt: Doubt, is_guarded: Callable[[Any], bool]) 
         sent, is_first = None, True
         try:
             while True:
-                is_over, value = turn.run(step, doubt, settle, stream, is_first=is_first)
+                is_over, value = turn.run(step, doubt, settle, stream, is_first=is_first, rank=rank)
                 if is_over:
                     return value
                 is_first = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -23,15 +24,20 @@ _REASON = re.compile(r"error loading model: (.*)")
 _Callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
-class _Listener:
-    """A load that goes on: its thread, what has been said of level error, what the user calls the files."""
+class Listener:
+    """A load that goes on: its thread, the lines of level error, what the user calls the files.
 
-    __slots__ = ("lines", "names", "thread")
+    `caught`: what a signal handler has raised while ours was called: nothing can be raised through C.
+    """
+
+    __slots__ = ("caught", "lines", "names", "thread")
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self.thread = threading.get_ident()
         self.lines: list[str] = []
-        self.names = {name.encode(): shown.encode("utf-8", "replace") for name, shown in names.items()}
+        self.caught: BaseException | None = None
+        longest_first = sorted(names.items(), key=lambda item: -len(item[0]))
+        self.names = [(name.encode(), shown.encode("utf-8", "replace")) for name, shown in longest_first]
 
 
 class LlamaLog:
@@ -47,7 +53,8 @@ class LlamaLog:
     def __init__(self) -> None:
         self._mutex = _native.Mutex()
         self._before: dict[str, tuple[int, int | None]] = {}
-        self._listeners: dict[int, _Listener] = {}
+        self._listeners: dict[int, Listener] = {}
+        self._pid = os.getpid()
         self._ours = {kind: _Callback(functools.partial(self._hear, kind)) for kind in _KINDS}
 
     def _functions(self) -> dict[str, tuple[Any, Any]] | None:
@@ -61,18 +68,18 @@ class LlamaLog:
         return found
 
     @contextmanager
-    def listening(self, names: Mapping[str, str]) -> Iterator[list[str]]:
-        """Yield what this thread's load says of level error. In all that it says `names` are replaced by what the user calls
-        the files."""
-        listener = _Listener(names)
+    def listening(self, names: Mapping[str, str]) -> Iterator[Listener]:
+        """Yield who hears what this thread's load says. In all of it `names` are replaced by what the user calls the files."""
+        listener = Listener(names)
         try:
             self._mutex.call(self._begin, listener)
-            yield listener.lines
+            yield listener
         finally:
             self._mutex.call(self._end, listener)
 
-    def _begin(self, listener: _Listener) -> None:
-        self._listeners = {**self._listeners, listener.thread: listener}
+    def _begin(self, listener: Listener) -> None:
+        others = self._listeners if os.getpid() == self._pid else {}  # those of a parent do not go on in its child
+        self._listeners, self._pid = {**others, listener.thread: listener}, os.getpid()
         functions = self._functions()
         if functions is None:
             return
@@ -83,7 +90,7 @@ class LlamaLog:
         for kind, (_, put) in functions.items():
             put(self._ours[kind], None)
 
-    def _end(self, listener: _Listener) -> None:
+    def _end(self, listener: Listener) -> None:
         self._listeners = {thread: other for thread, other in self._listeners.items() if other is not listener}
         functions = self._functions()
         if functions is None or self._listeners:
@@ -99,13 +106,18 @@ class LlamaLog:
 
     def _hear(self, kind: str, level: int, text: bytes, _: int | None) -> None:
         listener = self._listeners.get(threading.get_ident())
-        if listener is not None:
-            for name, shown in listener.names.items():
-                text = text.replace(name, shown)
-            if level == _ERROR:
-                listener.lines.append(text.decode("utf-8", "replace").strip())
-        address, data = self._before[kind]
-        ctypes.cast(address, _Callback)(level, text, data)
+        try:
+            if listener is not None:
+                for name, shown in listener.names:
+                    text = text.replace(name, shown)
+                if level == _ERROR:
+                    listener.lines.append(text.decode("utf-8", "replace").strip())
+            address, data = self._before[kind]
+            ctypes.cast(address, _Callback)(level, text, data)
+        except BaseException as error:
+            if listener is None:
+                raise  # told as unraisable
+            listener.caught = error
 
 
 def _current(get: Any) -> tuple[int, int | None]:

@@ -137,10 +137,14 @@ class Loader:
 
     def _load(self, layout: Layout, name: str, *arguments: Any, files: ModelFiles | None = None) -> int:
         names = {file.reopen_path: str(file.path) for file in files or () if not file.is_known_by_name}
-        with llama_log.listening(names) as said:
+        with llama_log.listening(names) as listener:
             address = self._call(name, *arguments)
+        if listener.caught is not None:
+            if address:
+                self._call("llama_model_free", address)
+            raise listener.caught
         if not address:
-            path, reason = layout.paths[0], reason_of(said)
+            path, reason = layout.paths[0], reason_of(listener.lines)
             contradiction = explain_refusal(layout, reason or "")
             if contradiction is not None:
                 raise contradiction
@@ -187,8 +191,8 @@ def _reason_to_step_aside(layout: Layout, request: Request) -> str | None:
         return "it has no experts to page"
     if request.budget.kind == "auto":
         memory = probe.memory()
-        spare = budget.auto_budget_bytes(memory.available_bytes, memory.total_bytes)
-        if budget.fits_whole(layout.tensor_bytes, spare):
+        if budget.fits_whole(layout.tensor_bytes, memory.available_bytes, memory.total_bytes):
+            spare = budget.whole_spare_bytes(memory.available_bytes, memory.total_bytes)
             return (f"all {budget.format_bytes(layout.tensor_bytes)} of it fit into the "
                     f"{budget.format_bytes(spare)} of RAM that can be spared")
     return None

@@ -98,6 +98,10 @@ _DRIFT_BYTES, _DRIFT_SHARE = 4 << 20, 0.01
 """What a second attempt in the same process may need beyond the first, in heap that the first has left in pieces: 1.5
 MiB of 127 were seen, with the smallest of models."""
 
+class _NoRoom(BudgetError):
+    """Said of a context whose buffers count, too: smaller batches have smaller ones."""
+
+
 _INSIST = "insist on it (overcommit=True, or --overcommit on the command line)"
 
 
@@ -177,13 +181,13 @@ def _check_room(needs: Sequence[ClassNeed], request: Request, arena_bytes: int, 
     needed = f"this model needs at least {format_bytes(n_bytes)} ({n_bytes} bytes) for the whole process"
     if least + other_bytes > memory.available_bytes:
         insist = "" if is_auto else f" or {_INSIST}"
-        raise BudgetError(f"The memory here is too small: {needed}, and {_has(memory)}. Free memory, raise the limit of the "
+        raise _NoRoom(f"The memory here is too small: {needed}, and {_has(memory)}. Free memory, raise the limit of the "
                           f"container{insist}.")
     if is_auto:
-        raise BudgetError(f"The memory that budget='auto' may take is too small: {needed}, {_has(memory)}, and 'auto' leaves "
+        raise _NoRoom(f"The memory that budget='auto' may take is too small: {needed}, {_has(memory)}, and 'auto' leaves "
                           f"{format_bytes(memory.available_bytes - spare)} to others. Say budget='min' or a size.")
     most = int((memory.available_bytes - other_bytes) / budget.full_arena_bytes(needs) * 1000) / 10
-    raise BudgetError(f"There is no room for {(request.budget.value or 0) * 100:g}% of the experts, {format_bytes(arena_bytes)}: "
+    raise _NoRoom(f"There is no room for {(request.budget.value or 0) * 100:g}% of the experts, {format_bytes(arena_bytes)}: "
                       f"{needed}, and {_has(memory)}. The largest share that fits is {most:g}%; lower it, or {_INSIST}.")
 
 
@@ -270,13 +274,19 @@ def open_or_shrink(
     slots = pager.n_slots
     needs = budget.class_needs(pager.layout, pager.align, batches.n_least)
     if not pager.is_open:
-        arena, used = _arena_bytes(pager, needs, request, kept, before)
+        is_smallest = batches.n_ubatch == batches.n_least or batches.is_uncut
+        half = max(batches.n_least, batches.n_ubatch // 2 // batches.n_least * batches.n_least)
+        try:
+            arena, used = _arena_bytes(pager, needs, request, kept, before)
+        except _NoRoom:
+            if is_smallest:
+                raise
+            return batches.n_least if request.budget.kind == "min" else half  # smaller batches have smaller buffers
         least = budget.least_arena_bytes(needs)
         if arena < least:
-            if batches.n_ubatch == batches.n_least or batches.is_uncut:
+            if is_smallest:
                 raise _too_small(int(request.budget.value or 0), used + least)
-            half = batches.n_ubatch // 2 // batches.n_least * batches.n_least
-            return max(batches.n_least, half)  # smaller batches have smaller buffers
+            return half
         slots = budget.share_slots(needs, arena)
         if request.budget.kind == "min":
             slots = tuple(need.n_least for need in needs)

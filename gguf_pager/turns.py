@@ -55,10 +55,12 @@ class Stream:
     def is_own(self) -> bool:
         """Return whether who asks is its reader, and so does not wait for it.
 
-        That is the thread that has made its steps. A server hands the steps of several streams to the threads of a pool, each
-        in a context of its own: there the same thread is another reader, except where it runs the event loop of them all.
+        Only the main thread is taken at its word, if it has made all the steps: a server hands those of several streams to
+        the threads of a pool, and there the thread that has made one stream's last step is another's reader. In the main thread a
+        context tells its readers apart, except where it runs the event loop of them all.
         """
-        if self.is_passed_on or self.thread != threading.get_ident():
+        me = threading.get_ident()
+        if self.is_passed_on or self.thread != me or me != threading.main_thread().ident:
             return False
         return _last_stepped.get() is self or _runs_event_loop()
 
@@ -127,11 +129,12 @@ class Turn:
         self._stream: Stream | None = None
         self._afterwards = deque[Callable[[], None]]()
         self._queue = deque[_Ticket]()
+        self._rank: int | None = None
         self.doubt = Doubt.NONE
         self.has_outputs = False
 
     def run(self, work: Callable[[], _Result], doubt: Doubt, settle: Callable[[Doubt], None], stream: Stream | None = None, *,
-            is_first: bool = True, is_aside: bool = False) -> _Result:
+            is_first: bool = True, is_aside: bool = False, rank: int | None = None) -> _Result:
         """Compute: a whole request, or one step of a stream. A step within a step is part of the outer one.
 
         Args:
@@ -140,14 +143,22 @@ class Turn:
             settle: called with what an earlier step has left in doubt.
             stream: what the step belongs to, and with `is_first` begins.
             is_aside: a resting stream of this thread is not disturbed by it.
+            rank: what a request calls in its course has a lower one than itself. None for what is no request.
 
         Raises:
-            EngineError: the stream was overtaken.
+            EngineError: the stream was overtaken, or it is a request from inside another one's callback.
         """
         if self._mutex.is_mine():
-            before, self.doubt = self.doubt, max(self.doubt, doubt)
-            result = work()
-            self.doubt = before
+            if rank is not None and self._rank is not None and rank >= self._rank:
+                raise EngineError("A request cannot be made from inside another one, in a stopping criterion or logits processor: "
+                                  "both would go wrong. Make it afterwards.")
+            before, self.doubt = (self.doubt, self._rank), max(self.doubt, doubt)
+            self._rank = self._rank if rank is None else rank
+            try:
+                result = work()
+            finally:
+                self._rank = before[1]
+            self.doubt = before[0]
             return result
 
         ticket = _Ticket()
@@ -166,7 +177,7 @@ class Turn:
                 self.doubt = Doubt.NONE
             if not (is_aside and resting is not None and resting.is_own()):
                 self._stream = stream
-            self.doubt = doubt
+            self.doubt, self._rank = doubt, rank
             result = work()
             self.doubt = Doubt.NONE
             if stream is not None:

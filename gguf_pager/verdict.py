@@ -53,7 +53,7 @@ def judge(layout: Layout, needs: tuple[ClassNeed, ...], memory: Memory, bytes_pe
     has = f"{format_bytes(memory.reachable_bytes)} can be had"
     if not layout.layers:
         return Verdict("stock", "Has no experts, so that nothing is paged: stock llama.cpp runs it.")
-    if budget.fits_whole(layout.tensor_bytes, spare):
+    if budget.fits_whole(layout.tensor_bytes, memory.available_bytes, memory.total_bytes):
         return Verdict("stock", f"Runs well: all {format_bytes(layout.tensor_bytes)} of it fit into memory, and stock llama.cpp "
                                 "runs it.")
     least, full = budget.least_arena_bytes(needs), budget.full_arena_bytes(needs)

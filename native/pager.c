@@ -213,10 +213,12 @@ static int check_new_slots(gp_pager *p, const gp_hold *hold, uint32_t first, con
         failure->error = error = compare_new_slots(p, hold, first, spec);
     }
     pthread_mutex_lock(&p->lock);
-    p->changed_file = error != 0 ? failure->file : p->changed_file;
+    /* Who was interrupted has found nothing out: whoever holds the slots as well asks himself. */
+    const bool is_bad = error != 0 && error != -EINTR;
+    p->changed_file = is_bad ? failure->file : p->changed_file;
     for (uint32_t i = first; i < hold->n_slots; i++) {
         gp_slot *s = &p->slots[hold->slots[i]];
-        s->has_failed |= error != 0 && !s->is_checked;
+        s->has_failed |= is_bad && !s->is_checked;
         s->is_checked |= error == 0;
     }
     return error;

@@ -192,7 +192,8 @@ def test_largest_batch_heeds_every_class() -> None:
 
 def test_auto_leaves_a_reserve_and_is_never_negative() -> None:
     assert auto_budget_bytes(0, 16 << 30) == 0
-    assert auto_budget_bytes(AUTO_RESERVE_BYTES // 2, 1 << 30) == 0
+    assert auto_budget_bytes(AUTO_RESERVE_BYTES // 2, 16 << 30) == 0
+    assert auto_budget_bytes(400 << 20, 400 << 20) == 350 << 20, "a small container keeps an eighth back"
     assert auto_budget_bytes(8 << 30, 8 << 30) == (8 << 30) - AUTO_RESERVE_BYTES
     assert auto_budget_bytes(200 << 30, 256 << 30) == (200 << 30) - int((256 << 30) * 0.08)
 

@@ -239,6 +239,19 @@ def test_progress_appears_after_a_second_and_only_where_wanted(capfd: pytest.Cap
     assert capfd.readouterr() == ("", "opening\n")
 
 
+def test_bar_fills_while_a_model_opens(capfd: pytest.CaptureFixture[str]) -> None:
+    for is_wanted in (None, True):
+        with Progress(is_wanted).bar("opening model.gguf", lambda: 200, lambda: 150):
+            time.sleep(1.6)
+    with Progress(True).bar("never shown", lambda: 1, lambda: 1):
+        pass
+    out, err = capfd.readouterr()
+    assert out == "" and "opening model.gguf" in err and "75%" in err and "never shown" not in err
+    with Progress(True).bar("larger than thought", lambda: 100, lambda: 150):
+        time.sleep(1.6)
+    assert "100%" in capfd.readouterr().err
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("arguments", "message"), [

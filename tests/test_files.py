@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -276,6 +277,46 @@ def test_callback_for_the_log_is_the_users_again(model: Path) -> None:
         assert current_callbacks() == before
         assert any(str(model).encode() in text for text in said), "files are called what the user calls them"
         assert not any(b"/proc/self/fd" in text for text in said)
+    finally:
+        low.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def test_longer_names_are_replaced_first_and_an_interrupt_is_kept() -> None:
+    heard: list[bytes] = []
+
+    @low.llama_log_callback
+    def callback(level: int, text: bytes, data: int | None) -> None:
+        heard.append(text)
+
+    low.llama_log_set(callback, None)
+    try:
+        names = {"/proc/self/fd/9": "a.gguf", "/proc/self/fd/90": "b.gguf"}
+        with llama_log.llama_log.listening(names) as listener:
+            llama_log.llama_log._hear("llama", 4, b"cannot read /proc/self/fd/90\n", None)
+            assert heard[-1] == b"cannot read b.gguf\n" and listener.lines == ["cannot read b.gguf"]
+            listener.names.append((b"x", None))  # type: ignore[arg-type]
+            llama_log.llama_log._hear("llama", 4, b"x\n", None)
+            assert isinstance(listener.caught, TypeError)
+    finally:
+        low.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def test_child_of_a_fork_in_the_middle_of_a_load_has_the_users_callback_again(model: Path) -> None:
+    said: list[bytes] = []
+    callback = low.llama_log_callback(lambda level, text, data: said.append(text))
+    low.llama_log_set(callback, None)
+    try:
+        with llama_log.llama_log.listening({}) as listener:
+            listener.thread = -1  # another thread's, as for the child's
+            llama_log.llama_log._listeners = {-1: listener}
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                low.llama_log_set(callback, None)
+                before = current_callbacks()
+                open_paged(model).close()
+                os._exit(0 if current_callbacks() == before else 1)
+            assert os.waitpid(child, 0)[1] == 0
     finally:
         low.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
 

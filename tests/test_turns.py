@@ -163,7 +163,6 @@ def test_streams_whose_steps_a_pool_of_threads_makes_come_to_their_ends(
                 assert text == expected[prompt]
 
         async def read_all() -> None:
-            await read(PROMPTS[0])  # after one that went from thread to thread, threads without contexts are no readers either
             await asyncio.gather(*(read(prompt) for prompt in PROMPTS))
 
         asyncio.run(read_all())
@@ -198,6 +197,26 @@ def test_who_was_interrupted_while_waiting_holds_nobody_up(llm: llama_cpp.Llama,
     ticket.asked_s -= turns.PATIENCE_S
     check_text(llm, PROMPTS[1], expected)
     assert not turn._queue
+
+
+@pytest.mark.parametrize("streams", (False, True))
+def test_request_from_inside_another_is_refused_and_the_next_is_right(
+    llm: llama_cpp.Llama, expected: dict[str, str], streams: bool
+) -> None:
+    """The outer one went on with the inner one's context: another text, in silence (stock's, too)."""
+    inner = (streamed, text_of)
+
+    def ask(*_: Any) -> bool:
+        inner[not streams](llm, PROMPTS[1])
+        return False
+
+    criteria = llama_cpp.StoppingCriteriaList([ask])
+    with pytest.raises(EngineError, match="from inside another one"):
+        answer = llm(PROMPTS[0], stopping_criteria=criteria, stream=streams, **GREEDY)
+        list(answer)
+        pytest.fail("it was answered")
+    for prompt in PROMPTS[:2]:
+        check_text(llm, prompt, expected)
 
 
 def test_event_loop_does_not_wait_for_a_stream_of_its_own(llm: llama_cpp.Llama, expected: dict[str, str]) -> None:

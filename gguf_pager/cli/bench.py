@@ -42,6 +42,7 @@ from gguf_pager.layout import Layout, read_layout
 from gguf_pager.pager import Options, Pager
 from gguf_pager.report import page
 from gguf_pager.report.bench import PRINTERS, mode_name, test_name
+from gguf_pager.report.words import as_options
 
 _DEFAULT = Options()
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -225,7 +226,8 @@ def _judge(made: list[dict[str, Any]]) -> None:
     if made and all(row["median_ts"] is None or row["status"] == "invalid" for row in made):
         raise PagerError(f"No row has a result: {words[0]}")
     if lost:
-        click.echo(f"Warning: {len(lost)} of {len(made)} rows have no valid result: {'; '.join(dict.fromkeys(words))}", err=True)
+        reasons = as_options("; ".join(dict.fromkeys(words)))
+        click.echo(f"Warning: {len(lost)} of {len(made)} rows have no valid result: {reasons}", err=True)
 
 
 def _settings(request: _Request, layout: Layout, is_spin_chosen: bool,
@@ -258,9 +260,9 @@ def _check(request: _Request, layout: Layout) -> None:
         raise PagerError("There is nothing to measure: give -p, -n or both above 0.")
     cap_bytes = None if request.cap in ("budget", "none") else _cap_bytes(request.cap)
     memory = probe.memory()
-    spare = budget.auto_budget_bytes(min(memory.available_bytes, cap_bytes or memory.available_bytes),
-                                     min(memory.total_bytes, cap_bytes or memory.total_bytes))
-    if "auto" in request.budgets and budget.fits_whole(layout.tensor_bytes, spare):
+    fits = budget.fits_whole(layout.tensor_bytes, min(memory.available_bytes, cap_bytes or memory.available_bytes),
+                             min(memory.total_bytes, cap_bytes or memory.total_bytes))
+    if "auto" in request.budgets and fits:
         raise PagerError("The model fits into RAM, where stock llama.cpp runs it and nothing is paged: "
                          "give a --budget to measure, such as --budget 25%.")
     if request.report is not None and not os.access(request.report.absolute().parent, os.W_OK):

@@ -276,8 +276,8 @@ def _opening_bytes(settings: _Settings, memory: probe.Memory) -> int | None:
         layout = read_layout(settings.model)
     except PagerError:
         return None
-    spare = auto_budget_bytes(memory.available_bytes, memory.total_bytes)
-    is_whole = not layout.layers or (settings.budget == "auto" and fits_whole(layout.tensor_bytes, spare))
+    fits = fits_whole(layout.tensor_bytes, memory.available_bytes, memory.total_bytes)
+    is_whole = not layout.layers or (settings.budget == "auto" and fits)
     return layout.tensor_bytes if is_whole else layout.dense_bytes
 
 

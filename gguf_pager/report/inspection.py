@@ -83,7 +83,7 @@ def _budgets(layout: Layout, pager: Pager, memory: Memory) -> list[dict[str, Any
     ]
     rows = []
     for name, text, arena in wanted:
-        is_stock = text == "auto" and budget.fits_whole(layout.tensor_bytes, spare)
+        is_stock = text == "auto" and budget.fits_whole(layout.tensor_bytes, memory.available_bytes, memory.total_bytes)
         is_paged = arena >= least and not is_stock
         slots = budget.share_slots(pager.needs, arena) if is_paged else None
         rows.append({
