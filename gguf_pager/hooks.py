@@ -220,7 +220,7 @@ class _Hooks:
     def forget_freed(self) -> None:
         """Forget models whose memory is gone: somebody has freed them by a function that he had before it was wrapped."""
         for model in list(self.models.values()):
-            if not are_in_place(model.residency.copies):
+            if not model.is_leaving and not are_in_place(model.residency.copies):
                 log.warning("%s was freed by a function that was not wrapped", model.pager.layout.name)
                 self._forget_model(model)
 

@@ -392,7 +392,8 @@ class Pager:
     def keep_profile(self) -> None:
         """Add to the model's profile what was chosen since it was last added; the last time, when the program ends."""
         if self._keeper is not None and self._native is not None:
-            self._keeper.close()
+            with contextlib.suppress(EngineError):  # another thread has closed it meanwhile, and kept it
+                self._keeper.close()
 
     def _count_choices(self) -> list[list[int]]:
         return [self.times_chosen(i) for i in range(len(self.layout.layers))]
@@ -540,8 +541,7 @@ class Pager:
             native.close()
         elif native is not None:
             self._last_stats = self.stats()
-            if self._keeper is not None:
-                self._keeper.close()
+            self.keep_profile()
             self._native = None  # nobody begins anything with it any more
             try:
                 self._in_use.call(native.close)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -506,6 +507,38 @@ def test_model_being_freed_is_not_shared(zoo_model: Model) -> None:
         assert list(hooks.models) == [second]
         low.llama_model_free(second)
     assert not hooks.models
+
+
+def test_model_that_another_thread_frees_was_not_freed_unseen(zoo_model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    """Who opens one looks for such, and closed a pager that its owner was closing: EngineError for the owner."""
+    other = gguf_pager.Llama(str(zoo_model("gpt-oss")), budget="60%", **ARGUMENTS)
+    (model,) = hooks.models.values()
+    model.is_leaving, there = True, model.residency
+    model.residency = replace(there, copies=(replace(there.copies[0], address=1),))  # its memory is gone
+    gguf_pager.Llama(str(zoo_model("qwen3moe")), budget="min", **ARGUMENTS).close()
+    assert hooks.models[model.address] is model and "not wrapped" not in caplog.text
+    assert model.pager.is_open
+    model.is_leaving, model.residency = False, there
+    other.close()
+
+
+def test_pager_closed_by_two_threads_at_once(zoo_model: Model) -> None:
+    llm = gguf_pager.Llama(str(zoo_model("qwen3moe")), budget="min", **ARGUMENTS)
+    llm.eval(some_tokens(3))
+    pager = llm.pager
+    assert pager is not None and pager._keeper is not None
+    count = pager._count_choices
+
+    def late() -> list[list[int]]:
+        native, pager._native = pager._native, None  # as the other one does meanwhile
+        try:
+            return count()
+        finally:
+            pager._native = native
+
+    pager._keeper._count = late
+    pager.keep_profile()
+    llm.close()
 
 
 def test_fork_while_another_thread_opens_a_model(zoo_model: Model) -> None:
