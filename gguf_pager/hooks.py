@@ -37,6 +37,7 @@ from gguf_pager.contexts import (
     no_tables,
     number_bytes,
 )
+from gguf_pager.deferral import Deferral
 from gguf_pager.errors import EngineError
 from gguf_pager.loading import Loader
 from gguf_pager.residency import are_in_place
@@ -334,7 +335,10 @@ class _Hooks:
             self.forget_freed()
         paged = self.models.get(handle_of(model))
         if paged is None:
-            return self._forgetting(self._call(name, model, params))
+            if self._request() is None:
+                return self._forgetting(self._call(name, model, params))
+            undo = partial(self._call, "llama_free")
+            return self._forgetting(Deferral().call(self._call, name, model, params, undo=lambda made: made and undo(made)))
         return self._opening.call(self._make_paged, paged, type(params).from_buffer_copy(params))
 
     def _make_paged(self, paged: Model, params: Any) -> Any:
@@ -417,7 +421,9 @@ class _Hooks:
         ours.cb_eval_user_data = data
         ours.abort_callback = ctypes.cast(abort_address, type(params.abort_callback))
         ours.abort_callback_data = data
-        return tap, self._call("llama_init_from_model", paged.address, ours)
+        context = Deferral().call(self._call, "llama_init_from_model", paged.address, ours,
+                                  undo=lambda made: self._call("llama_free", made) if made else None)
+        return tap, context
 
     def _adaptation(self, paged: Model, params: Any, context: Any) -> Adaptation | None:
         if not paged.pager.options.adapt_threads or depends_on_threads(params):

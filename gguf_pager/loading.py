@@ -16,6 +16,7 @@ from typing import Any
 from llama_cpp import llama_cpp as low
 
 from gguf_pager import _native, budget, device, engine, probe, residency
+from gguf_pager.deferral import Deferral
 from gguf_pager.errors import LayoutError, PagerIOError, printable
 from gguf_pager.files import ModelFiles, check_can_be_mapped
 from gguf_pager.fingerprint import Fingerprint, Watch
@@ -137,11 +138,14 @@ class Loader:
 
     def _load(self, layout: Layout, name: str, *arguments: Any, files: ModelFiles | None = None) -> int:
         names = {file.reopen_path: str(file.path) for file in files or () if not file.is_known_by_name}
+        *rest, params = arguments
+        deferral, params = Deferral(), type(params).from_buffer_copy(params)
+        if not params.progress_callback:
+            params.progress_callback = ctypes.cast(deferral.progress, type(params.progress_callback))
         with llama_log.listening(names) as listener:
-            address = self._call(name, *arguments)
+            address = deferral.call(self._call, name, *rest, params, undo=self._free)
         if listener.caught is not None:
-            if address:
-                self._call("llama_model_free", address)
+            self._free(address)
             raise listener.caught
         if not address:
             path, reason = layout.paths[0], reason_of(listener.lines)
@@ -151,6 +155,11 @@ class Loader:
             raise LayoutError(f"llama.cpp refuses {path}: {reason.rstrip('.')}." if reason else
                               f"llama.cpp refuses {path} and gives no reason here: verbose=True shows what it says.")
         return int(address)
+
+
+    def _free(self, address: int | None) -> None:
+        if address:
+            self._call("llama_model_free", address)
 
 
 _MAPPING_MODES = (low.LLAMA_LOAD_MODE_AUTO, low.LLAMA_LOAD_MODE_MMAP, low.LLAMA_LOAD_MODE_MMAP_MLOCK)

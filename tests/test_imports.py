@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "gguf_pager"
 
 # A module imports from those above it only.
 ORDER = (
-    "errors", "files", "_native", "kernel", "cache", "engine", "llama_log", "metadata", "layout", "mirror", "budget", "allocator",
+    "errors", "deferral", "files", "_native", "kernel", "cache", "engine", "llama_log", "metadata", "layout", "mirror", "budget", "allocator",
     "cgroup", "probe", "aftermath", "cap", "profile", "pager", "bandwidth", "device", "verdict", "residency", "fingerprint", "sizing",
     "loading", "threads", "pace", "contention", "turns", "wrapping", "guard", "arguments", "contexts", "hooks", "llama",
     "doctor", "energy", "bench", "report", "cli", "__main__",
