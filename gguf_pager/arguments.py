@@ -20,9 +20,9 @@ STOCK_NAMES = tuple(
     if name != "self" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 )
 
-OBSOLETE_NAMES = ("n_parts", "f16_kv", "low_vram", "mul_mat_q", "n_gqa", "rms_norm_eps")
+OBSOLETE_NAMES = ("n_parts", "f16_kv", "low_vram", "mul_mat_q", "n_gqa", "rms_norm_eps", "rpc_servers")
 """Arguments of earlier versions of llama_cpp.Llama, without effect today. LangChain's LlamaCpp and ChatLlamaCpp
-(langchain-community) hand over the first two always."""
+(langchain-community) hand over the first two always, llama_cpp.server the last one."""
 
 _KNOWN = {*STOCK_NAMES, *OPTION_NAMES, "budget"}
 

@@ -61,18 +61,15 @@ def judge(layout: Layout, needs: tuple[ClassNeed, ...], memory: Memory, bytes_pe
     if least_process > memory.reachable_bytes:
         return Verdict("no", f"Does not fit: it needs {format_bytes(least_process)} at least, and {has}.")
     arena = min(full, spare - process_bytes(layout, 0))
-    if arena < least:
-        arena, setting = least, "with --budget min, because little memory is free "
-    else:
-        setting = ""
+    is_scarce = arena < least
+    arena, setting = (least, "with --budget min, because little memory is free ") if is_scarce else (arena, "")
     share = arena / full
     read_bytes = layout.bytes_per_token * share_missed(share)
     what = (f"{setting}({format_bytes(arena)} of its {format_bytes(layout.expert_bytes)} of experts stay in memory, {share:.0%}; "
             f"a token reads about {read_bytes / 1e6:,.0f} MB of the others")
-    if bytes_per_s is None:
+    if bytes_per_s is None and not is_scarce:
         return Verdict("unknown", f"Runs {what}; how long that takes here is not measured yet).")
-    seconds = read_bytes / bytes_per_s
-    how = "well" if seconds <= _WELL_S else "slowly"
-    comma = ", " if how == "slowly" else " "
-    return Verdict("well" if how == "well" else "slowly",
-                   f"Runs{comma}{how} {what}, {seconds:.2f} s at the {bytes_per_s / 1e9:.1f} GB/s measured here).")
+    takes = "" if bytes_per_s is None else f", {read_bytes / bytes_per_s:.2f} s at the {bytes_per_s / 1e9:.1f} GB/s measured here"
+    if not is_scarce and bytes_per_s is not None and read_bytes / bytes_per_s <= _WELL_S:
+        return Verdict("well", f"Runs well {what}{takes}).")
+    return Verdict("slowly", f"Runs, slowly, {what}{takes}).")

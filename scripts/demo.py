@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -112,7 +113,8 @@ def main() -> None:
     print(table(rows))
     if any(row["cap_bytes"] is None for row in rows):
         print("  (No memory limit could be set here, so plain llama.cpp may have used all memory: run it as root, or under systemd.)")
-    print(f"\nThe whole report: {report}\nYour own model: gguf-pager run MODEL.gguf \"Once upon a time\"")
+    command = os.path.relpath(Path(sys.executable).with_name("gguf-pager"))
+    print(f"\nThe whole report: {report}\nYour own model: {command} run MODEL.gguf \"Once upon a time\"")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ with_clock() {          # runs a command; on a terminal the time goes on meanwhi
 
 install_project() {     # $1: extras, such as [test]
     if ! "$python" -c 'import llama_cpp' >/dev/null 2>&1; then
-        say "Building llama-cpp-python: about 5 minutes on 2 cores, once"
+        say "Setting up: builds llama-cpp-python, about 5 minutes on 2 cores, once"
+    else
+        say "Setting up: a few seconds"
     fi
     with_clock "$python" -m pip install -qq --disable-pip-version-check --editable "$root$1"
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import subprocess
@@ -16,6 +17,7 @@ from conftest import ARGUMENTS, Footprint
 
 import gguf_pager
 from gguf_pager import BudgetError, PagerError
+from gguf_pager.arguments import check_names
 
 Model = Callable[..., Path]
 
@@ -127,3 +129,13 @@ def test_scores_that_llama_is_about_to_keep_are_counted(tmp_path: Path, kind: st
     assert kept["scores"] > 10 << 20
     assert without["arena"] - kept["arena"] > kept["scores"] * 0.9
     assert max(without["peak"], kept["peak"]) <= budget * 1.03
+
+
+def test_llama_cpps_own_server_hands_over_nothing_that_is_refused() -> None:
+    """It was: `rpc_servers`, which llama_cpp.Llama swallows, so that the server could not be used with install()."""
+    tree = ast.parse((Path(llama_cpp.__file__).parent / "server" / "model.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and any(
+        keyword.arg == "n_gpu_layers" for keyword in node.keywords)]
+    assert calls
+    for call in calls:
+        check_names({keyword.arg: None for keyword in call.keywords if keyword.arg})

@@ -338,7 +338,7 @@ def test_inspected_budgets_work_as_told(models: Path) -> None:
 def test_budget_that_is_too_small_is_told_as_such(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(make_zoo.ARCHITECTURES, "qwen3moe", Arch({"expert_used_count": 5}, file_type="q4_k_m"))
     make_zoo.make("qwen3moe", models / "greedy.gguf")
-    monkeypatch.setattr(probe, "memory", lambda: probe.Memory(1 << 30, 780 << 20, None, 0))
+    monkeypatch.setattr(probe, "memory", lambda: probe.Memory(1 << 30, 140 << 20, None, 0))
     rows = {row["name"]: row for row in inspected(models / "greedy.gguf")["budgets"]}
     for name in ("quarter", "this_machine"):
         assert rows[name]["arena_bytes"] is None and "too small" in rows[name]["reason"]
@@ -398,6 +398,18 @@ def test_words_that_do_not_fit_are_a_sentence(models: Path, words: tuple[str, ..
         "python -m gguf_pager", "gguf-pager")
 
 
+@pytest.mark.parametrize(("words", "message"), (
+    (("model.gguf", "hi"), "Did you mean: gguf-pager run model.gguf"), (("chat",), "run MODEL --chat"), (("serve",), "llama_cpp.server"),
+    (("pull", "x"), "hf download"), (("version",), "--version"), (("runn",), "No such command"),
+    (("run", "qwen3:30b", "x"), "ollama show --modelfile qwen3:30b"),
+    (("run", "Qwen/Qwen3-30B-A3B-GGUF", "x"), "hf download Qwen/Qwen3-30B-A3B-GGUF"),
+    (("run", "https://huggingface.co/x.gguf", "x"), "Download it first"), (("run", "a/b.gguf", "x"), "a/b.gguf does not exist.\n"),
+))
+def test_words_of_other_programs_are_answered(words: tuple[str, ...], message: str) -> None:
+    done = call(*words)
+    assert done.returncode in (1, 2) and message in done.stderr.decode()
+
+
 def test_layers_for_a_gpu_are_answered(models: Path) -> None:
     done = call("run", models / "tiny.gguf", "-ngl", "99", "-n", "2", "--budget", "50%", PROMPT)
     assert done.returncode == 0 and b"-ngl 99 is ignored: gguf-pager computes on the CPU only." in done.stderr
@@ -428,7 +440,7 @@ def test_hint_is_given_where_it_was_measured(zoo_model: Callable[..., Path]) -> 
     assert run_hint(facts_of(0.1), pager, much) is None
     assert run_hint(facts_of(0.6, seconds=1.0), pager, much) is None
     assert run_hint(facts_of(0.6), None, much) is None
-    assert "1 of 2 threads" in str(run_hint(facts_of(0.1, n_last=1), pager, much))
+    assert "1 thread was faster than 2" in str(run_hint(facts_of(0.1, n_last=1), pager, much))
 
 
 # ---- doctor ---------------------------------------------------------------------------------------------------------

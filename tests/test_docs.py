@@ -71,9 +71,10 @@ def commands() -> list[str]:
 def test_commands_in_examples_are_understood(line: str, trace_model: Path, tmp_path: Path) -> None:
     """Parsed to the end; those that take no time are run."""
     words = shlex.split(MODEL.sub(str(trace_model), line).replace("out.html", str(tmp_path / "out.html")))[1:]
-    command = main.get_command(click.Context(main), words[0])
+    context = click.Context(main, **main.context_settings)  # click remembers the help option that it made first
+    command = main.get_command(context, words[0])
     assert command is not None
-    assert command.make_context(words[0], words[1:]).params
+    assert command.make_context(words[0], words[1:], parent=context).params
     if words[0] in ("inspect", "doctor", "completion"):
         assert CliRunner().invoke(main, words).exit_code == 0
 

@@ -54,11 +54,11 @@ def test_verdicts(model: Path, dense_model: Path) -> None:
     well = asked(path, room, 1e9)
     assert well.kind == "well" and well.sentence.startswith("Runs well (") and "1.0 GB/s measured here" in well.sentence
     slow = asked(path, room, 1e6)
-    assert slow.kind == "slowly" and slow.sentence.startswith("Runs, slowly (")
+    assert slow.kind == "slowly" and slow.sentence.startswith("Runs, slowly, (")
     unknown = asked(path, room, None)
     assert unknown.kind == "unknown" and "not measured yet" in unknown.sentence
     least = asked(path, RESERVE + MIB, 1e9)
-    assert least.kind == "well" and "with --budget min" in least.sentence
+    assert least.kind == "slowly" and "with --budget min" in least.sentence
     nothing = asked(path, MIB, 1e9)
     assert nothing.kind == "no" and nothing.sentence.startswith("Does not fit: it needs ")
 

@@ -17,6 +17,15 @@ from gguf_pager.report.words import as_options
 _COMMANDS = ("run", "bench", "inspect", "doctor", "energy", "completion")
 """In the order of the help. Each is a module of this package with a command of the same name."""
 
+_ELSEWHERE = {
+    "chat": 'There is no chat yet: gguf-pager run MODEL --chat "Why is the sky blue?" answers one question.',
+    "serve": "There is no server of our own yet: README.md shows how llama_cpp.server serves a paged model.",
+    "server": "There is no server of our own yet: README.md shows how llama_cpp.server serves a paged model.",
+    "pull": "Models are downloaded with Hugging Face's tool: pip install huggingface_hub, then hf download.",
+    "help": "Ask with --help.", "version": "Ask with --version.",
+}
+"""What people type who come from other programs."""
+
 
 class _Commands(click.Group):
     """Imports only the command that is called, and shows an error of ours as one line."""
@@ -26,6 +35,8 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
+            if cmd_name in _ELSEWHERE or cmd_name.endswith(".gguf"):
+                ctx.fail(_ELSEWHERE.get(cmd_name) or f"Did you mean: gguf-pager run {cmd_name}")
             return None
         try:
             command = getattr(importlib.import_module(f"gguf_pager.cli.{cmd_name}"), cmd_name)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -240,8 +241,9 @@ def _open(settings: _Settings, prompt: str) -> Llama:
     try:
         settings.model.stat()
     except OSError as error:
-        missing = "does not exist" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
-        raise PagerError(f"{settings.model} {missing}.") from None
+        if error.errno == errno.ENOENT:
+            raise PagerError(f"{settings.model} does not exist.{_other_name(str(settings.model))}") from None
+        raise PagerError(f"{settings.model} cannot be read: {error.strerror}.") from None
     n_threads = settings.threads or physical_cores()
     try:
         return Llama(
@@ -268,6 +270,17 @@ def _lowered_batch(llm: Llama) -> str | None:
     several = "s" if stats.n_ubatch > 1 else ""
     return (f"The prompt is computed {stats.n_ubatch} token{several} at a time instead of {stats.n_ubatch_asked}, because the budget "
             "has no room for the experts of more: that is slower. Raise the budget to avoid it.")
+
+
+def _other_name(name: str) -> str:
+    """Return a hint about a name that is one in another program's world."""
+    if name.startswith(("https:", "http:", "hf.co/")):
+        return " Download it first: hf download, or with a browser."
+    if re.fullmatch(r"[\w.-]+:[\w.-]+", name):
+        return f" If that is a name of Ollama's: ollama show --modelfile {name} prints its file."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".gguf"):
+        return f" If that is a repository of Hugging Face: hf download {name} --local-dir ."
+    return ""
 
 
 def _opening_bytes(settings: _Settings, memory: probe.Memory) -> int | None:

@@ -66,6 +66,8 @@ def run_facts(settings: dict[str, Any], prompt: Phase, decode: Phase, peak_bytes
 def run_line(facts: dict[str, Any]) -> str:
     """Return the last line of `run`: speed, hits, reads, stalls, memory."""
     prompt, decode = facts["prompt"], facts["decode"]
+    if not prompt["tokens"]:
+        return "Stopped before the first token."
     parts = [f"decode {number(decode['tokens_per_s'], '.1f')} tok/s ({decode['tokens']:,} tokens)"]
     if prompt["tokens"] > 1:
         parts.append(f"prompt {number(prompt['tokens_per_s'], '.1f')} tok/s ({prompt['tokens']:,} tokens)")
@@ -107,8 +109,8 @@ def run_hint(facts: dict[str, Any], pager: Pager | None, memory: Memory) -> str 
                 f"--budget {math.floor(more * 100)}% would keep more in it.")
     last = facts["n_threads_last"]
     if last is not None and last < facts["n_threads"]:
-        return (f"Hint: other programs used the processors, so that {last} of {facts['n_threads']} threads were faster at the end: "
-                "close them for more speed.")
+        were = "thread was" if last == 1 else "threads were"
+        return f"Hint: other programs are busy, so that {last} {were} faster than {facts['n_threads']}. Close them for more speed."
     return None
 
 

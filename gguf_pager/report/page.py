@@ -19,7 +19,7 @@ MOST_WARNINGS = 6
 
 
 def page(facts: dict[str, Any]) -> str:
-    """Return the page for a benchmark. Of several timelines the first paged, stock and resident ones are drawn."""
+    """Return the page for a benchmark. Of several timelines the first paged and resident ones are drawn, and stock's best beside them."""
     facts = _finite(facts)
     groups = labels.groups_of(facts["rows"])
     title = facts.get("title") or facts["model"].get("name") or "gguf-pager bench"
