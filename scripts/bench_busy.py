@@ -27,10 +27,18 @@ N_WARM = 64  # tokens until the cache holds what it will
 ARMS = ("adapted", "fixed", "one")
 
 
+SPINNER = """import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(1_000_000): pass
+"""
+"""A program that never waits; it ends with who has started it, were that killed."""
+
+
 @contextmanager
 def spinning(n: int) -> Iterator[None]:
     """Programs that never wait, meanwhile."""
-    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    programs = [subprocess.Popen([sys.executable, "-c", SPINNER]) for _ in range(n)]
     try:
         yield
     finally:
