@@ -123,8 +123,9 @@ constants and those of its code, and shows what a cache before the SSD changes. 
 too; their names are in its output.
 """,
     "inspect": """\
-A slice is one expert's part of a tensor. Layers whose slices have equal sizes form a shape class and share slots.
-`resident` is the share of all experts that fit, `process` an estimate without KV cache and compute buffers.
+`whole program` is an estimate without the context's cache and buffers; `read per token` takes how often an expert was in memory already from the
+recorded routing of gpt-oss-20b. With `--details`: a slice is one expert's part of a tensor; layers whose slices have equal sizes form a shape
+class and share slots.
 """,
     "doctor": """\
 `ok`, `note` (something costs speed or cannot be known here) or `problem` (paging does not work); the line below says

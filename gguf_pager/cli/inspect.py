@@ -16,9 +16,10 @@ from gguf_pager.report import inspection as shown
 
 @click.command()
 @takes_model
+@click.option("--details", "has_details", is_flag=True, help="Show the sizes of experts and slots, and how they are read.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with null for what is not known.")
-def inspect(model: Path, as_json: bool) -> None:
-    """Show a model's experts and what budgets mean for it.
+def inspect(model: Path, has_details: bool, as_json: bool) -> None:
+    """Say whether a model runs here, and what budgets mean for it.
 
     Reads the header of each file and nothing else, so it takes no time on a model of any size. Figures for the whole
     process leave out the KV cache and the compute buffers, which depend on the context.
@@ -26,4 +27,4 @@ def inspect(model: Path, as_json: bool) -> None:
     layout = read_layout(model)
     facts = shown.inspection(layout, Pager(layout, Options()) if layout.layers else None, probe.memory(),
                              device.best_rate(layout.paths[0]))
-    click.echo(json.dumps(facts, indent=2) if as_json else shown.inspection_text(facts))
+    click.echo(json.dumps(facts, indent=2) if as_json else shown.inspection_text(facts, has_details=has_details))

@@ -12,7 +12,7 @@ from gguf_pager.errors import printable
 from gguf_pager.layout import Layout, Slice
 from gguf_pager.pager import Pager
 from gguf_pager.probe import Memory
-from gguf_pager.verdict import judge, process_bytes
+from gguf_pager.verdict import judge, process_bytes, share_missed
 
 
 def inspection(layout: Layout, pager: Pager | None, memory: Memory, bytes_per_s: float | None) -> dict[str, Any]:
@@ -99,10 +99,11 @@ def _budgets(layout: Layout, pager: Pager, memory: Memory) -> list[dict[str, Any
     return rows
 
 
-def inspection_text(facts: dict[str, Any]) -> str:
-    """Return an `inspection` for people."""
+def inspection_text(facts: dict[str, Any], *, has_details: bool = False) -> str:
+    """Return an `inspection` for people; the slots and how they are read with the details only."""
     files = facts["files"]
     n_bytes = sum(file["file_bytes"] for file in files)
+    idle = facts["idle_bytes"]
     lines = [
         facts["verdict_sentence"],
         *(["How fast its disk reads: gguf-pager doctor MODEL --probe"] if facts["verdict"] == "unknown" else []),
@@ -111,33 +112,39 @@ def inspection_text(facts: dict[str, Any]) -> str:
         f"{printable(facts['name'])}, architecture {printable(facts['architecture'])}, {format_bytes(n_bytes)}",
         "",
         f"  experts     {format_bytes(facts['expert_bytes']):>12}  {_experts_of(facts['layers'], facts['n_blocks'])}",
-        f"  dense       {format_bytes(facts['dense_bytes']):>12}  needed for every token, kept in RAM",
-        f"  idle        {format_bytes(facts['idle_bytes']):>12}  tables looked up by row, blocks that are not loaded",
+        f"  the rest    {format_bytes(facts['dense_bytes']):>12}  needed for every token, always in memory",
+        *([f"  not kept    {format_bytes(idle):>12}  tables of which a token needs a row, blocks that are not loaded"] if idle else []),
         "",
     ]
     if not facts["layers"]:
         return "\n".join([*lines, "It has no experts: there is nothing to page."])
-    lines.append(f"A token reads {facts['bytes_per_token'] / 1e6:,.1f} MB when no expert is resident.")
+    lines.append(f"  {'budget':8} {'experts in memory':>21} {'whole program':>15} {'read per token':>15}")
+    for row in facts["budgets"]:
+        if row["reason"]:
+            lines.append(f"  {row['budget']:8} {row['reason']}")
+            continue
+        read = share_missed(row["share_of_experts"]) * facts["bytes_per_token"] / 1e6
+        lines.append(f"  {row['budget']:8} {format_bytes(row['arena_bytes']):>12} {row['share_of_experts']:>8.1%} "
+                     f"{format_bytes(row['process_bytes']):>15} {read:>12,.0f} MB{_BUDGET_NOTES.get(row['name'], '')}")
+    lines += ["", "Whole program: without the context's cache and buffers. Read per token: about, as recorded of gpt-oss-20b."]
+    return "\n".join([*lines, *(_details(facts) if has_details else ["More about the file: --details"])])
+
+
+def _details(facts: dict[str, Any]) -> list[str]:
     align = facts["align_bytes"]
-    lines += [f"Direct reads: {f'in multiples of {align} bytes' if align else 'not on this file system'}.", ""]
+    lines = ["", f"A token reads {facts['bytes_per_token'] / 1e6:,.1f} MB when no expert is in memory.",
+             f"Direct reads: {f'in multiples of {align} bytes' if align else 'not on this file system'}.", ""]
     for i, shape in enumerate(facts["shape_classes"]):
         lines.append(f"Shape class {i}: {shape['n_layers']} layers, {shape['n_experts']:,} experts of "
                      f"{shape['expert_bytes']:,} bytes, in slots of {shape['slot_bytes']:,}")
         lines += [f"  {piece['name']:20} {'/'.join(piece['types']):10} {piece['slice_bytes']:>12,} bytes"
                   f"{_alignment_note(piece)}" for piece in shape["slices"]]
-    lines += ["", f"  {'budget':10} {'for experts':>12} {'resident':>9} {'process':>12}"]
-    for row in facts["budgets"]:
-        if row["reason"]:
-            lines.append(f"  {row['budget']:10} {row['reason']}")
-            continue
-        lines.append(f"  {row['budget']:10} {format_bytes(row['arena_bytes']):>12} {row['share_of_experts']:>9.2%} "
-                     f"{format_bytes(row['process_bytes']):>12}{_BUDGET_NOTES.get(row['name'], '')}")
-    return "\n".join([*lines, "", "Process: an estimate, without KV cache and compute buffers."])
+    return lines
 
 
 _BUDGET_NOTES = {
-    "smallest": "  just computes one token",
-    "useful": "  one token's experts of all layers: with less, even a repeated token misses",
+    "smallest": "  as little as can compute a token",
+    "useful": "  one token's experts of all layers: with less, even a repeated token reads",
     "full": "  nothing is read twice",
 }
 
@@ -152,4 +159,5 @@ def _experts_of(layers: Sequence[dict[str, Any]], n_blocks: int | None) -> str:
         return "none"
     counts = sorted({(layer["n_experts"], layer["n_used"]) for layer in layers})
     each = ", ".join(f"{n_used} of {n_experts}" for n_experts, n_used in counts)
-    return f"{each} per token in {len(layers)} layers" + (f" ({n_blocks} blocks)" if n_blocks else "")
+    of = f" of {n_blocks}" if n_blocks and n_blocks != len(layers) else ""
+    return f"{each} used by a token, in each of {len(layers)}{of} layers"
