@@ -1,6 +1,7 @@
 /* A file that is changed while the model is open: the decode ends with -ESTALE, and no byte that was read after the
  * change is served, then or later, whoever read it. What was read before stays good. */
 #include <errno.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "check.h"
@@ -163,16 +164,18 @@ static void both_who_wait_are_refused(void) {
 }
 
 static struct {
-    int      answer;
-    unsigned n_asked;
-    bool     is_same;       /* all that was read is what the file holds */
+    int         answer;
+    atomic_uint n_asked;
+    atomic_bool is_same;    /* all that was read is what the file holds */
 } asked;
 
 /* As the caller does: compares with the file, and takes over its times. */
 static int compare(void *data, uint32_t file, uint64_t offset_bytes, const void *memory, uint64_t bytes) {
     CHECK(data == &asked, "the caller's own data come back");
-    asked.n_asked++;
-    asked.is_same &= memcmp(m.files[file] + offset_bytes, memory, bytes) == 0;
+    asked.n_asked++;        /* two threads may ask at once */
+    if (memcmp(m.files[file] + offset_bytes, memory, bytes) != 0) {
+        asked.is_same = false;
+    }
     if (asked.answer == GP_SAME) {
         const gp_file_times times = { fake_file_time(m.paths[file]), 0 };
         CHECK(gp_pager_accept(pager, &times) == 0, "the new times are taken over");
