@@ -114,8 +114,8 @@ class Turn:
     """The right to compute with one Llama.
 
     A request holds it from beginning to end, a stream during each step. While a stream rests, other requests wait for its end,
-    or until it has been resting for PATIENCE_S, in the order in which they came; its own reader need not wait. A stream that was overtaken raises
-    EngineError at its next step: to go on would give another text.
+    or until it has been resting for PATIENCE_S, in the order in which they came; its own reader need not wait. A stream that
+    was overtaken raises EngineError at its next step: to go on would give another text.
 
     Attributes:
         doubt: what has to be looked at before the next step. Set before a step and taken back after it, so that no
@@ -166,12 +166,12 @@ class Turn:
         def step() -> tuple[_Result] | None:
             resting = self._stream
             goes_on = stream is not None and resting is stream
+            if not is_first and not goes_on:
+                raise EngineError("Another request has used this model while this stream was waiting: begin the stream again.")
             if not goes_on and not (resting is not None and resting.is_own()):
                 is_my_turn = self._is_first_in_queue(ticket)
                 if not is_my_turn or (resting is not None and resting.is_kept_for_another()):
                     return None
-            if not is_first and not goes_on:
-                raise EngineError("Another request has used this model while this stream was waiting: begin the stream again.")
             if self.doubt is not Doubt.NONE:
                 settle(self.doubt)
                 self.doubt = Doubt.NONE
@@ -185,7 +185,7 @@ class Turn:
             return (result,)
 
         if os.getpid() != self._pid:  # nobody lives in a fork who could give the turn back
-            self._mutex, self._stream, self._pid = _native.Mutex(), None, os.getpid()
+            self._mutex, self._stream, self._queue, self._pid = _native.Mutex(), None, deque(), os.getpid()
         try:
             while (done := self._mutex.call(step)) is None:
                 time.sleep(_LOOK_S)
@@ -197,12 +197,19 @@ class Turn:
         return done[0]
 
     def _is_first_in_queue(self, ticket: _Ticket) -> bool:
-        """Return whether nobody who still waits came before; called by one thread at a time, as who asks joins here."""
-        while self._queue and self._queue[0] is not ticket and not self._queue[0].is_good():
-            self._queue.popleft()
-        if not any(other is ticket for other in self._queue):
+        """Return whether nobody who still waits came before; who asks for the first time joins.
+
+        Others leave meanwhile: so it is a copy that is looked at.
+        """
+        queue, first = list(self._queue), ticket
+        for other in queue:
+            if other is ticket or other.is_good():
+                first = other
+                break
+            self._leave_queue(other)
+        if not any(other is ticket for other in queue):
             self._queue.append(ticket)
-        return self._queue[0] is ticket
+        return first is ticket
 
     def _leave_queue(self, ticket: _Ticket) -> None:
         with contextlib.suppress(ValueError):
