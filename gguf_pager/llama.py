@@ -153,9 +153,7 @@ class Installation:
         return [pager for pager in self._request.opened if pager.is_open]
 
     def __repr__(self) -> str:
-        taken = self._request.budget
-        budget = {"bytes": f"{taken.value:,.0f} bytes" if taken.value else "", "share": f"{(taken.value or 0):.0%}"}.get(taken.kind, taken.kind)
-        return f"<gguf_pager.Installation: budget {budget}, {self.pagers or 'no model open'}>"
+        return f"<gguf_pager.Installation: {self.pagers or 'no model open'}>"
 
     def uninstall(self) -> None:
         """Page no more models; those that are open stay paged. Twice is fine."""

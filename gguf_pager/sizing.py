@@ -98,11 +98,15 @@ _DRIFT_BYTES, _DRIFT_SHARE = 4 << 20, 0.01
 """What a second attempt in the same process may need beyond the first, in heap that the first has left in pieces: 1.5
 MiB of 127 were seen, with the smallest of models."""
 
-class _NoRoom(BudgetError):
-    """Said of a context whose buffers count, too: smaller batches have smaller ones."""
-
-
 _INSIST = "insist on it (overcommit=True, or --overcommit on the command line)"
+
+
+class _NoRoom(Exception):
+    """What says that there is no room for a context of this size: smaller batches have smaller buffers."""
+
+    def __init__(self, error: BudgetError) -> None:
+        super().__init__()
+        self.error = error
 
 
 def _with_drift(n_bytes: int) -> int:
@@ -181,14 +185,21 @@ def _check_room(needs: Sequence[ClassNeed], request: Request, arena_bytes: int, 
     needed = f"this model needs at least {format_bytes(n_bytes)} ({n_bytes} bytes) for the whole process"
     if least + other_bytes > memory.available_bytes:
         insist = "" if is_auto else f" or {_INSIST}"
-        raise _NoRoom(f"The memory here is too small: {needed}, and {_has(memory)}. Free memory, raise the limit of the "
+        raise BudgetError(f"The memory here is too small: {needed}, and {_has(memory)}. Free memory, raise the limit of the "
                           f"container{insist}.")
     if is_auto:
-        raise _NoRoom(f"The memory that budget='auto' may take is too small: {needed}, {_has(memory)}, and 'auto' leaves "
+        raise BudgetError(f"The memory that budget='auto' may take is too small: {needed}, {_has(memory)}, and 'auto' leaves "
                           f"{format_bytes(memory.available_bytes - spare)} to others. Say budget='min' or a size.")
     most = int((memory.available_bytes - other_bytes) / budget.full_arena_bytes(needs) * 1000) / 10
-    raise _NoRoom(f"There is no room for {(request.budget.value or 0) * 100:g}% of the experts, {format_bytes(arena_bytes)}: "
+    raise BudgetError(f"There is no room for {(request.budget.value or 0) * 100:g}% of the experts, {format_bytes(arena_bytes)}: "
                       f"{needed}, and {_has(memory)}. The largest share that fits is {most:g}%; lower it, or {_INSIST}.")
+
+
+def _check_context(needs: Sequence[ClassNeed], request: Request, arena_bytes: int, other_bytes: int) -> None:
+    try:
+        _check_room(needs, request, arena_bytes, other_bytes)
+    except BudgetError as error:
+        raise _NoRoom(error) from None
 
 
 def _share_bytes(needs: Sequence[ClassNeed], share: float | None) -> int:
@@ -201,6 +212,10 @@ def _arena_bytes(
     """Return what the budget leaves for the arena, and all that it does not leave.
 
     What the context has allocated but not touched yet counts as used: it will be.
+
+    Raises:
+        BudgetError: a share that is too small for any context.
+        _NoRoom: the machine has no room for that.
     """
     full, least = budget.full_arena_bytes(needs), budget.least_arena_bytes(needs)
     now = probe.process_memory()
@@ -218,9 +233,9 @@ def _arena_bytes(
                 f"{(request.budget.value or 0) * 100:g}% of the experts are too few: this model needs at least "
                 f"{math.ceil(least / full * 10_000) / 100:.2f}% ({least} bytes) to compute one token."
             )
-        _check_room(needs, request, wanted, other)
+        _check_context(needs, request, wanted, other)
         return wanted, 0
-    _check_room(needs, request, least, other)
+    _check_context(needs, request, least, other)
     if request.budget.kind == "min":
         return least, 0
     memory = probe.memory()
@@ -278,9 +293,9 @@ def open_or_shrink(
         half = max(batches.n_least, batches.n_ubatch // 2 // batches.n_least * batches.n_least)
         try:
             arena, used = _arena_bytes(pager, needs, request, kept, before)
-        except _NoRoom:
+        except _NoRoom as found:
             if is_smallest:
-                raise
+                raise found.error from None
             return batches.n_least if request.budget.kind == "min" else half  # smaller batches have smaller buffers
         least = budget.least_arena_bytes(needs)
         if arena < least:

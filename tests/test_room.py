@@ -124,6 +124,15 @@ def test_named_least_works_in_a_group_of_that_size(model: Path) -> None:
     assert told.returncode == 0 and told.arena_bytes and told.oom_kills == 0
 
 
+def test_least_is_that_of_small_batches_whatever_was_asked(wide: Path) -> None:
+    """It was refused for the buffers of 2,048 tokens at once, which a small budget has no slots for."""
+    large = {"n_ctx": 2048, "n_batch": 2048, "n_ubatch": 2048}
+    limit = next(n for n in range(60 * MIB, 400 * MIB, 10 * MIB) if open_in_group(wide, n, budget="min").error is None)
+    for budget in ("min", "2%"):
+        told = open_in_group(wide, limit + 20 * MIB, budget=budget, **large)
+        assert told.error is None and told.returncode == 0 and told.oom_kills == 0
+
+
 def test_share_that_does_not_fit_names_the_largest_that_does(model: Path) -> None:
     limit = read_layout(model).dense_bytes + 145 * MIB
     told = open_in_group(model, limit, budget="100%")
