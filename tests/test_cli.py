@@ -91,8 +91,8 @@ def test_text_is_that_of_llama_and_figures_are_on_stderr(models: Path) -> None:
     assert done.stdout.decode() == expected_text(tiny, temperature=0)
     (line,) = done.stderr.decode().splitlines()
     assert re.fullmatch(
-        r"decode [\d.]+ tok/s \(23 tokens\), prompt [\d.]+ tok/s \(2 tokens\), hits [\d.]+%, "
-        r"read [\d.]+ MB per token, stalled \d+%, peak memory [\d.]+ MiB", line)
+        r"answer [\d.]+ tok/s \(23 tokens\), prompt [\d.]+ tok/s \(2 tokens\), [\d.]+% of the experts were in memory, "
+        r"[\d.]+ MB read per token, \d+% of the time waiting for the disk, peak memory [\d.]+ MiB", line)
 
 
 def test_figures_have_their_own_line_where_all_goes_to_one_file(models: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_figures_have_their_own_line_where_all_goes_to_one_file(models: Path, tm
     command = f'"{sys.executable}" -m gguf_pager run "{tiny}" -p "{PROMPT}" -n {N_PREDICT} --temp 0 --budget 50% -t 1 > "{both}" 2>&1'
     subprocess.run(command, shell=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
     text, line = both.read_text().rstrip("\n").rsplit("\n", 1)
-    assert text == expected_text(tiny, temperature=0) and line.startswith("decode ")
+    assert text == expected_text(tiny, temperature=0) and line.startswith("answer ")
 
 
 def test_budget_that_makes_batches_smaller_says_so_in_one_line(models: Path) -> None:
@@ -227,7 +227,7 @@ def test_interrupt_ends_with_the_figures_so_far(models: Path) -> None:
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert re.fullmatch(r"decode [\d.]+ tok/s .*peak memory .*\n", errors.decode())
+    assert re.fullmatch(r"answer [\d.]+ tok/s .*peak memory .*\n", errors.decode())
 
 
 def test_progress_appears_after_a_second_and_only_where_wanted(capfd: pytest.CaptureFixture[str]) -> None:
@@ -594,7 +594,7 @@ def test_prompt_from_a_stdin_that_is_closed_is_an_error_of_one_line(models: Path
 def test_empty_prompt_begins_a_text_or_is_refused_in_a_sentence(models: Path) -> None:
     """A model that begins every text with a token of its own needs no other."""
     done = call("run", models / "mixed.gguf", "-p", "", "-n", "3", "--budget", "50%", "-t", "1")
-    assert done.returncode == 0 and b"decode " in done.stderr and b"Error" not in done.stderr
+    assert done.returncode == 0 and b"answer " in done.stderr and b"Error" not in done.stderr
     assert said("run", models / "tiny.gguf", "-p", "", "-n", "3", "--budget", "50%") == (
         "Error: The prompt is empty, and this model needs at least one token.")
 

@@ -155,8 +155,9 @@ def run(model: str | None, words: str | None, model_option: Path | None, **given
     gguf-pager run MODEL "Once upon a time"
     gguf-pager run MODEL --chat "Why is the sky blue?"
 
-    The text goes to stdout as it comes; the last line, on stderr, gives decode speed (without the prompt), prompt
-    speed, hit rate, megabytes read per token, the share of time spent waiting for reads, and peak memory.
+    The text goes to stdout as it comes; the last line, on stderr, gives the speed of the answer (without the prompt) and
+    of the prompt, how many of the experts wanted were in memory, megabytes read per token, the share of the time spent
+    waiting for the disk, and peak memory.
 
     With --json stdout holds one JSON object and nothing else, "text" among its keys; while it is generated, the text
     goes to stderr.

@@ -68,15 +68,15 @@ def run_line(facts: dict[str, Any]) -> str:
     prompt, decode = facts["prompt"], facts["decode"]
     if not prompt["tokens"]:
         return "Stopped before the first token."
-    parts = [f"decode {number(decode['tokens_per_s'], '.1f')} tok/s ({decode['tokens']:,} tokens)"]
+    parts = [f"answer {number(decode['tokens_per_s'], '.1f')} tok/s ({decode['tokens']:,} tokens)"]
     if prompt["tokens"] > 1:
         parts.append(f"prompt {number(prompt['tokens_per_s'], '.1f')} tok/s ({prompt['tokens']:,} tokens)")
     if facts["is_paged"]:
         read = decode["bytes_read_per_token"]
         parts += [
-            f"hits {number(decode['hit_rate'], '.1%')}",
-            f"read {number(None if read is None else read / 1e6, '.2f')} MB per token",
-            f"stalled {number(decode['stall_share'], '.0%')}",
+            f"{number(decode['hit_rate'], '.1%')} of the experts were in memory",
+            f"{number(None if read is None else read / 1e6, '.2f')} MB read per token",
+            f"{number(decode['stall_share'], '.0%')} of the time waiting for the disk",
         ]
         if decode["left_alone"]:
             parts.append(f"{decode['left_alone']:,} graph nodes left to llama.cpp")
