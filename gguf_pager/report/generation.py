@@ -66,8 +66,10 @@ def run_facts(settings: dict[str, Any], prompt: Phase, decode: Phase, peak_bytes
 def run_line(facts: dict[str, Any]) -> str:
     """Return the last line of `run`: speed, hits, reads, stalls, memory."""
     prompt, decode = facts["prompt"], facts["decode"]
+    peak = facts["peak_memory_bytes"]
+    memory = f"peak memory {format_bytes(peak) if peak is not None else '-'}"
     if not prompt["tokens"]:
-        return "Stopped before the first token."
+        return f"Stopped before the first token, {memory}"
     parts = [f"answer {number(decode['tokens_per_s'], '.1f')} tok/s ({decode['tokens']:,} tokens)"]
     if prompt["tokens"] > 1:
         parts.append(f"prompt {number(prompt['tokens_per_s'], '.1f')} tok/s ({prompt['tokens']:,} tokens)")
@@ -82,9 +84,7 @@ def run_line(facts: dict[str, Any]) -> str:
             parts.append(f"{decode['left_alone']:,} graph nodes left to llama.cpp")
     else:
         parts.append("not paged")
-    peak = facts["peak_memory_bytes"]
-    parts.append(f"peak memory {format_bytes(peak) if peak is not None else '-'}")
-    return ", ".join(parts)
+    return ", ".join([*parts, memory])
 
 
 _LONG_WAIT = 0.3
