@@ -76,14 +76,26 @@ def table(rows: list[dict[str, Any]]) -> str:
     def line(name: str, found: list[str]) -> None:
         lines.append((name, *found))
 
-    line("tokens per second, answering", [f"{row['median_ts']:.1f}" if row["median_ts"] else
-                                          f"under {N_ANSWER / PATIENCE_S:.1f}" for row in answers])
-    line(f"tokens per second, a prompt of {N_PROMPT}", [shown(row["median_ts"], ".1f") for row in prompts])
+    line("tokens per second, answering", [speed(row) if row["median_ts"] else f"under {N_ANSWER / PATIENCE_S:.1f}"
+                                          for row in answers])
+    line(f"tokens per second, a prompt of {N_PROMPT}", [speed(row) for row in prompts])
     line("seconds to the first token", [shown(row["first_token_s"], ".1f") for row in prompts])
     line("read from the disk per token, MB", [shown(per_million(row["io_bytes_per_token"]), ",.0f") for row in answers])
     line("memory limit, MB", [shown(per_million(row["cap_bytes"]), ",.0f") for row in answers])
     widths = [max(len(cells[i]) for cells in lines) for i in range(3)]
-    return "\n".join(f"  {name:{widths[0]}}  {ours:>{widths[1]}}  {plain:>{widths[2]}}" for name, ours, plain in lines)
+    doubts = dict.fromkeys(row["status_reason"] for row in (*answers, *prompts) if is_doubted(row))
+    return "\n".join([*(f"  {name:{widths[0]}}  {ours:>{widths[1]}}  {plain:>{widths[2]}}" for name, ours, plain in lines),
+                      *(f"  * The benchmark doubts it: {reason}." for reason in doubts)])
+
+
+def is_doubted(row: dict[str, Any]) -> bool:
+    """Return whether a row has a result that bench itself does not trust: on a busy machine, or a disk with moods."""
+    return row["median_ts"] is not None and row["status"] != "ok"
+
+
+def speed(row: dict[str, Any]) -> str:
+    """Return tokens per second, with a mark if they are doubted."""
+    return shown(row["median_ts"], ".1f") + ("*" if is_doubted(row) else "")
 
 
 def per_million(value: float | None) -> float | None:
