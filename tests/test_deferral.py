@@ -43,6 +43,15 @@ def test_interrupt_is_raised_afterwards_and_what_was_made_undone() -> None:
     assert undone == ["done"]
 
 
+def test_interrupt_is_raised_also_where_the_call_fails() -> None:
+    def fail() -> None:
+        interrupt()
+        raise ValueError
+
+    with pytest.raises(KeyboardInterrupt):
+        Deferral().call(fail, undo=lambda _: None)
+
+
 def test_handler_that_raises_nothing_has_its_say() -> None:
     told: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: told.append(number))

@@ -8,6 +8,7 @@ import functools
 import gc
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from test_install import decode, low_level
 from test_resume import OTHER, PROMPT, greedy
 
 import gguf_pager
-from gguf_pager import fingerprint, llama_log
+from gguf_pager import deferral, fingerprint, llama_log
 from gguf_pager.hooks import hooks
 
 Model = Callable[..., Path]
@@ -165,6 +166,18 @@ def test_comparing_a_touched_file(zoo_model: Model, tmp_path: Path) -> None:
             assert outcomes.pop() == "done", k
             k += 1
     assert k > 40
+
+
+def test_keeping_a_ctrl_c(zoo_model: Model) -> None:
+    """Who keeps it is put in the place of the handler, and was left there."""
+    path, k = zoo_model("qwen3moe"), 1
+    while interrupted_at(k, lambda: open_one(path).close(), (str(deferral.__file__),)):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, k
+        k += 1
+    assert k > 15
+    check_next_is_paged(path, k)
 
 
 def test_closing(zoo_model: Model, footprint: Callable[[Path], Footprint]) -> None:
