@@ -337,8 +337,7 @@ class _Hooks:
         if paged is None:
             if self._request() is None:
                 return self._forgetting(self._call(name, model, params))
-            undo = partial(self._call, "llama_free")
-            return self._forgetting(Deferral().call(self._call, name, model, params, undo=lambda made: made and undo(made)))
+            return self._forgetting(Deferral().call(self._call, name, model, params, undo=self._undo_context))
         return self._opening.call(self._make_paged, paged, type(params).from_buffer_copy(params))
 
     def _make_paged(self, paged: Model, params: Any) -> Any:
@@ -421,9 +420,12 @@ class _Hooks:
         ours.cb_eval_user_data = data
         ours.abort_callback = ctypes.cast(abort_address, type(params.abort_callback))
         ours.abort_callback_data = data
-        context = Deferral().call(self._call, "llama_init_from_model", paged.address, ours,
-                                  undo=lambda made: self._call("llama_free", made) if made else None)
-        return tap, context
+        return tap, Deferral().call(self._call, "llama_init_from_model", paged.address, ours, undo=self._undo_context)
+
+    def _undo_context(self, made: Any) -> None:
+        """Free a context that nobody else has seen, and that is None where llama.cpp has made none."""
+        if made:
+            self._call("llama_free", made)
 
     def _adaptation(self, paged: Model, params: Any, context: Any) -> Adaptation | None:
         if not paged.pager.options.adapt_threads or depends_on_threads(params):

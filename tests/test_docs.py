@@ -59,7 +59,7 @@ def test_python_examples_run(path: Path, block: str, zoo_model: Callable[..., Pa
     finally:
         while hooks.installed:
             gguf_pager.uninstall()
-    capfd.readouterr()
+    assert capfd.readouterr().out, "each of them prints something"
 
 
 def commands() -> list[str]:

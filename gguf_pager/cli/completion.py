@@ -5,11 +5,9 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-_FILES = {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/completions/gguf-pager.fish"}
-
 
 @click.command()
-@click.argument("shell", type=click.Choice(list(_FILES)))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
     """Print what makes a shell complete gguf-pager's commands and options.

@@ -12,13 +12,18 @@ import click
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
+def model_named_twice() -> click.UsageError:
+    """Return the error of a command that was given a model as an argument and another with -m."""
+    return click.UsageError("The model is named twice, as an argument and with -m.")
+
+
 def chosen_model(argument: Path | None, option: Path | None) -> Path | None:
     """Return the model that was named, as an argument or with -m; a UsageError where both are.
 
     One of the two ways is enough, and where there are two models nobody knows which is meant.
     """
     if argument is not None and option is not None:
-        raise click.UsageError("The model is named twice, as an argument and with -m.")
+        raise model_named_twice()
     return option if argument is None else argument
 
 

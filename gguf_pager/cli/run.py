@@ -19,7 +19,7 @@ import click
 
 from gguf_pager import __version__, probe
 from gguf_pager.budget import auto_budget_bytes, fits_whole, format_bytes, full_arena_bytes
-from gguf_pager.cli.model import GPU_LAYERS_OPTION, MODEL_OPTION, chosen_model, missing_model
+from gguf_pager.cli.model import GPU_LAYERS_OPTION, MODEL_OPTION, missing_model, model_named_twice
 from gguf_pager.doctor import physical_cores
 from gguf_pager.errors import PagerError, printable
 from gguf_pager.layout import read_layout
@@ -43,6 +43,8 @@ MOST_THREADS = 512
 
 _SPECIAL_TOKENS = 16
 """Room for tokens that stand for no byte of the prompt, such as the begin token."""
+
+_IN_QUOTES = 'A prompt of several words is one argument: put it into straight quotes, "like this".'
 
 _DEFAULT = Options()
 
@@ -96,8 +98,7 @@ class _Run(click.Command):
         except click.UsageError as error:
             if "unexpected extra argument" not in error.message:
                 raise
-            raise click.UsageError(f"{error.message} A prompt of several words is one argument: put it into straight "
-                                   'quotes, "like this".', ctx) from None
+            raise click.UsageError(f"{error.message} {_IN_QUOTES}", ctx) from None
 
 
 @click.command(cls=_Run)
@@ -201,7 +202,7 @@ def _take_words(first: str | None, second: str | None, model: Path | None) -> tu
     """Return the model and the prompt among the arguments: with -m there is no model among them."""
     if model is not None:
         if second is not None:
-            chosen_model(Path(first or ""), model)
+            raise model_named_twice()
         return model, first
     if first is None:
         raise missing_model()
@@ -213,8 +214,7 @@ def _read_prompt(settings: _Settings, words: str | None) -> str:
     if not given:
         raise click.UsageError('What is the prompt? gguf-pager run MODEL "Once upon a time", or -f FILE.')
     if len(given) > 1:
-        raise click.UsageError("The prompt is given twice. A prompt of several words is one argument: put it into straight "
-                               'quotes, "like this".')
+        raise click.UsageError(f"The prompt is given twice. {_IN_QUOTES}")
     text = words if settings.prompt is None else settings.prompt
     try:
         raw = settings.file.read().removesuffix(b"\n") if settings.file else os.fsencode(text or "")

@@ -126,26 +126,23 @@ class Progress:
     @contextmanager
     def during(self, describe: Callable[[], str]) -> Iterator[None]:
         """Show what `describe` returns, from another thread, for the time of the block."""
-        if self._fd is None:
+        with self._meanwhile(lambda fd, done: self._show(fd, describe, done)):
             yield
-            return
-        done = threading.Event()
-        thread = threading.Thread(target=self._show, args=(self._fd, describe, done), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
 
     @contextmanager
     def bar(self, name: str, total: Callable[[], int | None], count: Callable[[], int]) -> Iterator[None]:
         """Show a bar of the bytes that `count` returns, of about `total`, from another thread, for the time of the block."""
+        with self._meanwhile(lambda fd, done: self._fill(fd, name, total, count, done)):
+            yield
+
+    @contextmanager
+    def _meanwhile(self, show: Callable[[int, threading.Event], None]) -> Iterator[None]:
+        """Let another thread show something until it is told that the block is over; nothing where nobody wants it."""
         if self._fd is None:
             yield
             return
         done = threading.Event()
-        thread = threading.Thread(target=self._fill, args=(self._fd, name, total, count, done), daemon=True)
+        thread = threading.Thread(target=show, args=(self._fd, done), daemon=True)
         thread.start()
         try:
             yield

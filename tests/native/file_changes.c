@@ -137,28 +137,33 @@ static void read_ahead_of_a_changed_file_is_refused(void) {
     end();
 }
 
-/* Two contexts wait for one read of a changed file: neither may compute with it. */
+/* Two contexts want the same expert, and both wait for the one read of it: each comes to `error`. */
+static void both_wait_and_come_to(int error, const char *claim) {
+    fake_hold_reads();
+    waiter waiters[] = { { .hold = &hold }, { .hold = &other } };
+    pthread_t threads[2];
+    for (int i = 0; i < 2; i++) {
+        CHECK(pthread_create(&threads[i], NULL, wait_for_3, &waiters[i]) == 0, "the test has threads");
+    }
+    for (uint32_t n_waiting = 0; n_waiting < 2;) {
+        pthread_mutex_lock(&pager->lock);
+        n_waiting = hold.pending + other.pending;
+        pthread_mutex_unlock(&pager->lock);
+    }
+    fake_wait_for_reads(3);
+    fake_let_reads_go();
+    for (int i = 0; i < 2; i++) {
+        pthread_join(threads[i], NULL);
+        CHECK(waiters[i].error == error, claim);
+    }
+}
+
+/* Neither may compute with what was read of a changed file. */
 static void both_who_wait_are_refused(void) {
     for (int round = 0; round < 30; round++) {
         begin((model_shape) { .n_readers = 3, .piece_bytes = 64 << 10 });
         rewrite_file(0, 1, 3);
-        fake_hold_reads();
-        waiter waiters[] = { { .hold = &hold }, { .hold = &other } };
-        pthread_t threads[2];
-        for (int i = 0; i < 2; i++) {
-            CHECK(pthread_create(&threads[i], NULL, wait_for_3, &waiters[i]) == 0, "the test has threads");
-        }
-        for (uint32_t n_waiting = 0; n_waiting < 2;) {
-            pthread_mutex_lock(&pager->lock);
-            n_waiting = hold.pending + other.pending;
-            pthread_mutex_unlock(&pager->lock);
-        }
-        fake_wait_for_reads(3);
-        fake_let_reads_go();
-        for (int i = 0; i < 2; i++) {
-            pthread_join(threads[i], NULL);
-            CHECK(waiters[i].error == -ESTALE, "neither of two who wait for a read is served from a changed file");
-        }
+        both_wait_and_come_to(-ESTALE, "neither of two who wait for a read is served from a changed file");
         end();
     }
 }
@@ -218,25 +223,9 @@ static void interrupted_comparison_leaves_the_answer_to_the_next(int answer, int
     begin((model_shape) { .n_readers = 3, .piece_bytes = 64 << 10 });
     gp_pager_compare_with(pager, compare, &asked);
     fake_file_touch(m.paths[0]);
-    fake_hold_reads();
-    waiter waiters[] = { { .hold = &hold }, { .hold = &other } };
-    pthread_t threads[2];
     asked.answer = answer;
     asked.n_asked = 0;
-    for (int i = 0; i < 2; i++) {
-        CHECK(pthread_create(&threads[i], NULL, wait_for_3, &waiters[i]) == 0, "the test has threads");
-    }
-    for (uint32_t n_waiting = 0; n_waiting < 2;) {
-        pthread_mutex_lock(&pager->lock);
-        n_waiting = hold.pending + other.pending;
-        pthread_mutex_unlock(&pager->lock);
-    }
-    fake_wait_for_reads(3);
-    fake_let_reads_go();
-    for (int i = 0; i < 2; i++) {
-        pthread_join(threads[i], NULL);
-        CHECK(waiters[i].error == -EINTR, "each was interrupted, and nobody says that the file has changed");
-    }
+    both_wait_and_come_to(-EINTR, "each was interrupted, and nobody says that the file has changed");
     CHECK(asked.n_asked == 2, "each has asked for himself");
     asked.answer = then;
     if (then == GP_SAME) {
