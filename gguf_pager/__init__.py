@@ -35,11 +35,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'gguf_pager' has no attribute {name!r}")
     import importlib
 
-    if _HOME[name] == "llama":
-        from gguf_pager import engine
+    try:
+        if _HOME[name] == "llama":
+            from gguf_pager import engine
 
-        engine.load()  # sets what libgomp reads once, and refuses an unknown version, before llama_cpp is imported
-    return getattr(importlib.import_module(f"gguf_pager.{_HOME[name]}"), name)
+            engine.load()  # sets what libgomp reads once, and refuses an unknown version, before llama_cpp is imported
+        return getattr(importlib.import_module(f"gguf_pager.{_HOME[name]}"), name)
+    except ImportError as error:
+        if "_native" not in str(error):
+            raise
+        raise EngineError(f"The compiled part of gguf_pager cannot be loaded from {__path__[0]} ({error}). If that is a checkout, start "
+                          "your program in another folder, or install it with pip install --editable; else install it again.") from None
 
 
 def __dir__() -> list[str]:

@@ -658,3 +658,13 @@ def test_draft_for_a_model_that_can_is_taken(zoo_model: Model, pair: Factory) ->
     texts = [llm("the the the the", max_tokens=6, temperature=0)["choices"][0]["text"]
              for llm in pair(zoo_model("qwen3moe"), "100%", draft_model=draft)]
     assert texts[0] == texts[1]
+
+
+def test_checkout_that_was_not_built_says_what_to_do(tmp_path: Path) -> None:
+    """A program in a checkout's folder finds the checkout, and not what pip has installed: it was an ImportError."""
+    shutil.copytree(Path(gguf_pager.__file__).parent, tmp_path / "gguf_pager", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    program = ("import sys\nsys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in str(finder).lower()]\n"
+               "try:\n    from gguf_pager import Llama\nexcept Exception as error:\n    print(type(error).__name__, error)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("EngineError The compiled part of gguf_pager cannot be loaded from ")
+    assert "start your program in another folder" in done.stdout
