@@ -6,10 +6,10 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SYSTEM_SOURCES = {"Linux": ["os_linux.c", "os_linux_aio.c", "os_linux_load.c"], "Darwin": ["os_macos.c"]}
+SYSTEM_SOURCES = {"Linux": ["os/linux.c", "os/linux_aio.c", "os/linux_load.c"], "Darwin": ["os/macos.c"]}
 NATIVE = Path(__file__).parent / "native"
-SOURCES = sorted(path.name for path in NATIVE.glob("*.c") if not path.name.startswith("os_"))
-HEADERS = sorted(path.name for path in NATIVE.glob("*.h"))
+SOURCES = sorted(path.relative_to(NATIVE).as_posix() for path in NATIVE.rglob("*.c") if path.parent.name != "os")
+HEADERS = sorted(path.relative_to(NATIVE).as_posix() for path in NATIVE.rglob("*.h"))
 
 system_sources = SYSTEM_SOURCES.get(platform.system())
 if system_sources is None:
@@ -29,6 +29,7 @@ setup(
             "gguf_pager._native",
             sources=[f"native/{name}" for name in SOURCES + system_sources],
             depends=[f"native/{name}" for name in HEADERS],
+            include_dirs=["native"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,
             extra_compile_args=flags,

@@ -23,7 +23,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "os.h"
+#include "os/os.h"
 
 enum {
     GP_MAX_SLICES = 4,  /* gate, up, down; or gate_up, down; one to spare */

@@ -8,7 +8,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "ggml_tensor.h"
+#include "compute/ggml_tensor.h"
 #include "gguf_pager.h"
 #include "module.h"
 

@@ -3,7 +3,7 @@
     $ python scripts/replay_policies.py             # who leaves, the cold start included
     $ python scripts/replay_policies.py profile     # experts read at the start, pinned, or known to the policy
 
-A model in Python of what native/slots.c does when it decodes token by token: one pool of slots, a floor of k slots per layer
+A model in Python of what native/slots/slots.c does when it decodes token by token: one pool of slots, a floor of k slots per layer
 that other layers may not take. It is not the C code, and knows no batches.
 """
 
@@ -24,7 +24,7 @@ N_TOKENS = 1500
 EXPERT_BYTES = {128: 3 * 884_736, 32: 3 * 4_406_400}  # by experts per layer: Qwen3-30B in Q4_K, gpt-oss-20b in MXFP4
 N_LAYERS = {128: 16, 32: 12}
 
-RECENT, LASTING, LASTING_WEIGHT = 32, 512, 1 / 8  # native/policy.c
+RECENT, LASTING, LASTING_WEIGHT = 32, 512, 1 / 8  # native/slots/policy.c
 
 Floats = npt.NDArray[np.float64]
 Routing = npt.NDArray[np.int64]  # [layer, token, rank]
@@ -32,13 +32,13 @@ Worth = Callable[..., npt.NDArray[Any]]
 
 
 def fade(age: Floats, half_life: int) -> Floats:
-    """Return what is left of 1 after `age` tokens; straight between halvings, as in native/policy.c."""
+    """Return what is left of 1 after `age` tokens; straight between halvings, as in native/slots/policy.c."""
     return (1 - age % half_life / half_life / 2) * 0.5 ** (age // half_life)
 
 
 def fading(age: Floats, away: Floats, recent: Floats, lasting: Floats, power: float = 0.75, weight: float = LASTING_WEIGHT,
            **_: Any) -> Floats:
-    """Return what native/policy.c calls uses per age: minus the time until an expert is wanted, as far as is known."""
+    """Return what native/slots/policy.c calls uses per age: minus the time until an expert is wanted, as far as is known."""
     uses = recent * fade(age, RECENT) + weight * lasting * fade(age, LASTING)
     return -((age + 1) ** power / np.maximum(uses, 1e-12) + away)
 
@@ -53,7 +53,7 @@ POLICIES: dict[str, Worth] = {
     "uses that fade by half in 32 tokens / (age + 1)": lambda age, recent, **_: recent * fade(age, RECENT) / (age + 1),
     "the same and the way to its layer": lambda **use: fading(**use, power=1, weight=0),
     "two counts that fade, by half in 32 and 512": lambda **use: fading(**use, power=1),
-    "the same by (age + 1) ** 0.75, as in native/policy.c": fading,
+    "the same by (age + 1) ** 0.75, as in native/slots/policy.c": fading,
 }
 
 

@@ -82,7 +82,7 @@ def rounded_up(value: int, step: int) -> int:
 
 
 def check_rooms(layer: Layer, offset_align: int, memory_align: int) -> None:
-    """Every expert's read, placed as native/fetch.c places it, stays in its own region of the slot."""
+    """Every expert's read, placed as native/reads/fetch.c places it, stays in its own region of the slot."""
     align = max(offset_align, memory_align)
     rooms, stride = slice_rooms(layer, align), stride_bytes(layer, align)
     assert stride % align == 0 and stride % memory_align == 0

@@ -19,11 +19,11 @@ NATIVE = Path(os.environ.get("GGUF_PAGER_NATIVE", ROOT / "native"))
 HERE = ROOT / "tests" / "native"
 TRACE = ROOT / "scripts" / "traces" / "qwen3-30b-a3b" / "code.npz"
 
-CORE = ("ahead", "arena", "compute", "copies", "fetch", "ffn", "ffn_batch", "ffn_between", "ffn_shape", "ffn_shares", "pager",
-        "pins", "policy", "product", "rows", "shrink", "slots", "tables", "tap", "waits", "warm")
+CORE = tuple(sorted(path.relative_to(NATIVE).with_suffix("").as_posix() for path in NATIVE.glob("*/*.c")
+                    if path.parent.name != "os"))
 SUPPORT = ("fake_os", "model", "graph")
 OF_SYSTEM = ("system_os",)
-SYSTEM = ("os_macos",) if platform.system() == "Darwin" else ("os_linux", "os_linux_aio", "os_linux_load")
+SYSTEM = ("os/macos",) if platform.system() == "Darwin" else ("os/linux", "os/linux_aio", "os/linux_load")
 WITH_ARGUMENTS = ("policy_replay", "system_os")
 WAITS_FOR_SLOTS = ("tap_contexts", "waiting")  # for seconds, however reads are done
 PROGRAMS = tuple(sorted(path.stem for path in HERE.glob("*.c") if path.stem not in SUPPORT))
@@ -74,11 +74,14 @@ class Build:
 
     def _object(self, name: str) -> None:
         source, renamed = (NATIVE / f"{name}.c", RENAMED) if name in CORE else (HERE / f"{name}.c", ())
-        _compile(*self.flags, *renamed, "-c", source, "-o", self.folder / f"{name}.o")
+        _compile(*self.flags, *renamed, "-c", source, "-o", self._object_path(name))
+
+    def _object_path(self, name: str) -> Path:
+        return self.folder / f"{name.replace('/', '_')}.o"
 
     def _program(self, name: str) -> None:
         parts = ([NATIVE / f"{system}.c" for system in SYSTEM] if name in OF_SYSTEM
-                 else [self.folder / f"{part}.o" for part in (*CORE, *SUPPORT)])
+                 else [self._object_path(part) for part in (*CORE, *SUPPORT)])
         _compile(*self.flags, HERE / f"{name}.c", *parts, "-o", self.folder / name, "-lm", "-ldl")
 
     def run(self, name: str, *arguments: str, text: str = "", has_queue: bool = False) -> str:

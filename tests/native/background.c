@@ -8,7 +8,7 @@
 
 #include "check.h"
 #include "fake_os.h"
-#include "fetch.h"
+#include "reads/fetch.h"
 
 enum { FILE_BYTES = 64 << 10, MAX_READS = 64, READERS = 3, PIECE_BYTES = 1024 };
 

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "os.h"
+#include "os/os.h"
 
 typedef enum {
     FAKE_FILE_OPEN, FAKE_FILE_IDENTIFY, FAKE_FILE_READ, FAKE_MEMORY_OPEN, FAKE_MEMORY_POPULATE, FAKE_MEMORY_LOCK, FAKE_THREAD_START,

@@ -5,9 +5,9 @@
 #include <time.h>
 
 #include "check.h"
+#include "compute/product.h"
 #include "fake_os.h"
 #include "graph.h"
-#include "product.h"
 
 enum { N_USED = 4, N_PRODUCTS = 9 };
 

@@ -7,7 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "ggml_tensor.h"
+#include "compute/ggml_tensor.h"
 #include "model.h"
 
 enum { GRAPH_TOKENS = 8, GRAPH_EXPERTS = 16, GRAPH_NODES = 96, GRAPH_COLUMNS = 32, GRAPH_ROWS = 128, GRAPH_THREADS = 3, ROW_BYTES = 4096 };

@@ -6,9 +6,9 @@
 #include <sys/wait.h>
 
 #include "check.h"
-#include "copies.h"
 #include "fake_os.h"
 #include "model.h"
+#include "reads/copies.h"
 
 static model m;
 static gp_pager *pager;

@@ -6,8 +6,8 @@
 #include <stdint.h>
 
 #include "gguf_pager.h"
-#include "pager.h"
-#include "slots.h"
+#include "slots/pager.h"
+#include "slots/slots.h"
 
 enum { MODEL_LAYERS = 8, MODEL_FILES = 2, MODEL_CLASSES = 2, MODEL_MIRRORS = 2, MODEL_TABLES = 2 };
 

@@ -4,9 +4,9 @@
 #include <string.h>
 
 #include "check.h"
+#include "compute/product.h"
 #include "fake_os.h"
 #include "graph.h"
-#include "product.h"
 
 static model m;
 static weights w;

@@ -7,7 +7,7 @@
 #include <time.h>
 
 #include "check.h"
-#include "os.h"
+#include "os/os.h"
 
 enum { FILE_BYTES = 30000, LAST_PAGE = FILE_BYTES / 4096 * 4096, ALIGNED = 4096 };
 

@@ -1,0 +1,438 @@
+/* Reads in the order in which they were wanted, cut into pieces so that a few misses keep the device as busy as many do.
+ *
+ * Where the system reads directly and in the background, whoever submits reads puts the first pieces in flight, as many
+ * as may be, without waking anybody; one thread, the pump, sleeps until some are done, finishes them and sends the next
+ * ones after. Elsewhere a pool of threads reads a piece each. Either way no more than n_readers * piece_bytes are in
+ * flight: the device shares itself among all that are, and what was wanted first shall come first.
+ *
+ * Invariants
+ *   1. A read is in the list while it has pieces that nobody has taken. Pieces are taken in order, and go to the
+ *      system's queue in order: one thread at a time fills it.
+ *   2. pieces_left falls by one per finished piece; whoever brings it to zero moves the bytes and calls done, once.
+ *   3. The lock guards the list, the pieces in flight, the count of sleepers and the flags. It is never held across a
+ *      read, a call of the system's queue or a callback.
+ *   4. While a read is in the list, the queue is full or somebody is filling it. So the pump, who alone makes room, needs
+ *      nobody's call to go on.
+ */
+#include "reads/fetch.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { AT_ONCE = 32 };
+
+/* A part of a read, taken by a thread or in flight. */
+typedef struct {
+    gp_read *read;
+    uint64_t at;                /* from the beginning of the read's cover */
+    uint32_t next_idle;
+} piece;
+
+struct gp_fetch {
+    const gp_os    *os;
+    gp_fetch_config config;
+    pthread_mutex_t lock;
+    pthread_cond_t  work;           /* for the pool */
+    gp_read        *first, *last;   /* lock */
+    uint32_t        n_asleep;       /* lock */
+    bool            closing;        /* lock */
+    _Atomic uint64_t arrived_bytes;
+    uint64_t        step_bytes;     /* a multiple of both alignments */
+    gp_queue       *queue;          /* NULL: there is a pool */
+    piece          *in_flight;      /* lock; n_readers of them, by the tag of the request */
+    uint32_t        n_in_flight;    /* lock */
+    uint32_t        idle;           /* lock; the first that is not in flight, n_readers: none */
+    bool            is_filling;     /* lock */
+    uint32_t        n_threads;
+    pthread_t       threads[];
+};
+
+static uint64_t round_down(uint64_t value, uint64_t step) {
+    return value - value % step;
+}
+
+static uint64_t round_up(uint64_t value, uint64_t step) {
+    return round_down(value + step - 1, step);
+}
+
+static bool is_power_of_two(uint32_t value) {
+    return value != 0 && (value & (value - 1)) == 0;
+}
+
+/* Chooses what to read and where to. A direct read covers whole sectors. If the cover can be placed so that the wanted
+ * bytes fall where they are wanted, nothing has to be moved; otherwise it goes to the region's first aligned address and
+ * the bytes are moved once all are there. */
+static void plan(const gp_fetch_config *config, gp_read *read) {
+    if (!config->direct) {
+        read->cover_offset = read->offset_bytes;
+        read->cover_bytes = read->bytes;
+        read->cover_into = read->into;
+        return;
+    }
+    const uint64_t head = read->offset_bytes % config->offset_align;
+    read->cover_offset = read->offset_bytes - head;
+    read->cover_bytes = round_up(head + read->bytes, config->offset_align);
+    char *in_place = read->into - head;
+    if ((uintptr_t) in_place % config->memory_align == 0) {
+        read->cover_into = in_place;
+    } else {
+        read->cover_into = (char *) round_up((uintptr_t) read->region, config->memory_align);
+    }
+}
+
+bool gp_fetch_fits(const gp_fetch_config *config, const gp_read *read) {
+    gp_read planned = { .offset_bytes = read->offset_bytes, .bytes = read->bytes, .into = read->into,
+                        .region = read->region };
+    plan(config, &planned);
+    return read->into >= read->region && read->into + read->bytes <= read->region + read->region_bytes
+        && planned.cover_into >= read->region
+        && planned.cover_into + planned.cover_bytes <= read->region + read->region_bytes;
+}
+
+static void finish(gp_read *read) {
+    const int error = atomic_load(&read->error);
+    if (error == 0) {
+        char *got = read->cover_into + (read->offset_bytes - read->cover_offset);
+        if (got != read->into) {
+            memmove(read->into, got, read->bytes);
+        }
+    }
+    read->done(read, error, atomic_load(&read->error_offset));
+}
+
+static uint64_t piece_end(const gp_fetch *fetch, const gp_read *read, uint64_t piece_at) {
+    const uint64_t left = read->cover_bytes - piece_at;
+    return piece_at + (left < fetch->config.piece_bytes ? left : fetch->config.piece_bytes);
+}
+
+/* Reads one piece, or what is left of it: `got` is what a first read of it returned, -EINTR if there was none. Only
+ * bytes of the wanted range must arrive: the cover of a file's last slice ends behind the file. */
+static int read_piece(const gp_fetch *fetch, const gp_read *read, uint64_t piece_at, int64_t got, uint64_t *error_offset) {
+    const uint64_t wanted_end = read->offset_bytes + read->bytes;
+    uint64_t at = read->cover_offset + piece_at;
+    uint64_t left = piece_end(fetch, read, piece_at) - piece_at;
+    char *const begin = read->cover_into + piece_at;
+    char *into = begin;
+    for (;; got = fetch->os->file_read(read->fd, into, left, at)) {
+        if (got == -EINTR) {
+            continue;
+        }
+        if (got <= 0) {
+            *error_offset = at;
+            return got < 0 ? (int) got : -ENODATA;
+        }
+        at += (uint64_t) got;
+        into += got;
+        left -= (uint64_t) got;
+        if (left == 0 || at >= wanted_end) {
+            return 0;
+        }
+        /* A direct read may stop anywhere; the next begins at the last place that is aligned in the file and in memory. */
+        const uint64_t back = fetch->config.direct ? (uint64_t) (into - begin) % fetch->step_bytes : 0;
+        at -= back;
+        into -= back;
+        left += back;
+        if ((uint64_t) got <= back) {
+            *error_offset = at;
+            return -ENODATA;
+        }
+    }
+}
+
+static void finish_piece(gp_fetch *fetch, const piece *done, int64_t got) {
+    gp_read *read = done->read;
+    uint64_t error_offset = 0;
+    const int error = read_piece(fetch, read, done->at, got, &error_offset);
+    if (error != 0) {
+        int none = 0;
+        if (atomic_compare_exchange_strong(&read->error, &none, error)) {
+            atomic_store(&read->error_offset, error_offset);
+        }
+    } else {
+        atomic_fetch_add_explicit(&fetch->arrived_bytes, piece_end(fetch, read, done->at) - done->at, memory_order_relaxed);
+    }
+    if (atomic_fetch_sub(&read->pieces_left, 1) == 1) {
+        finish(read);
+    }
+}
+
+/* With the lock held, and a read in the list. */
+static piece take_piece(gp_fetch *fetch) {
+    gp_read *read = fetch->first;
+    const piece taken = { .read = read, .at = read->next_piece };
+    read->next_piece = piece_end(fetch, read, taken.at);
+    if (read->next_piece == read->cover_bytes) {
+        fetch->first = read->next;
+        if (!fetch->first) {
+            fetch->last = NULL;
+        }
+    }
+    return taken;
+}
+
+/* ---- the pool of threads ----------------------------------------------------------------------------------------- */
+
+static void *reader(void *data) {
+    gp_fetch *fetch = data;
+    pthread_mutex_lock(&fetch->lock);
+    for (;;) {
+        while (!fetch->first && !fetch->closing) {
+            fetch->n_asleep++;
+            pthread_cond_wait(&fetch->work, &fetch->lock);
+            fetch->n_asleep--;
+        }
+        if (!fetch->first) {
+            break;
+        }
+        const piece taken = take_piece(fetch);
+        pthread_mutex_unlock(&fetch->lock);
+        finish_piece(fetch, &taken, -EINTR);
+        pthread_mutex_lock(&fetch->lock);
+    }
+    pthread_mutex_unlock(&fetch->lock);
+    return NULL;
+}
+
+/* As many as there is work for: waking all for one expert costs more than it brings. Called with the lock held. */
+static void wake_readers(gp_fetch *fetch, uint64_t n_pieces) {
+    const uint64_t n_wake = n_pieces < fetch->n_asleep ? n_pieces : fetch->n_asleep;
+    for (uint64_t i = 0; i < n_wake; i++) {
+        pthread_cond_signal(&fetch->work);
+    }
+}
+
+/* ---- the system's queue ------------------------------------------------------------------------------------------ */
+
+/* With the lock held. */
+static uint32_t take_requests(gp_fetch *fetch, gp_request *requests) {
+    uint32_t n = 0;
+    while (fetch->first && fetch->idle < fetch->config.n_readers && n < AT_ONCE) {
+        const uint32_t tag = fetch->idle;
+        piece *p = &fetch->in_flight[tag];
+        fetch->idle = p->next_idle;
+        *p = take_piece(fetch);
+        requests[n++] = (gp_request) {
+            .fd = p->read->fd, .into = p->read->cover_into + p->at, .bytes = piece_end(fetch, p->read, p->at) - p->at,
+            .offset_bytes = p->read->cover_offset + p->at, .tag = tag,
+        };
+    }
+    fetch->n_in_flight += n;
+    return n;
+}
+
+/* With the lock held. */
+static piece give_back(gp_fetch *fetch, uint64_t tag) {
+    const piece done = fetch->in_flight[tag];
+    fetch->in_flight[tag].next_idle = fetch->idle;
+    fetch->idle = (uint32_t) tag;
+    fetch->n_in_flight--;
+    return done;
+}
+
+/* Puts pieces in flight until there is no room or no piece. Called with the lock held, which it lets go meanwhile. If
+ * somebody is at it, he will see what there is: he looks again before he leaves. */
+static void fill(gp_fetch *fetch) {
+    if (fetch->is_filling) {
+        return;
+    }
+    fetch->is_filling = true;
+    gp_request requests[AT_ONCE];
+    uint32_t n;
+    while ((n = take_requests(fetch, requests)) > 0) {
+        pthread_mutex_unlock(&fetch->lock);
+        for (uint32_t at = 0; at < n;) {
+            const int begun = fetch->os->queues->submit(fetch->queue, requests + at, n - at);
+            if (begun > 0) {
+                at += (uint32_t) begun;
+                continue;
+            }
+            /* It does not want this one, now or ever: it is read here, and says what is wrong with it. */
+            pthread_mutex_lock(&fetch->lock);
+            const piece refused = give_back(fetch, requests[at++].tag);
+            pthread_mutex_unlock(&fetch->lock);
+            finish_piece(fetch, &refused, -EINTR);
+        }
+        pthread_mutex_lock(&fetch->lock);
+    }
+    fetch->is_filling = false;
+}
+
+static void *pump(void *data) {
+    gp_fetch *fetch = data;
+    gp_event events[AT_ONCE];
+    piece done[AT_ONCE];
+    fetch->os->queues->step_forward();
+    pthread_mutex_lock(&fetch->lock);
+    while (!fetch->closing || fetch->first || fetch->n_in_flight > 0) {
+        pthread_mutex_unlock(&fetch->lock);
+        const int n = fetch->os->queues->wait(fetch->queue, events, AT_ONCE);
+        pthread_mutex_lock(&fetch->lock);
+        for (int i = 0; i < n; i++) {
+            done[i] = give_back(fetch, events[i].tag);
+        }
+        fill(fetch);
+        pthread_mutex_unlock(&fetch->lock);
+        for (int i = 0; i < n; i++) {
+            finish_piece(fetch, &done[i], events[i].got);
+        }
+        pthread_mutex_lock(&fetch->lock);
+    }
+    pthread_mutex_unlock(&fetch->lock);
+    return NULL;
+}
+
+/* ---- what others call -------------------------------------------------------------------------------------------- */
+
+void gp_fetch_submit(gp_fetch *fetch, gp_read *first) {
+    uint64_t n_pieces = 0;
+    gp_read *last = NULL;
+    for (gp_read *read = first; read; read = read->next) {
+        plan(&fetch->config, read);
+        const uint64_t pieces = (read->cover_bytes + fetch->config.piece_bytes - 1) / fetch->config.piece_bytes;
+        read->next_piece = 0;
+        read->is_withdrawn = false;
+        atomic_store(&read->error, 0);
+        atomic_store(&read->error_offset, 0);
+        atomic_store(&read->pieces_left, (unsigned) pieces);
+        n_pieces += pieces;
+        last = read;
+    }
+    if (!last) {
+        return;
+    }
+    pthread_mutex_lock(&fetch->lock);
+    if (fetch->last) {
+        fetch->last->next = first;
+    } else {
+        fetch->first = first;
+    }
+    fetch->last = last;
+    if (fetch->queue) {
+        fill(fetch);
+    } else {
+        wake_readers(fetch, n_pieces);
+    }
+    pthread_mutex_unlock(&fetch->lock);
+}
+
+void gp_fetch_withdraw(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads) {
+    gp_read *withdrawn = NULL;
+    pthread_mutex_lock(&fetch->lock);
+    for (uint32_t i = 0; i < n_reads; i++) {
+        reads[i]->is_withdrawn = true;
+    }
+    fetch->last = NULL;
+    for (gp_read **at = &fetch->first; *at;) {
+        gp_read *read = *at;
+        if (read->is_withdrawn && read->next_piece == 0) {
+            *at = read->next;
+            read->next = withdrawn;
+            withdrawn = read;
+        } else {
+            fetch->last = read;
+            at = &read->next;
+        }
+    }
+    pthread_mutex_unlock(&fetch->lock);
+    while (withdrawn) {
+        gp_read *read = withdrawn;
+        withdrawn = read->next;     /* `done` may give the read away */
+        read->done(read, -ECANCELED, read->offset_bytes);
+    }
+}
+
+bool gp_fetch_is_in_background(const gp_fetch *fetch) {
+    return fetch->queue != NULL;
+}
+
+uint64_t gp_fetch_arrived_bytes(const gp_fetch *fetch) {
+    return atomic_load_explicit(&fetch->arrived_bytes, memory_order_relaxed);
+}
+
+/* Leaves things as they are where the system has no such queue, or refuses it. */
+static int open_queue(gp_fetch *fetch) {
+    const gp_fetch_config *config = &fetch->config;
+    if (!config->direct || !fetch->os->queues) {
+        return 0;
+    }
+    if (fetch->os->queues->open(&fetch->queue, config->n_readers, config->fd) != 0) {
+        return 0;
+    }
+    fetch->in_flight = calloc(config->n_readers, sizeof *fetch->in_flight);
+    if (!fetch->in_flight) {
+        return -ENOMEM;
+    }
+    for (uint32_t i = 0; i < config->n_readers; i++) {
+        fetch->in_flight[i].next_idle = i + 1;
+    }
+    return 0;
+}
+
+int gp_fetch_open(gp_fetch **out, const gp_os *os, const gp_fetch_config *config, bool *lacks_thread) {
+    *out = NULL;
+    *lacks_thread = false;
+    if (config->n_readers == 0 || config->piece_bytes == 0) {
+        return -EINVAL;
+    }
+    const uint64_t step_bytes = config->offset_align > config->memory_align ? config->offset_align : config->memory_align;
+    if (config->direct && (!is_power_of_two(config->offset_align) || !is_power_of_two(config->memory_align)
+                           || config->piece_bytes % step_bytes != 0)) {
+        return -EINVAL;
+    }
+    gp_fetch *fetch = calloc(1, sizeof *fetch + config->n_readers * sizeof(pthread_t));
+    if (!fetch) {
+        return -ENOMEM;
+    }
+    fetch->os = os;
+    fetch->config = *config;
+    fetch->step_bytes = step_bytes;
+    pthread_mutex_init(&fetch->lock, NULL);
+    pthread_cond_init(&fetch->work, NULL);
+    int error = open_queue(fetch);
+    const uint32_t n_wanted = fetch->queue ? 1 : config->n_readers;
+    while (error == 0 && fetch->n_threads < n_wanted) {
+        error = os->thread_start(&fetch->threads[fetch->n_threads], fetch->queue ? pump : reader, fetch);
+        fetch->n_threads += error == 0;
+        *lacks_thread = error != 0;
+    }
+    if (error != 0) {
+        gp_fetch_close(fetch);
+        return error;
+    }
+    *out = fetch;
+    return 0;
+}
+
+static void free_all(gp_fetch *fetch) {
+    if (fetch->queue) {
+        fetch->os->queues->close(fetch->queue);
+    }
+    free(fetch->in_flight);
+    free(fetch);
+}
+
+void gp_fetch_close(gp_fetch *fetch) {
+    if (!fetch) {
+        return;
+    }
+    pthread_mutex_lock(&fetch->lock);
+    fetch->closing = true;
+    pthread_cond_broadcast(&fetch->work);
+    pthread_mutex_unlock(&fetch->lock);
+    if (fetch->queue && fetch->n_threads > 0) {
+        fetch->os->queues->wake(fetch->queue);
+    }
+    for (uint32_t i = 0; i < fetch->n_threads; i++) {
+        pthread_join(fetch->threads[i], NULL);
+    }
+    pthread_cond_destroy(&fetch->work);
+    pthread_mutex_destroy(&fetch->lock);
+    free_all(fetch);
+}
+
+void gp_fetch_abandon(gp_fetch *fetch) {
+    if (fetch) {
+        free_all(fetch);
+    }
+}
