@@ -6,13 +6,10 @@
  *
  * Invariant: `owner` is 0 or the thread that holds `lock`; only that thread writes it, under the GIL, which all who read it
  * hold, too. In a child of a fork it is 0 or the thread that has forked: who else held the lock is not there to give it back. */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "module.h"
 
 #include <pythread.h>
 #include <unistd.h>
-
-#include "module.h"
 
 typedef struct {
     PyObject_HEAD
