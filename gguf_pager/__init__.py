@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from gguf_pager.errors import BudgetError, EngineError, LayoutError, PagerError, PagerIOError
 
 if TYPE_CHECKING:
-    from gguf_pager.layout import Layout, read_layout
     from gguf_pager.llama import Installation, Llama, install, uninstall
+    from gguf_pager.model.layout import Layout, read_layout
     from gguf_pager.pager import LayerStats, Options, Pager, Stats
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ __all__ = [
 
 _HOME = {
     "Llama": "llama", "Installation": "llama", "install": "llama", "uninstall": "llama",
-    "Layout": "layout", "read_layout": "layout",
+    "Layout": "model.layout", "read_layout": "model.layout",
     "LayerStats": "pager", "Options": "pager", "Pager": "pager", "Stats": "pager",
 }
 
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
 
     try:
         if _HOME[name] == "llama":
-            from gguf_pager import engine
+            from gguf_pager.model import engine
 
             engine.load()  # sets what libgomp reads once, and refuses an unknown version, before llama_cpp is imported
         return getattr(importlib.import_module(f"gguf_pager.{_HOME[name]}"), name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gguf_pager.errors import BudgetError
-from gguf_pager.layout import Layer, Layout
+from gguf_pager.model.layout import Layer, Layout
 
 WORK_BYTES = 24 << 20
 """What a decoding process needs besides weights, KV cache and the context's buffers: ggml's work buffer, stacks,

@@ -17,7 +17,7 @@ from gguf_pager import bandwidth, cache, kernel
 from gguf_pager.bandwidth import Findings, Io, Way
 from gguf_pager.errors import PagerError, printable
 from gguf_pager.files import ModelFiles
-from gguf_pager.layout import Layout
+from gguf_pager.model.layout import Layout
 from gguf_pager.pager import DEFAULT_PIECE_BYTES, DEFAULT_READERS, Options
 
 log = logging.getLogger("gguf_pager")

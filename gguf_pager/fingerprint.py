@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from gguf_pager import _native
 from gguf_pager.errors import PagerIOError
 from gguf_pager.files import FileIdentity, ModelFiles, OpenedFile, is_equal
-from gguf_pager.layout import Layout, Range
-from gguf_pager.mirror import SAMPLE_BYTES, samples, spread
+from gguf_pager.model.layout import Layout, Range
+from gguf_pager.model.mirror import SAMPLE_BYTES, samples, spread
 from gguf_pager.pager import Pager
 from gguf_pager.residency import Copy, Job
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from gguf_pager import _native, engine
+from gguf_pager import _native
+from gguf_pager.model import engine
 
 _ERROR = 4
 """GGML_LOG_LEVEL_ERROR of ggml.h."""

@@ -15,7 +15,7 @@ from typing import Literal
 from gguf_pager import _native, budget, profile
 from gguf_pager.errors import BudgetError, EngineError, PagerError, PagerIOError
 from gguf_pager.files import ModelFiles
-from gguf_pager.layout import Layout
+from gguf_pager.model.layout import Layout
 
 log = logging.getLogger("gguf_pager")
 
@@ -52,8 +52,8 @@ class Options:
         mirror: further copies of the model, byte for byte, on other disks; of a split model the first files, the others
             beside them. All copies are read at the same time, each with `n_readers` reads in flight, a fast disk more than
             a slow one; each directly where its file system can. Opening compares headers, sizes and samples of the data
-            (`gguf_pager.mirror`), not every byte. A mirror that cannot be read, or changes, makes decoding fail as the
-            model itself does.
+            (`gguf_pager.model.mirror`), not every byte. A mirror that cannot be read, or changes, makes decoding fail as
+            the model itself does.
         overcommit: take the budget's word even where the machine, or its cgroup, seems to have less. Without it such a budget
             is refused when a model is opened; with it the kernel may end the process.
         profile: keep, from one process to the next, how often each expert of this model was chosen (in the cache folder,

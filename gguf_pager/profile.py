@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from gguf_pager import _native, cache
 from gguf_pager.errors import EngineError
-from gguf_pager.layout import Layout
+from gguf_pager.model.layout import Layout
 
 FORMAT = 1
 N_KEPT = 64

@@ -20,7 +20,7 @@ from pathlib import Path
 from gguf_pager import _native, kernel
 from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.files import ModelFiles, OpenedFile, read_error
-from gguf_pager.layout import Layout, Range
+from gguf_pager.model.layout import Layout, Range
 
 Job = Callable[[], None]
 

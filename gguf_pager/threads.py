@@ -7,7 +7,7 @@ import functools
 import logging
 from dataclasses import dataclass
 
-from gguf_pager import engine
+from gguf_pager.model import engine
 
 log = logging.getLogger("gguf_pager")
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from gguf_pager import budget
 from gguf_pager.budget import ClassNeed, format_bytes
-from gguf_pager.layout import Layout
+from gguf_pager.model.layout import Layout
 from gguf_pager.probe import Memory
 
 PROCESS_BYTES = 48 << 20

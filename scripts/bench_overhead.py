@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gguf_pager.bench import worker
 from gguf_pager.bench.cases import Shape
-from gguf_pager.layout import read_layout
+from gguf_pager.model.layout import read_layout
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from llama_cpp._logger import set_verbose
 from numpy.typing import NDArray
 from quant_blocks import nbytes
 
-from gguf_pager import engine
+from gguf_pager.model import engine
 
 Floats = NDArray[np.float32]
 

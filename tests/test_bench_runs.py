@@ -31,7 +31,7 @@ from gguf_pager.cap import Cap, memory_cap
 from gguf_pager.cli import bench as command
 from gguf_pager.cli import main
 from gguf_pager.errors import PagerError
-from gguf_pager.layout import read_layout
+from gguf_pager.model.layout import read_layout
 
 COMMAND = [sys.executable, "-m", "gguf_pager", "bench"]
 QUICK = ("-t", "1", "-r", "1", "--idle", "0")

@@ -29,7 +29,7 @@ from gguf_pager.budget import (
     stride_bytes,
     useful_arena_bytes,
 )
-from gguf_pager.layout import Layer, Layout, Slice
+from gguf_pager.model.layout import Layer, Layout, Slice
 
 Model = Callable[..., Path]
 

@@ -22,7 +22,7 @@ from gguf_pager.bandwidth import Findings, Way
 from gguf_pager.bench import disk
 from gguf_pager.cli import main
 from gguf_pager.errors import PagerError, PagerIOError
-from gguf_pager.layout import Layout, Range, read_layout
+from gguf_pager.model.layout import Layout, Range, read_layout
 from gguf_pager.pager import Options, Pager
 
 KIB, MIB = 1 << 10, 1 << 20

@@ -16,7 +16,7 @@ import pytest
 
 from gguf_pager.bench import disk
 from gguf_pager.bench.memory import huge_buffer, touch
-from gguf_pager.layout import read_layout
+from gguf_pager.model.layout import read_layout
 from gguf_pager.pager import Options, Pager
 
 MIB = 1 << 20

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from gguf_pager import EngineError, LayoutError, _native, engine
+from gguf_pager import EngineError, LayoutError, _native
+from gguf_pager.model import engine
 
 Model = Callable[..., Path]
 
@@ -42,7 +43,7 @@ def test_libraries_are_those_that_llama_cpp_has_loaded() -> None:
 
 
 def test_loading_the_engine_does_not_import_llama_cpp() -> None:
-    done = run("import sys; from gguf_pager import engine; engine.load(); engine.ggml_numbers();"
+    done = run("import sys; from gguf_pager.model import engine; engine.load(); engine.ggml_numbers();"
                "print('llama_cpp' in sys.modules)")
     assert done.stdout == "False\n" and done.stderr == ""
 
@@ -53,7 +54,7 @@ def test_folder_can_be_chosen_as_llama_cpp_lets_one(monkeypatch: pytest.MonkeyPa
 
 
 def test_missing_library_is_said_in_one_line() -> None:
-    done = run("import gguf_pager.engine as e\ntry: e.load()\nexcept e.EngineError as error: print(error)",
+    done = run("import gguf_pager.model.engine as e\ntry: e.load()\nexcept e.EngineError as error: print(error)",
                LLAMA_CPP_LIB_PATH="/nowhere")
     assert done.stdout.startswith("The ggml library of llama-cpp-python 0.3.")
     assert "cannot be loaded: /nowhere/libggml-base" in done.stdout and done.stdout.count("\n") == 1
@@ -76,13 +77,13 @@ def test_library_that_lacks_a_function_is_refused(monkeypatch: pytest.MonkeyPatc
     ({}, engine.SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
 ), ids=str)
 def test_spinning_is_bounded_unless_the_user_has_said_otherwise(environment: dict[str, str], expected: str) -> None:
-    done = run("import os; from gguf_pager import engine; engine.load(); print(os.environ.get('GOMP_SPINCOUNT'))",
+    done = run("import os; from gguf_pager.model import engine; engine.load(); print(os.environ.get('GOMP_SPINCOUNT'))",
                **environment)
     assert done.stdout == f"{expected}\n"
 
 
 def test_spinning_is_left_alone_once_llama_cpp_is_there() -> None:
-    done = run("import os, llama_cpp; from gguf_pager import engine; engine.load();"
+    done = run("import os, llama_cpp; from gguf_pager.model import engine; engine.load();"
                "print(os.environ.get('GOMP_SPINCOUNT'))")
     assert done.stdout == "None\n"
 

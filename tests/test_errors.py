@@ -34,7 +34,8 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from test_install import decode, decode_status, low_level
 
 import gguf_pager
-from gguf_pager import BudgetError, EngineError, LayoutError, PagerError, PagerIOError, _native, engine
+from gguf_pager import BudgetError, EngineError, LayoutError, PagerError, PagerIOError, _native
+from gguf_pager.model import engine
 
 Model = Callable[..., Path]
 

@@ -23,7 +23,7 @@ from test_residency import state_of
 
 import gguf_pager
 from gguf_pager import LayoutError, PagerIOError, _native, doctor
-from gguf_pager.layout import read_layout
+from gguf_pager.model.layout import read_layout
 
 Model = Callable[..., Path]
 

@@ -19,10 +19,11 @@ from test_errors import damaged, overwrite, touch
 from test_install import decode, decode_status, low_level
 
 import gguf_pager
-from gguf_pager import PagerIOError, engine, hooks
+from gguf_pager import PagerIOError, hooks
 from gguf_pager.files import ModelFiles
 from gguf_pager.fingerprint import Fingerprint
-from gguf_pager.layout import open_layout
+from gguf_pager.model import engine
+from gguf_pager.model.layout import open_layout
 
 Model = Callable[..., Path]
 

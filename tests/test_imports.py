@@ -5,38 +5,50 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "gguf_pager"
 
-# A module imports from those above it only.
+# A module imports from those above it only. A room does not loosen that: its files stand here one by one.
 ORDER = (
-    "errors", "deferral", "files", "_native", "kernel", "cache", "engine", "llama_log", "metadata", "layout", "mirror", "budget", "allocator",
+    "errors", "deferral", "files", "_native", "kernel", "cache",
+    "model.engine", "llama_log", "model.metadata", "model.layout", "model.mirror",
+    "budget", "allocator",
     "cgroup", "probe", "aftermath", "cap", "profile", "pager", "bandwidth", "device", "verdict", "residency", "fingerprint", "sizing",
     "loading", "threads", "pace", "contention", "turns", "wrapping", "guard", "arguments", "contexts", "hooks", "llama",
     "doctor", "energy", "bench", "report", "cli", "__main__",
 )
 
-FOLDERS = ("energy", "bench", "report", "cli")  # rooms of several files, which may import each other
+ROOMS = {name.split(".")[0] for name in ORDER if "." in name}  # their files are modules of their own
+FOLDERS = ("energy", "bench", "report", "cli")  # files of one topic, which may import each other
 
 ANY_NAME = ("__version__",)  # of the package itself, which is complete before any module is
 
 OPEN_MODELS = {"bench", "cli"}
 USERS_OF_LLAMA_CPP = {"contexts", "arguments", "guard", "hooks", "llama", "loading"}
-USERS_OF_NATIVE = {"profile", "engine", "pager", "residency", "loading", "turns", "contexts", "hooks", "doctor",
+USERS_OF_NATIVE = {"profile", "model.engine", "pager", "residency", "loading", "turns", "contexts", "hooks", "doctor",
                    "llama_log", "fingerprint"}
 
 
-def room(path: Path) -> str:
-    """Return the module, or the folder of modules, that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def dotted(parts: Sequence[str]) -> str:
+    """Return the name in ORDER of what lies at a path in the package: a module, in a room or in none, or a folder."""
+    return ".".join(parts[: 2 if parts[0] in ROOMS else 1])
+
+
+def module_of(path: Path) -> str:
+    return dotted(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def faces() -> list[Path]:
+    """Return the files that only say what a room is for."""
+    return [PACKAGE / name / "__init__.py" for name in sorted(ROOMS)]
 
 
 def files() -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path not in (PACKAGE / "__init__.py", *faces())]
 
 
 def imports(path: Path, *, whole: bool = True) -> Iterator[str]:
@@ -57,17 +69,24 @@ def package_imports(path: Path) -> set[str]:
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "gguf_pager" and len(parts) > 1 and parts[1] not in ANY_NAME:
-            found.add(parts[1])
+            found.add(dotted(parts[1:]))
     return found
 
 
 def test_table_holds_every_module() -> None:
-    assert {room(path) for path in files()} | {"_native"} == set(ORDER), "a new module has its place in ORDER"
+    assert {module_of(path) for path in files()} | {"_native"} == set(ORDER), "a new module has its place in ORDER"
+
+
+@pytest.mark.parametrize("path", faces(), ids=lambda path: path.parent.name)
+def test_room_says_what_it_is_for_and_nothing_else(path: Path) -> None:
+    """What it imported would come before the module that is asked for, outside of the order."""
+    tree = ast.parse(path.read_text())
+    assert len(tree.body) == 1 and ast.get_docstring(tree)
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_modules_import_from_above_only(path: Path) -> None:
-    own = room(path)
+    own = module_of(path)
     for name in package_imports(path):
         if own in FOLDERS and name == own or own in OPEN_MODELS and name == "Llama":  # as users do
             continue
@@ -77,15 +96,15 @@ def test_modules_import_from_above_only(path: Path) -> None:
 
 def test_only_the_hooks_and_the_face_import_llama_cpp() -> None:
     """Those that open models may, in the functions that need it, so that `--help` does not load it."""
-    users = {room(path) for path in files() if any(name.split(".")[0] == "llama_cpp" for name in imports(path))}
+    users = {module_of(path) for path in files() if any(name.split(".")[0] == "llama_cpp" for name in imports(path))}
     assert users - OPEN_MODELS == USERS_OF_LLAMA_CPP
     for path in files():
-        if room(path) not in USERS_OF_LLAMA_CPP:
+        if module_of(path) not in USERS_OF_LLAMA_CPP:
             assert not any(name.split(".")[0] == "llama_cpp" for name in imports(path, whole=False)), path
 
 
 def test_only_few_modules_use_the_core() -> None:
-    assert {room(path) for path in files() if "_native" in package_imports(path)} == USERS_OF_NATIVE
+    assert {module_of(path) for path in files() if "_native" in package_imports(path)} == USERS_OF_NATIVE
 
 
 def python(program: str) -> str:

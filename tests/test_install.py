@@ -20,7 +20,7 @@ from llama_cpp import llama_cpp as low
 
 import gguf_pager
 from gguf_pager import PagerError, PagerIOError, _native
-from gguf_pager.engine import I32
+from gguf_pager.model.engine import I32
 
 Model = Callable[..., Path]
 
@@ -248,7 +248,7 @@ class Watcher:
     """An eval callback that wants every matrix multiplication of experts, and notes what it is shown."""
 
     def __init__(self, wants: Callable[[dict[str, Any]], bool]) -> None:
-        from gguf_pager import engine
+        from gguf_pager.model import engine
 
         self.op_name = engine.load().base.ggml_op_name
         self.weights: list[tuple[str, tuple[int, ...]]] = []

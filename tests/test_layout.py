@@ -11,8 +11,8 @@ import make_zoo
 import pytest
 
 from gguf_pager import LayoutError, read_layout
-from gguf_pager.layout import Layout
-from gguf_pager.metadata import split_paths
+from gguf_pager.model.layout import Layout
+from gguf_pager.model.metadata import split_paths
 
 Model = Callable[..., Path]
 

@@ -105,7 +105,8 @@ def test_what_fails_while_the_pager_opens_is_named(
 ONE_DESCRIPTOR_LEFT = """
 import os, resource, sys
 from pathlib import Path
-from gguf_pager import PagerError, engine
+from gguf_pager import PagerError
+from gguf_pager.model import engine
 engine.load()
 spare = os.open(sys.argv[1], os.O_RDONLY)  # the number of the only descriptor that is left below
 os.close(spare)

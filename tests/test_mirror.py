@@ -22,9 +22,10 @@ from llama_cpp import llama_cpp as low
 from test_install import decode
 
 import gguf_pager
-from gguf_pager import LayoutError, Options, PagerError, PagerIOError, _native, mirror, read_layout
+from gguf_pager import LayoutError, Options, PagerError, PagerIOError, _native, read_layout
 from gguf_pager.files import ModelFiles
-from gguf_pager.layout import Layout, open_layout
+from gguf_pager.model import mirror
+from gguf_pager.model.layout import Layout, open_layout
 
 Model = Callable[..., Path]
 

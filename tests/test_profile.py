@@ -22,7 +22,7 @@ from test_install import decode, low_level
 
 import gguf_pager
 from gguf_pager import cache, profile
-from gguf_pager.layout import Layout, read_layout
+from gguf_pager.model.layout import Layout, read_layout
 
 Factory = Callable[..., Any]
 Model = Callable[..., Path]

@@ -21,7 +21,7 @@ from llama_cpp import llama_cpp as low
 
 from gguf_pager import BudgetError, _native, hooks, loading, residency
 from gguf_pager.files import ModelFiles, OpenedFile
-from gguf_pager.layout import Layout, Range, open_layout, read_layout
+from gguf_pager.model.layout import Layout, Range, open_layout, read_layout
 
 Model = Callable[..., Path]
 

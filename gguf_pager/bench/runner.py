@@ -23,7 +23,7 @@ from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.worker import PhaseResult, Task
 from gguf_pager.budget import full_arena_bytes, least_arena_bytes, parse_budget
 from gguf_pager.cap import Cap, memory_cap
-from gguf_pager.layout import Layout
+from gguf_pager.model.layout import Layout
 from gguf_pager.pager import Options, Pager
 from gguf_pager.verdict import process_bytes
 

@@ -38,7 +38,7 @@ from gguf_pager.energy import meter
 from gguf_pager.energy.model import override
 from gguf_pager.energy.source import Absent
 from gguf_pager.errors import PagerError
-from gguf_pager.layout import Layout, read_layout
+from gguf_pager.model.layout import Layout, read_layout
 from gguf_pager.pager import Options, Pager
 from gguf_pager.report import page
 from gguf_pager.report.bench import PRINTERS, mode_name, test_name

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf_pager import engine, metadata
-from gguf_pager.engine import GgufHeader, TensorInfo
 from gguf_pager.errors import LayoutError, printable
 from gguf_pager.files import ModelFiles
-from gguf_pager.metadata import Counts, Override, Said
+from gguf_pager.model import engine, metadata
+from gguf_pager.model.engine import GgufHeader, TensorInfo
+from gguf_pager.model.metadata import Counts, Override, Said
 
 MAX_SLICES = 4
 """GP_MAX_SLICES in native/gguf_pager.h."""

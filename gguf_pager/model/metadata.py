@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gguf_pager.engine import GgufHeader, TensorInfo
 from gguf_pager.errors import LayoutError
+from gguf_pager.model.engine import GgufHeader, TensorInfo
 
 MOST_BLOCKS, MOST_EXPERTS = 512, 1024
 """LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS of llama-hparams.h: more end the process."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from gguf_pager.errors import LayoutError, printable
 from gguf_pager.files import ModelFiles, OpenedFile
-from gguf_pager.layout import Layout
-from gguf_pager.metadata import split_paths
+from gguf_pager.model.layout import Layout
+from gguf_pager.model.metadata import split_paths
 
 log = logging.getLogger("gguf_pager")
 
