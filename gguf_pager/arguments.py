@@ -9,9 +9,9 @@ from typing import Any
 
 import llama_cpp
 
-from gguf_pager.budget import parse_budget
+from gguf_pager.memory.budget import parse_budget
+from gguf_pager.memory.sizing import Request
 from gguf_pager.pager import Options
-from gguf_pager.sizing import Request
 
 OPTION_NAMES = tuple(Options.__dataclass_fields__)
 

@@ -15,9 +15,9 @@ from typing import Literal, Self
 
 from gguf_pager.errors import PagerError
 from gguf_pager.files import ModelFiles
+from gguf_pager.memory.probe import page_cache_bytes
 from gguf_pager.model.layout import Layer, Layout, Range
 from gguf_pager.pager import DEFAULT_PIECE_BYTES, DEFAULT_READERS, Options, Pager
-from gguf_pager.probe import page_cache_bytes
 
 Io = Literal["direct", "buffered"]
 

@@ -16,11 +16,11 @@ from gguf_pager import _native
 from gguf_pager.contention import Adaptation
 from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.fingerprint import Watch
+from gguf_pager.memory.residency import Residency
+from gguf_pager.memory.sizing import Batches, Request
 from gguf_pager.model import engine
 from gguf_pager.model.layout import Layout
 from gguf_pager.pager import Pager
-from gguf_pager.residency import Residency
-from gguf_pager.sizing import Batches, Request
 from gguf_pager.threads import Threads
 
 

@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 import psutil
 
-from gguf_pager import __version__, _native, bandwidth, budget, cache, device, kernel, probe, residency
-from gguf_pager.budget import format_bytes
-from gguf_pager.cap import memory_cap
+from gguf_pager import __version__, _native, bandwidth, cache, device, kernel
 from gguf_pager.errors import EngineError, PagerError
 from gguf_pager.files import ModelFiles, check_can_be_mapped
+from gguf_pager.memory import budget, probe, residency
+from gguf_pager.memory.budget import format_bytes
+from gguf_pager.memory.cap import memory_cap
 from gguf_pager.model import engine
 from gguf_pager.model.layout import Layout, open_layout
 from gguf_pager.pager import Options, Pager

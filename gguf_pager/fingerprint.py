@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from gguf_pager import _native
 from gguf_pager.errors import PagerIOError
 from gguf_pager.files import FileIdentity, ModelFiles, OpenedFile, is_equal
+from gguf_pager.memory.residency import Copy, Job
 from gguf_pager.model.layout import Layout, Range
 from gguf_pager.model.mirror import SAMPLE_BYTES, samples, spread
 from gguf_pager.pager import Pager
-from gguf_pager.residency import Copy, Job
 
 Failure = tuple[int, int, int]
 """errno, index of the file among those of all copies, offset."""

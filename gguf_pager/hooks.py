@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import llama_cpp
 from llama_cpp import llama_cpp as low
 
-from gguf_pager import _native, budget, guard, probe, residency
+from gguf_pager import _native, guard
 from gguf_pager.arguments import take_request
 from gguf_pager.contention import Adaptation, depends_on_threads
 from gguf_pager.contexts import (
@@ -40,9 +40,10 @@ from gguf_pager.contexts import (
 from gguf_pager.deferral import Deferral
 from gguf_pager.errors import EngineError
 from gguf_pager.loading import Loader
+from gguf_pager.memory import budget, probe, residency
+from gguf_pager.memory.residency import are_in_place
+from gguf_pager.memory.sizing import Request, check_cache, open_or_shrink, suitable_ubatch
 from gguf_pager.model import engine
-from gguf_pager.residency import are_in_place
-from gguf_pager.sizing import Request, check_cache, open_or_shrink, suitable_ubatch
 from gguf_pager.threads import Threads
 from gguf_pager.turns import take_all
 from gguf_pager.wrapping import Wrapping

@@ -11,11 +11,11 @@ import llama_cpp
 
 from gguf_pager import guard
 from gguf_pager.arguments import OPTION_NAMES, take_request
-from gguf_pager.budget import parse_budget
 from gguf_pager.errors import EngineError, LayoutError, PagerError
 from gguf_pager.hooks import hooks
+from gguf_pager.memory.budget import parse_budget
+from gguf_pager.memory.sizing import Request
 from gguf_pager.pager import Options, Pager
-from gguf_pager.sizing import Request
 
 _NEED_THE_MODEL = (
     "tokenize", "detokenize", "n_ctx", "n_embd", "n_vocab", "token_eos", "token_bos", "token_nl", "set_seed", "pooling_type",

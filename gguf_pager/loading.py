@@ -15,19 +15,20 @@ from typing import Any
 
 from llama_cpp import llama_cpp as low
 
-from gguf_pager import _native, budget, device, probe, residency
+from gguf_pager import _native, device
 from gguf_pager.deferral import Deferral
 from gguf_pager.errors import LayoutError, PagerIOError, printable
 from gguf_pager.files import ModelFiles, check_can_be_mapped
 from gguf_pager.fingerprint import Fingerprint, Watch
 from gguf_pager.llama_log import llama_log, reason_of
+from gguf_pager.memory import budget, probe, residency
+from gguf_pager.memory.residency import Mapping, Residency, find_mappings, sort_mappings, without
+from gguf_pager.memory.sizing import Request, check_room, may_be_enough
 from gguf_pager.model import engine
 from gguf_pager.model.layout import Layout, explain_refusal, open_layout
 from gguf_pager.model.metadata import Override
 from gguf_pager.model.mirror import find_mirrors
 from gguf_pager.pager import Pager
-from gguf_pager.residency import Mapping, Residency, find_mappings, sort_mappings, without
-from gguf_pager.sizing import Request, check_room, may_be_enough
 
 _MOST_TRIES = 5
 """A file that is replaced by another leaves its own times changed; more often than this nobody replaces it for good."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gguf_pager import _native, budget, profile
+from gguf_pager import _native, profile
 from gguf_pager.errors import BudgetError, EngineError, PagerError, PagerIOError
 from gguf_pager.files import ModelFiles
+from gguf_pager.memory import budget
 from gguf_pager.model.layout import Layout
 
 log = logging.getLogger("gguf_pager")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from gguf_pager import budget
-from gguf_pager.budget import ClassNeed, format_bytes
+from gguf_pager.memory import budget
+from gguf_pager.memory.budget import ClassNeed, format_bytes
+from gguf_pager.memory.probe import Memory
 from gguf_pager.model.layout import Layout
-from gguf_pager.probe import Memory
 
 PROCESS_BYTES = 48 << 20
 """Python with llama_cpp imported and nothing loaded: 46.7 MB resident (Python 3.11, llama-cpp-python 0.3.36, Linux)."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import make_trace_model
 import pytest
 
-from gguf_pager import allocator
+from gguf_pager.memory import allocator
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="preloads Linux's libraries")
 
@@ -88,7 +88,7 @@ void *memalign(size_t align, size_t n) { return take(align, n); }
 size_t malloc_usable_size(void *p) { return p ? head_of(p)->wanted : 0; }
 """
 
-FIND = "from gguf_pager import allocator; found = allocator.find_allocator(); print(found.name if found else None)"
+FIND = "from gguf_pager.memory import allocator; found = allocator.find_allocator(); print(found.name if found else None)"
 
 OPEN = """
 import json, sys

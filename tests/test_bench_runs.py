@@ -21,16 +21,16 @@ import pytest
 import zoo_metadata
 from click.testing import CliRunner
 
-from gguf_pager import probe
 from gguf_pager.bench import runner as running
 from gguf_pager.bench.cases import Case, Shape
 from gguf_pager.bench.disk import Device
 from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.runner import Runner, Settings
-from gguf_pager.cap import Cap, memory_cap
 from gguf_pager.cli import bench as command
 from gguf_pager.cli import main
 from gguf_pager.errors import PagerError
+from gguf_pager.memory import probe
+from gguf_pager.memory.cap import Cap, memory_cap
 from gguf_pager.model.layout import read_layout
 
 COMMAND = [sys.executable, "-m", "gguf_pager", "bench"]

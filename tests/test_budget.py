@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gguf_pager import BudgetError, read_layout
-from gguf_pager.budget import (
+from gguf_pager.memory.budget import (
     AUTO_RESERVE_BYTES,
     Budget,
     ClassNeed,

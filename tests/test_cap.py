@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gguf_pager import cap
+from gguf_pager.memory import cap
 
 MIB = 1 << 20
 
@@ -69,7 +69,7 @@ def test_no_cap_runs_commands_as_they_are() -> None:
 
 TELL = """
 import json, sys
-from gguf_pager import cap
+from gguf_pager.memory import cap
 with cap.memory_cap(int(sys.argv[1])) as limit:
     print(json.dumps([limit.method, limit.limit_bytes, limit.reason, str(limit.folder)]), flush=True)
     sys.stdin.readline()

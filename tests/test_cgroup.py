@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from gguf_pager import cgroup
-from gguf_pager.cap import Cap, memory_cap
-from gguf_pager.cgroup import Group, OwnPages
+from gguf_pager.memory import cgroup
+from gguf_pager.memory.cap import Cap, memory_cap
+from gguf_pager.memory.cgroup import Group, OwnPages
 
 MIB = 1 << 20
 NOTHING = OwnPages()
@@ -207,7 +207,7 @@ LIMIT_BYTES, FILE_BYTES = 400 * MIB, 150 * MIB
 
 LOOK = """
 import json, sys
-from gguf_pager import probe
+from gguf_pager.memory import probe
 if sys.argv[1] == "read":
     for _ in range(2):  # twice: the second time makes pages active
         with open(sys.argv[2], "rb") as file:

@@ -25,9 +25,10 @@ from click.testing import CliRunner
 from zoo_metadata import Arch
 
 import gguf_pager
-from gguf_pager import doctor, probe
+from gguf_pager import doctor
 from gguf_pager.cli import main
 from gguf_pager.errors import EngineError
+from gguf_pager.memory import probe
 from gguf_pager.model import engine
 from gguf_pager.pager import Options, Pager
 from gguf_pager.report.generation import Progress, run_hint

@@ -22,9 +22,10 @@ from llama_cpp import llama_cpp as low
 from test_install import decode
 
 import gguf_pager
-from gguf_pager import LayoutError, PagerIOError, _native, hooks, llama_log, loading, residency
+from gguf_pager import LayoutError, PagerIOError, _native, hooks, llama_log, loading
 from gguf_pager.files import OpenedFile
 from gguf_pager.fingerprint import Fingerprint
+from gguf_pager.memory import residency
 from gguf_pager.model import engine
 
 Model = Callable[..., Path]

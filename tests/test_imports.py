@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "gguf_pager"
 ORDER = (
     "errors", "deferral", "files", "_native", "kernel", "cache",
     "model.engine", "llama_log", "model.metadata", "model.layout", "model.mirror",
-    "budget", "allocator",
-    "cgroup", "probe", "aftermath", "cap", "profile", "pager", "bandwidth", "device", "verdict", "residency", "fingerprint", "sizing",
+    "memory.budget", "memory.allocator", "memory.cgroup", "memory.probe", "aftermath", "memory.cap",
+    "profile", "pager", "bandwidth", "device", "verdict", "memory.residency", "fingerprint", "memory.sizing",
     "loading", "threads", "pace", "contention", "turns", "wrapping", "guard", "arguments", "contexts", "hooks", "llama",
     "doctor", "energy", "bench", "report", "cli", "__main__",
 )
@@ -29,8 +29,8 @@ ANY_NAME = ("__version__",)  # of the package itself, which is complete before a
 
 OPEN_MODELS = {"bench", "cli"}
 USERS_OF_LLAMA_CPP = {"contexts", "arguments", "guard", "hooks", "llama", "loading"}
-USERS_OF_NATIVE = {"profile", "model.engine", "pager", "residency", "loading", "turns", "contexts", "hooks", "doctor",
-                   "llama_log", "fingerprint"}
+USERS_OF_NATIVE = {"profile", "model.engine", "pager", "memory.residency", "loading", "turns", "contexts", "hooks",
+                   "doctor", "llama_log", "fingerprint"}
 
 
 def dotted(parts: Sequence[str]) -> str:

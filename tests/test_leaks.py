@@ -13,7 +13,8 @@ from conftest import ARGUMENTS, footprint_of, settled_footprint_of, some_tokens
 from test_install import decode, low_level
 
 import gguf_pager
-from gguf_pager import BudgetError, PagerIOError, probe
+from gguf_pager import BudgetError, PagerIOError
+from gguf_pager.memory import probe
 
 Model = Callable[..., Path]
 

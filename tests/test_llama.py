@@ -28,7 +28,8 @@ from conftest import ARGUMENTS, Factory, Footprint, Logits, drop_identity, evalu
 from llama_cpp import llama_cpp as low
 
 import gguf_pager
-from gguf_pager import EngineError, budget, probe
+from gguf_pager import EngineError
+from gguf_pager.memory import budget, probe
 
 Model = Callable[..., Path]
 

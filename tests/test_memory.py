@@ -11,7 +11,7 @@ import make_trace_model
 import pytest
 
 from gguf_pager.bench.disk import drop_from_page_cache
-from gguf_pager.cap import Cap, memory_cap
+from gguf_pager.memory.cap import Cap, memory_cap
 
 BUDGET_BYTES = 300_000_000
 TOLERANCE = 1.03

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gguf_pager import cgroup, probe
+from gguf_pager.memory import cgroup, probe
 
 MIB = 1 << 20
 
@@ -38,7 +38,7 @@ def test_machine_is_what_the_groups_leave_of_it(monkeypatch: pytest.MonkeyPatch)
 
 
 ALLOCATE = """
-from gguf_pager import cgroup, probe
+from gguf_pager.memory import cgroup, probe
 seen = [probe.process_memory()]
 block = bytearray(64 << 20)
 block[::4096] = b"x" * len(block[::4096])
@@ -65,7 +65,7 @@ def test_process_memory_follows_what_is_allocated_and_touched() -> None:
 
 REUSE = """
 import ctypes
-from gguf_pager import cgroup, probe
+from gguf_pager.memory import cgroup, probe
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: from the heap
@@ -95,7 +95,7 @@ def test_memory_given_out_again_counts_although_no_address_is_new() -> None:
 
 LOCK = """
 import resource, sys
-from gguf_pager import cgroup, probe
+from gguf_pager.memory import cgroup, probe
 soft = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]))
 print(probe.lock_limit_bytes())

@@ -19,8 +19,9 @@ import pytest
 from conftest import Factory, evaluate, footprint_of, some_tokens
 from llama_cpp import llama_cpp as low
 
-from gguf_pager import BudgetError, _native, hooks, loading, residency
+from gguf_pager import BudgetError, _native, hooks, loading
 from gguf_pager.files import ModelFiles, OpenedFile
+from gguf_pager.memory import residency
 from gguf_pager.model.layout import Layout, Range, open_layout, read_layout
 
 Model = Callable[..., Path]

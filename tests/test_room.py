@@ -18,8 +18,8 @@ from conftest import stated_minimum
 
 from gguf_pager import read_layout
 from gguf_pager.bench.disk import drop_from_page_cache
-from gguf_pager.budget import least_cache_bytes
-from gguf_pager.cap import memory_cap
+from gguf_pager.memory.budget import least_cache_bytes
+from gguf_pager.memory.cap import memory_cap
 
 MIB = 1 << 20
 

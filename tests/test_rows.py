@@ -28,7 +28,8 @@ from llama_cpp import llama_cpp as low
 from test_install import decode, low_level
 
 import gguf_pager
-from gguf_pager import budget, read_layout
+from gguf_pager import read_layout
+from gguf_pager.memory import budget
 
 Model = Callable[..., Path]
 

@@ -16,7 +16,7 @@ import pytest
 
 from gguf_pager import read_layout
 from gguf_pager.errors import EngineError
-from gguf_pager.sizing import NEED_MULTIPLES, Batches, suitable_ubatch
+from gguf_pager.memory.sizing import NEED_MULTIPLES, Batches, suitable_ubatch
 
 Model = Callable[..., Path]
 

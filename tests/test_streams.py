@@ -102,7 +102,8 @@ for name in (b"caf\\xe9", b"a\\rVmRSS: x\\xc2\\x85 1 2 3 4 5 6 7", "separator \\
 
 LIBRARY = NAMED + """
 import gguf_pager
-from gguf_pager import cap, device, probe
+from gguf_pager import device
+from gguf_pager.memory import cap, probe
 from pathlib import Path
 with gguf_pager.Llama(sys.argv[2], budget="min", n_ctx=64, n_batch=16, n_threads=1, verbose=False)._stack:
     pass

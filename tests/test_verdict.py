@@ -10,10 +10,11 @@ import make_trace_model
 import pytest
 from click.testing import CliRunner
 
-from gguf_pager import device, probe, read_layout, verdict
+from gguf_pager import device, read_layout, verdict
 from gguf_pager.cli import main
+from gguf_pager.memory import probe
+from gguf_pager.memory.probe import Memory
 from gguf_pager.pager import Options, Pager
-from gguf_pager.probe import Memory
 from gguf_pager.verdict import judge, share_missed
 
 MIB, GIB = 1 << 20, 1 << 30

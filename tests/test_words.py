@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gguf_pager import BudgetError, Options, PagerError
-from gguf_pager.budget import parse_budget
+from gguf_pager.memory.budget import parse_budget
 from gguf_pager.report.words import OPTIONS, as_options
 
 PACKAGE = Path(__file__).parent.parent / "gguf_pager"

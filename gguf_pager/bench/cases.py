@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from gguf_pager.budget import parse_budget
+from gguf_pager.memory.budget import parse_budget
 
 Mode = Literal["paged", "stock", "resident"]
 Baseline = Literal["stock", "resident", "repacked"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from gguf_pager import kernel
 from gguf_pager.aftermath import undone_when_killed
 from gguf_pager.bench.memory import huge_buffer
-from gguf_pager.probe import page_cache_bytes
+from gguf_pager.memory.probe import page_cache_bytes
 
 _WINDOW_BYTES = 1 << 30
 """Of a file, mapped at once to be asked about; a multiple of any page."""

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from gguf_pager import probe
 from gguf_pager.bench import disk, memory
 from gguf_pager.bench.cases import Case, Shape
 from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.worker import PhaseResult, Task
-from gguf_pager.budget import full_arena_bytes, least_arena_bytes, parse_budget
-from gguf_pager.cap import Cap, memory_cap
+from gguf_pager.memory import probe
+from gguf_pager.memory.budget import full_arena_bytes, least_arena_bytes, parse_budget
+from gguf_pager.memory.cap import Cap, memory_cap
 from gguf_pager.model.layout import Layout
 from gguf_pager.pager import Options, Pager
 from gguf_pager.verdict import process_bytes

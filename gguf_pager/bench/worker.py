@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf_pager import kernel, probe
+from gguf_pager import kernel
 from gguf_pager.bench import disk, tokens
 from gguf_pager.bench.cases import Mode, Shape
 from gguf_pager.energy import meter
 from gguf_pager.energy.meter import Reading
 from gguf_pager.energy.source import Absent
 from gguf_pager.errors import PagerError
+from gguf_pager.memory import probe
 from gguf_pager.model import engine
 from gguf_pager.model.layout import Layout, read_layout
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
-from gguf_pager import __version__, budget, probe
+from gguf_pager import __version__
 from gguf_pager.bench import details, rows, tokens
 from gguf_pager.bench.cases import (
     Baseline,
@@ -38,6 +38,7 @@ from gguf_pager.energy import meter
 from gguf_pager.energy.model import override
 from gguf_pager.energy.source import Absent
 from gguf_pager.errors import PagerError
+from gguf_pager.memory import budget, probe
 from gguf_pager.model.layout import Layout, read_layout
 from gguf_pager.pager import Options, Pager
 from gguf_pager.report import page

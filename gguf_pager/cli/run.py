@@ -17,11 +17,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from gguf_pager import __version__, probe
-from gguf_pager.budget import auto_budget_bytes, fits_whole, format_bytes, full_arena_bytes
+from gguf_pager import __version__
 from gguf_pager.cli.model import GPU_LAYERS_OPTION, MODEL_OPTION, missing_model, model_named_twice
 from gguf_pager.doctor import physical_cores
 from gguf_pager.errors import PagerError, printable
+from gguf_pager.memory import probe
+from gguf_pager.memory.budget import auto_budget_bytes, fits_whole, format_bytes, full_arena_bytes
 from gguf_pager.model.layout import read_layout
 from gguf_pager.pager import Options, Stats
 from gguf_pager.report import generation as shown

@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gguf_pager.budget import auto_budget_bytes, format_bytes, full_arena_bytes
+from gguf_pager.memory.budget import auto_budget_bytes, format_bytes, full_arena_bytes
+from gguf_pager.memory.probe import Memory
 from gguf_pager.pager import Pager, Stats
-from gguf_pager.probe import Memory
 from gguf_pager.report import number
 
 

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from gguf_pager import __version__, budget
-from gguf_pager.budget import format_bytes
+from gguf_pager import __version__
 from gguf_pager.errors import printable
+from gguf_pager.memory import budget
+from gguf_pager.memory.budget import format_bytes
+from gguf_pager.memory.probe import Memory
 from gguf_pager.model.layout import Layout, Slice
 from gguf_pager.pager import Pager
-from gguf_pager.probe import Memory
 from gguf_pager.verdict import judge, process_bytes, share_missed
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gguf_pager.bench.cases import budget_label
-from gguf_pager.budget import format_bytes
+from gguf_pager.memory.budget import format_bytes
 from gguf_pager.report.words import as_options
 
 Row = dict[str, Any]

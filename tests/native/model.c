@@ -47,7 +47,7 @@ static model_shape complete(model_shape shape) {
     return shape;
 }
 
-/* The arithmetic of gguf_pager/budget.py: slice_rooms. Returns the slot's size. */
+/* The arithmetic of gguf_pager/memory/budget.py: slice_rooms. Returns the slot's size. */
 static uint64_t place_slices(gp_layer_spec *layer, uint64_t align) {
     uint64_t at = 0;
     for (uint32_t s = 0; s < layer->n_slices; s++) {

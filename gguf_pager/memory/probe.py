@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from gguf_pager import allocator, cgroup, kernel
+from gguf_pager import kernel
+from gguf_pager.memory import allocator, cgroup
 
 
 @dataclass(frozen=True, slots=True)

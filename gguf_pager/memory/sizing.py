@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gguf_pager import budget, probe
-from gguf_pager.budget import Budget, ClassNeed, format_bytes
 from gguf_pager.errors import BudgetError, EngineError
+from gguf_pager.memory import budget, probe
+from gguf_pager.memory.budget import Budget, ClassNeed, format_bytes
+from gguf_pager.memory.residency import Residency
 from gguf_pager.model.layout import Layout
 from gguf_pager.pager import Options, Pager
-from gguf_pager.residency import Residency
 
 
 @dataclass(slots=True, eq=False)

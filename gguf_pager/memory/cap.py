@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf_pager import kernel, probe
+from gguf_pager import kernel
 from gguf_pager.aftermath import undone_when_killed
+from gguf_pager.memory import probe
 
 _ROOT = Path("/sys/fs/cgroup")
 _PROC = Path("/proc/self")
