@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import psutil
 
-from gguf_pager import __version__, _native, bandwidth, cache, device, kernel
+from gguf_pager import __version__, _native, cache, kernel
+from gguf_pager.disk import bandwidth, device
 from gguf_pager.errors import EngineError, PagerError
 from gguf_pager.files import ModelFiles, check_can_be_mapped
 from gguf_pager.memory import budget, probe, residency

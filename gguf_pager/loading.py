@@ -15,8 +15,9 @@ from typing import Any
 
 from llama_cpp import llama_cpp as low
 
-from gguf_pager import _native, device
+from gguf_pager import _native
 from gguf_pager.deferral import Deferral
+from gguf_pager.disk import device
 from gguf_pager.errors import LayoutError, PagerIOError, printable
 from gguf_pager.files import ModelFiles, check_can_be_mapped
 from gguf_pager.fingerprint import Fingerprint, Watch

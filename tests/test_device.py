@@ -17,10 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
-from gguf_pager import _native, bandwidth, device
-from gguf_pager.bandwidth import Findings, Way
+from gguf_pager import _native
 from gguf_pager.bench import disk
 from gguf_pager.cli import main
+from gguf_pager.disk import bandwidth, device
+from gguf_pager.disk.bandwidth import Findings, Way
 from gguf_pager.errors import PagerError, PagerIOError
 from gguf_pager.model.layout import Layout, Range, read_layout
 from gguf_pager.pager import Options, Pager
@@ -219,9 +220,9 @@ def test_what_cannot_be_remembered_is_not_measured(folder: Path, layout: Layout,
 
 BOTH = """
 import sys
-from gguf_pager import device
-from gguf_pager.bandwidth import Findings, Way
-from gguf_pager.device import Device
+from gguf_pager.disk import device
+from gguf_pager.disk.bandwidth import Findings, Way
+from gguf_pager.disk.device import Device
 here = Device("d", "same")
 own = Findings("2026-11-24", (Way("direct", int(sys.argv[1]), 4096), 1e9), None)
 for _ in range(300):

@@ -17,7 +17,7 @@ ORDER = (
     "errors", "deferral", "files", "_native", "kernel", "cache",
     "model.engine", "llama_log", "model.metadata", "model.layout", "model.mirror",
     "memory.budget", "memory.allocator", "memory.cgroup", "memory.probe", "aftermath", "memory.cap",
-    "profile", "pager", "bandwidth", "device", "verdict", "memory.residency", "fingerprint", "memory.sizing",
+    "profile", "pager", "disk.bandwidth", "disk.device", "verdict", "memory.residency", "fingerprint", "memory.sizing",
     "loading", "threads", "pace", "contention", "turns", "wrapping", "guard", "arguments", "contexts", "hooks", "llama",
     "doctor", "energy", "bench", "report", "cli", "__main__",
 )

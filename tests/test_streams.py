@@ -102,7 +102,7 @@ for name in (b"caf\\xe9", b"a\\rVmRSS: x\\xc2\\x85 1 2 3 4 5 6 7", "separator \\
 
 LIBRARY = NAMED + """
 import gguf_pager
-from gguf_pager import device
+from gguf_pager.disk import device
 from gguf_pager.memory import cap, probe
 from pathlib import Path
 with gguf_pager.Llama(sys.argv[2], budget="min", n_ctx=64, n_batch=16, n_threads=1, verbose=False)._stack:
@@ -163,7 +163,7 @@ def test_model_in_a_folder_that_is_no_text_is_shown_by_numbers(
 
 
 def test_mount_whose_name_is_no_text_has_a_place_in_the_cache() -> None:
-    from gguf_pager.device import Device
+    from gguf_pager.disk.device import Device
 
     assert Device("disk", os.fsdecode(b"/mnt/caf\xe9")).cache_name != Device("disk", os.fsdecode(b"/mnt/caf\xe8")).cache_name
 

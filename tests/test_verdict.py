@@ -10,8 +10,9 @@ import make_trace_model
 import pytest
 from click.testing import CliRunner
 
-from gguf_pager import device, read_layout, verdict
+from gguf_pager import read_layout, verdict
 from gguf_pager.cli import main
+from gguf_pager.disk import device
 from gguf_pager.memory import probe
 from gguf_pager.memory.probe import Memory
 from gguf_pager.pager import Options, Pager

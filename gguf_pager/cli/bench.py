@@ -32,7 +32,7 @@ from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.runner import Run, Runner, Settings
 from gguf_pager.cli.energy import CONSTANT_OPTION, POWER_COMMAND_OPTION
 from gguf_pager.cli.model import GPU_LAYERS_OPTION, takes_model
-from gguf_pager.device import fill
+from gguf_pager.disk.device import fill
 from gguf_pager.doctor import LINUX_READ_AHEAD_KB, physical_cores
 from gguf_pager.energy import meter
 from gguf_pager.energy.model import override

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from gguf_pager import device
 from gguf_pager.cli.model import takes_model
+from gguf_pager.disk import device
 from gguf_pager.memory import probe
 from gguf_pager.model.layout import read_layout
 from gguf_pager.pager import Options, Pager

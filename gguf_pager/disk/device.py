@@ -13,8 +13,9 @@ from typing import Any
 
 import psutil
 
-from gguf_pager import bandwidth, cache, kernel
-from gguf_pager.bandwidth import Findings, Io, Way
+from gguf_pager import cache, kernel
+from gguf_pager.disk import bandwidth
+from gguf_pager.disk.bandwidth import Findings, Io, Way
 from gguf_pager.errors import PagerError, printable
 from gguf_pager.files import ModelFiles
 from gguf_pager.model.layout import Layout
