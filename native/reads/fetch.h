@@ -10,6 +10,7 @@
 
 typedef struct gp_fetch gp_fetch;
 typedef struct gp_read gp_read;
+typedef void (*gp_done)(gp_read *read, int error, uint64_t error_offset_bytes);
 
 /* One range of one file, wanted at one address. Owned by the caller, untouched by it until `done` is called. */
 struct gp_read {
@@ -22,7 +23,7 @@ struct gp_read {
     uint64_t  region_bytes;     /* aligned covers begin before and end after the range */
 
     /* Called by the thread that finished the last piece, without locks held. */
-    void    (*done)(gp_read *read, int error, uint64_t error_offset_bytes);
+    gp_done   done;
     void     *owner;
     uint32_t  tag;
 

@@ -4,10 +4,10 @@
  * It costs reads in vain, and no time: the device would have been idle, and what is in flight when the choice is known is
  * a few pieces. Only slots whose loss costs nothing are taken for it.
  */
+#include "slots/ahead.h"
+
 #include <errno.h>
 #include <stdlib.h>
-
-#include "slots/slots.h"
 
 /* How probable it must be that an expert is wanted. Measured on the Qwen3 shape at 25 % resident (benchmarks/LOG.md,
  * 2026-11-24): with 0.2 a batch of 8 tokens became slower, with 0.45 batches of 16 and 32 gained nothing; 64 and more

@@ -5,7 +5,10 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "slots/ahead.h"
+#include "slots/arrivals.h"
 #include "slots/slots.h"
+#include "slots/warm.h"
 
 static uint64_t round_up(uint64_t value, uint64_t step) {
     return (value + step - 1) / step * step;
@@ -268,6 +271,7 @@ int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config, gp_o
     p->os = os;
     p->config = *config;
     p->policy = policy;
+    p->slice_arrived = gp_slice_arrived;
     p->pid = getpid();
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->released, NULL);

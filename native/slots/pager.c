@@ -8,8 +8,10 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "slots/ahead.h"
 #include "slots/slots.h"
 #include "slots/waits.h"
+#include "slots/warm.h"
 
 enum { BUSY_WAIT_SECONDS = 2 };         /* a context gives its slots back within one layer's compute */
 

@@ -190,13 +190,9 @@ int32_t gp_slot_warm(gp_pager *p, uint32_t layer_index, int32_t expert) {
     return index;
 }
 
-/* In a reader thread: one slice has come, or has not. The read keeps its error until the slot is assigned anew. */
-static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
-    (void) error_offset_bytes;
-    gp_pager *p = read->owner;
+bool gp_slot_take_slice(gp_pager *p, const gp_read *read, int error) {
     gp_slot *s = &p->slots[read->tag];
-    gp_copies_note(p->copies, read, error);
-    pthread_mutex_lock(&p->lock);
+    bool is_lost_guess = false;
     if (error == 0) {
         p->layers[s->layer].counters.bytes_read += read->bytes;
     } else {
@@ -226,17 +222,13 @@ static void slice_read(gp_read *read, int error, uint64_t error_offset_bytes) {
     } else if (s->missing == 0) {
         s->state = READY;
         p->n_in_flight--;
-        if (s->has_failed && s->is_warmed) {
-            gp_warm_up_end(p);
-        }
+        is_lost_guess = s->has_failed && s->is_warmed;
         if (s->has_failed && !users) {
             gp_slot_empty(p, s);    /* read-ahead: whoever wants it next reads again and hears of it */
         }
         pthread_cond_broadcast(&p->released);
     }
-    const uint32_t n_next = gp_warm_up_next(p);
-    pthread_mutex_unlock(&p->lock);
-    gp_warm_up_submit(p, n_next);
+    return is_lost_guess;
 }
 
 gp_failure gp_slot_failure(const gp_pager *p, uint32_t index) {
@@ -271,7 +263,7 @@ uint32_t gp_slot_prepare_reads(gp_pager *p, uint32_t index, gp_read **reads, uin
         read->into = base + slice->data_at;
         read->region = base + slice->region_at;
         read->region_bytes = slice->region_bytes;
-        read->done = slice_read;
+        read->done = p->slice_arrived;
         read->owner = p;
         read->tag = index;
         reads[i * step] = read;

@@ -71,6 +71,7 @@ struct gp_pager {
     atomic_bool      has_populated;     /* and that it has nothing more to do */
     atomic_bool      is_closing;
     gp_read         *reads;             /* GP_MAX_SLICES per slot */
+    gp_done          slice_arrived;     /* what each of them calls; set at open */
     gp_compare       compare;           /* these two: set before anybody computes */
     void            *compare_data;
     pthread_mutex_t  lock;              /* guards all below */
@@ -108,15 +109,11 @@ void     gp_slot_empty(gp_pager *pager, gp_slot *slot);
  * gp_ahead_withdrawn must be called with them. */
 uint32_t gp_slot_withdraw(gp_pager *pager, uint32_t index, gp_read **reads);
 void     gp_slot_keep(gp_pager *pager, gp_slot *slot);     /* neither transient nor warmed any more */
+/* In the place of `slice_arrived`, with the lock: one slice has come, or has not. The read keeps its error until the slot is
+ * assigned anew. Returns whether this ends the reading of an expert that was warmed up, and it could not be read. */
+bool     gp_slot_take_slice(gp_pager *pager, const gp_read *read, int error);
 /* Fills in the reads of a slot that was assigned, one in every `step` of `reads`; returns how many. */
 uint32_t gp_slot_prepare_reads(gp_pager *pager, uint32_t index, gp_read **reads, uint32_t step);
-/* Read-ahead (ahead.c). Plans what to read while this demand is computed with. Returns the number of reads in
- * ahead_reads, which then belongs to this caller until it has submitted them. */
-uint32_t gp_ahead_plan(gp_pager *pager, const gp_hold *hold, const gp_demand *demand);
-/* Lets go what was read ahead for this hold and layer, is still being read and is not wanted. Returns the number of reads
- * put into `reads`, for gp_fetch_withdraw, after which gp_ahead_withdrawn must be called with them. */
-uint32_t gp_ahead_drop(gp_pager *pager, const gp_hold *hold, uint32_t layer, gp_read **reads);
-void     gp_ahead_withdrawn(gp_pager *pager, gp_read *const *reads, uint32_t n_reads);
 
 /* Where a slice's first byte lies. */
 char    *gp_slot_slice(const gp_pager *pager, uint32_t index, uint32_t slice);
@@ -126,12 +123,5 @@ void     gp_class_divide(gp_pager *pager, uint32_t shape_class);
 
 /* What went wrong with a slot that has failed. */
 gp_failure gp_slot_failure(const gp_pager *pager, uint32_t index);
-
-/* Warm-up (warm.c). What is to be read next, if nothing else is being read: how many reads, which belong to this caller
- * until he has let go of the lock and submitted them. */
-uint32_t gp_warm_up_next(gp_pager *pager);
-void     gp_warm_up_submit(gp_pager *pager, uint32_t n_reads);     /* without the lock */
-bool     gp_warm_up_is_submitting(const gp_pager *pager);          /* somebody is at it; he broadcasts `released` */
-void     gp_warm_up_end(gp_pager *pager);   /* nothing more is to be read */
 
 #endif

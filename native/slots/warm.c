@@ -3,11 +3,11 @@
  * There is no thread for it. Whoever finishes the last read in flight sends the next expert after it, or a context that
  * gives its slots back; one at a time, and only if nothing else is being read: so demand and read-ahead go first, and what
  * they find in their way is one expert. */
+#include "slots/warm.h"
+
 #include <errno.h>
 #include <stdlib.h>
 #include <unistd.h>
-
-#include "slots/slots.h"
 
 struct gp_warm_up {
     uint32_t  next, n_experts;

@@ -1,0 +1,15 @@
+/* Read-ahead: what the next layer of a batch will probably want. All with the pager's lock held. */
+#ifndef GGUF_PAGER_AHEAD_H
+#define GGUF_PAGER_AHEAD_H
+
+#include "slots/slots.h"
+
+/* Plans what to read while this demand is computed with. Returns the number of reads in ahead_reads, which then belongs to
+ * this caller until it has submitted them. */
+uint32_t gp_ahead_plan(gp_pager *pager, const gp_hold *hold, const gp_demand *demand);
+/* Lets go what was read ahead for this hold and layer, is still being read and is not wanted. Returns the number of reads
+ * put into `reads`, for gp_copies_withdraw, after which gp_ahead_withdrawn must be called with them. */
+uint32_t gp_ahead_drop(gp_pager *pager, const gp_hold *hold, uint32_t layer, gp_read **reads);
+void     gp_ahead_withdrawn(gp_pager *pager, gp_read *const *reads, uint32_t n_reads);
+
+#endif
