@@ -1,8 +1,9 @@
-"""Imports within the package run one way, and importing it costs nothing."""
+"""Imports within the package run one way, those of the C core too, and importing it costs nothing."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -105,6 +106,65 @@ def test_only_the_hooks_and_the_face_import_llama_cpp() -> None:
 
 def test_only_few_modules_use_the_core() -> None:
     assert {module_of(path) for path in files() if "_native" in package_imports(path)} == USERS_OF_NATIVE
+
+
+NATIVE = PACKAGE.parent / "native"
+
+# A C file includes from its own floor and those below it. A floor is a folder; `module` is module*.c and module.h.
+FLOORS = ("module", "graph", "compute", "slots", "reads", "gguf_pager.h", "os")
+
+
+def floor(path: str) -> str:
+    """Return the floor of a C file, which is named as seen from native/."""
+    folder, slash, _ = path.partition("/")
+    return folder if slash else re.sub(r"^module.*", "module", path)
+
+
+def includes(file: Path) -> list[tuple[str, str]]:
+    """Return the bracket, < or ", and the name of all that a C file includes."""
+    return re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)', file.read_text(), re.MULTILINE)
+
+
+def misplaced_includes(native: Path) -> list[str]:
+    """Return the includes that climb, that are not named as seen from native/, or that are Python's where it is not known."""
+    wrong = []
+    for file in sorted(native.rglob("*.[ch]")):
+        path = file.relative_to(native).as_posix()
+        for bracket, name in includes(file):
+            if bracket == "<":
+                is_wrong = name.lower().startswith("py") and floor(path) != "module"
+            else:
+                is_wrong = not (native / name).is_file() or FLOORS.index(floor(name)) < FLOORS.index(floor(path))
+            if is_wrong:
+                wrong.append(f"{path} includes {name}")
+    return wrong
+
+
+def test_c_files_include_from_their_floor_and_below() -> None:
+    assert {floor(file.relative_to(NATIVE).as_posix()) for file in NATIVE.rglob("*.[ch]")} == set(FLOORS)
+    assert misplaced_includes(NATIVE) == []
+
+
+@pytest.mark.parametrize(("path", "line", "name"), [
+    ("slots/slots.c", '#include "compute/compute.h"', "compute/compute.h"),
+    ("reads/watch.h", '# include "slots/slots.h"', "slots/slots.h"),
+    ("os/linux.c", '#include "gguf_pager.h"', "gguf_pager.h"),
+    ("gguf_pager.h", '#include "reads/fetch.h"', "reads/fetch.h"),
+    ("slots/slots.c", '#include "slots.h"', "slots.h"),
+    ("graph/tap.c", "#include <Python.h>", "Python.h"),
+    ("gguf_pager.h", "#include <pythread.h>", "pythread.h"),
+])
+def test_include_that_climbs_is_found(tmp_path: Path, path: str, line: str, name: str) -> None:
+    for file in ("compute/compute.h", "slots/slots.h", "reads/fetch.h", "gguf_pager.h", path):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / path).write_text(f"/* of {path} */\n{line}\n")
+    assert misplaced_includes(tmp_path) == [f"{path} includes {name}"]
+
+
+def test_slots_know_nobody_who_fills_them() -> None:
+    named = {name for file in ("slots.c", "slots.h") for _, name in includes(NATIVE / "slots" / file)}
+    assert {name for name in named if floor(name) == "slots"} == {"slots/slots.h", "slots/pager.h", "slots/policy.h"}
 
 
 def python(program: str) -> str:
