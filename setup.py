@@ -17,7 +17,7 @@ if system_sources is None:
 
 # GGUF_PAGER_SANITIZE=address,undefined builds with those sanitizers and with assertions on, for the tests.
 sanitize = os.environ.get("GGUF_PAGER_SANITIZE", "")
-flags = ["-std=c11", "-Wall", "-Wextra", "-O2"]
+flags = ["-std=c11", "-Wall", "-Wextra", "-O2", "-g"]
 link_flags = ["-pthread", "-lm", "-ldl"]
 if sanitize:
     flags += ["-g", "-UNDEBUG", f"-fsanitize={sanitize}"]

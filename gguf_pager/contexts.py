@@ -17,9 +17,8 @@ from gguf_pager.contention import Adaptation
 from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.fingerprint import Watch
 from gguf_pager.memory.residency import Residency
-from gguf_pager.memory.sizing import Batches, Request
+from gguf_pager.memory.sizing import Request
 from gguf_pager.model import engine
-from gguf_pager.model.layout import Layout
 from gguf_pager.pager import Pager
 from gguf_pager.threads import Threads
 
@@ -147,24 +146,3 @@ def number_bytes(ggml_type: int) -> float:
     """Return the bytes of one number of a type, on average over its blocks."""
     base = engine.load().base
     return float(base.ggml_type_size(ggml_type) / base.ggml_blck_size(ggml_type))
-
-
-def batches_of(params: Any, context: Any, paged: Model, n_ubatch: int) -> Batches:
-    """Return what a context that was made with an n_ubatch needs of another one."""
-    n_sequences = 1 if params.kv_unified else int(low.llama_n_seq_max(context))
-    has_states = low.llama_model_is_hybrid(paged.address) or low.llama_model_is_recurrent(paged.address)
-    n_states = int(low.llama_n_rs_seq(context))  # of the past, to go back to
-    return Batches(n_ubatch, is_uncut(params, context, paged.pager.layout), n_sequences, bool(has_states),
-                   n_states + 1 if n_states else 0)
-
-
-def is_uncut(params: Any, context: Any, layout: Layout) -> bool:
-    """Return whether a batch must be computed in one piece: its tokens see all others, or are pooled into one result.
-
-    Smaller pieces would give other results, or end the process: llama.cpp asserts that there are none.
-    """
-    is_causal = layout.values.get(f"{layout.architecture}.attention.causal", True)
-    has_memory = bool(low.llama_get_memory(context))  # without a KV cache llama_decode encodes, all at once
-    is_pooled = params.embeddings and low.llama_pooling_type(context) > low.LLAMA_POOLING_TYPE_NONE
-    return (params.attention_type == low.LLAMA_ATTENTION_TYPE_NON_CAUSAL or not is_causal or not has_memory
-            or is_pooled)

@@ -31,7 +31,6 @@ from gguf_pager.contexts import (
     Model,
     address_of,
     attach,
-    batches_of,
     handle_of,
     key_of,
     no_tables,
@@ -354,30 +353,23 @@ class _Hooks:
         check_cache(paged.pager, request, int(params.n_ctx or low.llama_model_n_ctx_train(paged.address)),
                     paged.residency, (number_bytes(params.type_k), number_bytes(params.type_v)))
         params.op_offload = False  # a GPU build would copy host experts to the device for large batches
-        while True:
-            probe.give_back_free_memory()  # of the attempt before, or of a closed model
-            before = probe.process_memory()
-            tap, context = self._make_context(paged, params)
-            if not context:
-                return context
-            try:
-                wanted = int(low.llama_n_ubatch(context))  # not params.n_ubatch: 0 means n_batch there
-                asked = asked if is_cut else wanted  # at most n_ctx
-                batches = batches_of(params, context, paged, wanted)
-                request.count_outputs(int(low.llama_n_ctx(context)), int(low.llama_n_batch(context)))
-                n_ubatch = open_or_shrink(paged.pager, request, paged.residency, batches, before)
-                if n_ubatch == wanted:
-                    if not was_open:
-                        _check_opened(paged)
-                    self._add_context(paged, params, tap, int(context), is_cut)
-                    paged.pager.note_batches(asked, wanted)
-                    return context
-            except BaseException:
-                self._drop_context(paged, tap, int(context))
-                raise
+        probe.give_back_free_memory()  # of a closed model
+        before = probe.process_memory()
+        tap, context = self._make_context(paged, params)
+        if not context:
+            return context
+        try:
+            n_ubatch = int(low.llama_n_ubatch(context))  # not params.n_ubatch: 0 means n_batch there, and n_ctx is the most
+            request.count_outputs(int(low.llama_n_ctx(context)), int(low.llama_n_batch(context)))
+            open_or_shrink(paged.pager, request, paged.residency, before)
+            if not was_open:
+                _check_opened(paged)
+            self._add_context(paged, params, tap, int(context), is_cut)
+            paged.pager.note_batches(asked if is_cut else n_ubatch, n_ubatch)
+        except BaseException:
             self._drop_context(paged, tap, int(context))
-            log.info("n_ubatch is %d instead of %d: the budget has no slots for more", n_ubatch, wanted)
-            params.n_ubatch, is_cut = n_ubatch, True
+            raise
+        return context
 
     def _add_context(self, paged: Model, params: Any, tap: _native.Tap, address: int, is_cut: bool) -> None:
         self._forgetting(address)
@@ -537,11 +529,11 @@ class _Hooks:
         return waiting
 
     def llama_set_causal_attn(self, ctx: Any, causal_attn: bool, /) -> None:
-        """Refuse to let tokens see all others where batches were cut: llama.cpp would end the process."""
+        """Refuse to let tokens see all others where batches are smaller than was asked for: llama.cpp would end the process."""
         entry = self.contexts.get(handle_of(ctx))
         if entry is not None and entry.is_cut and not causal_attn:
-            raise EngineError("Non-causal attention needs whole batches, and this budget has made n_ubatch smaller: "
-                              "raise the budget or lower n_ubatch.")
+            raise EngineError("Non-causal attention needs whole batches, and n_ubatch is smaller here, a multiple of n_seq_max: "
+                              "ask for such an n_ubatch.")
         self._call("llama_set_causal_attn", ctx, causal_attn)
 
     def llama_set_abort_callback(self, ctx: Any, abort_callback: Any, abort_callback_data: Any, /) -> None:

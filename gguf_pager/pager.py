@@ -107,6 +107,7 @@ class LayerStats:
     hits: int
     misses: int
     bytes_read: int
+    bytes_wasted: int
     stall_ns: int
     stall_bytes: int
     evictions: int
@@ -121,18 +122,20 @@ class LayerStats:
 class Stats:
     """What a pager has counted since it was opened.
 
-    `stall_ns` is the time that decoding waited for reads, `stall_bytes` what arrived meanwhile, of whole sectors;
+    `bytes_wasted` are those of `bytes_read` that were read ahead and given up before anybody wanted them, `stall_ns` is the time that
+    decoding waited for reads, `stall_bytes` what arrived meanwhile, of whole sectors;
     `left_alone` the graph nodes that llama.cpp computed from its own mapping because they could not be served: right, but
     slow. `copies` are the bytes read from the model's own files and from each mirror, of experts; `rows_read` and
     `row_bytes_read` the rows of embedding tables, which come through the page cache. `n_threads` computed the last single
     token; None where their number is not adapted, and before the first one. `n_ubatch` is the batch that the newest context
-    computes at once, `n_ubatch_asked` what it was asked for: more, where the budget has no slots for it; both None before
+    computes at once, `n_ubatch_asked` what it was asked for: more, where llama.cpp needs a multiple of n_seq_max; both None before
     there is one. `hit_rate` is None before the first token.
     """
 
     hits: int
     misses: int
     bytes_read: int
+    bytes_wasted: int
     stall_ns: int
     stall_bytes: int
     evictions: int
@@ -217,7 +220,6 @@ class Pager:
         """The threads that have computed the last single token, where they are adapted."""
         self._n_ubatch: int | None = None
         self._n_ubatch_asked: int | None = None
-        self.widest_ubatch = 1
         """The largest batch that any of its contexts computes at once."""
         self._pid = os.getpid()
         self._in_use = _native.Mutex()
@@ -303,7 +305,6 @@ class Pager:
     def note_batches(self, n_ubatch_asked: int, n_ubatch: int) -> None:
         """Remember what a context was asked for, and what it has got."""
         self._n_ubatch_asked, self._n_ubatch = n_ubatch_asked, n_ubatch
-        self.widest_ubatch = max(self.widest_ubatch, n_ubatch)
 
     def shrink(self, n_slots: Sequence[int]) -> None:
         """Keep this many slots per shape class and give back the memory of the others; the arena must be present.
@@ -424,11 +425,11 @@ class Pager:
         """Return the counters, in total and per layer; after close the last ones."""
         native = self._native  # another thread may close it meanwhile
         if native is None:
-            return self._last_stats or Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, ())
+            return self._last_stats or Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, ())
         try:
             return self._count(native)
         except ValueError:  # it was closed
-            return self._last_stats or Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, ())
+            return self._last_stats or Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, ())
 
     def _count(self, native: _native.Pager) -> Stats:
         layers = tuple(
@@ -440,6 +441,7 @@ class Pager:
             hits=sum(layer.hits for layer in layers),
             misses=sum(layer.misses for layer in layers),
             bytes_read=sum(layer.bytes_read for layer in layers),
+            bytes_wasted=sum(layer.bytes_wasted for layer in layers),
             stall_ns=sum(layer.stall_ns for layer in layers),
             stall_bytes=sum(layer.stall_bytes for layer in layers),
             evictions=sum(layer.evictions for layer in layers),
@@ -458,7 +460,7 @@ class Pager:
     def stall_ns(self) -> int:
         """Return for how long decoding has waited for reads; cheap enough to be asked for each token."""
         with self._at_work() as native:
-            return sum(row[3] for row in native.counters())
+            return sum(row[4] for row in native.counters())
 
     def resident_experts(self, layer: int) -> list[int]:
         """Return the experts of a layer (an index into `layout.layers`) that are in slots now."""

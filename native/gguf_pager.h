@@ -100,6 +100,7 @@ typedef struct {
 typedef struct {
     uint64_t hits, misses;      /* distinct experts wanted by one graph node's batch, found or not found */
     uint64_t bytes_read;
+    uint64_t bytes_wasted;      /* of them, those that were read ahead and given up before anybody wanted them */
     uint64_t stall_ns;          /* time the decoding thread waited for reads */
     uint64_t stall_bytes;       /* what arrived meanwhile, for whomever: with stall_ns, the bandwidth while waiting */
     uint64_t evictions;
@@ -225,7 +226,6 @@ typedef struct {
     void  *(*backend_init)(void);                                   /* ggml_backend_cpu_init */
     void   (*backend_set_n_threads)(void *backend, int n_threads);  /* ggml_backend_cpu_set_n_threads */
     void   (*backend_free)(void *backend);                          /* ggml_backend_free */
-    bool   (*is_numa)(void);                                        /* ggml_is_numa */
     int    (*compute)(void *backend, void *graph);                  /* ggml_backend_graph_compute */
 } gp_graphs;
 
@@ -254,8 +254,8 @@ typedef struct {
     void    *data;
 } gp_custom;
 
-/* max_ids: the most ids one router result can hold, n_ubatch * n_used of the widest layer. batch_bytes: memory for batches
- * that are computed an expert at a time; larger ones are left to ggml. row_bytes: memory for the rows of tables that one
+/* max_ids: the most ids one router result can hold, n_ubatch * n_used of the widest layer. batch_bytes: memory for the rows of
+ * experts that are being computed; what does not fit is left to ggml. row_bytes: memory for the rows of tables that one
  * piece of graph looks up, and eight bytes for each id; what does not fit is left to ggml.
  * The next_* callbacks are the caller's own, called as llama.cpp would have called them; may be NULL. */
 int  gp_tap_open(gp_tap **out, const gp_ggml *ggml, uint32_t max_ids, size_t batch_bytes, size_t row_bytes,

@@ -55,14 +55,13 @@ static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     gp_ggml ggml;
     unsigned int max_ids;
     unsigned long long is_host, traits, block_size, type_size, next_eval, next_eval_data, next_abort, next_abort_data;
-    unsigned long long g[11], batch_bytes, row_bytes;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiiiii(iiiiii)iiKKKK(KKKKKKKKKKK))IKKKKKK", names,
+    unsigned long long g[10], batch_bytes, row_bytes;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiiiii(iiiiii)iiKKKK(KKKKKKKKKK))IKKKKKK", names,
                                      &ggml.op_none, &ggml.op_mul_mat_id, &ggml.op_argsort, &ggml.op_top_k, &ggml.op_view,
                                      &ggml.op_reshape, &ggml.op_custom, &ggml.op_add_id, &ggml.op_get_rows,
                                      &ggml.flag_compute, &ggml.row_ops[0], &ggml.row_ops[1], &ggml.row_ops[2], &ggml.row_ops[3], &ggml.row_ops[4],
                                      &ggml.row_ops[5], &ggml.type_i32, &ggml.type_f32, &is_host, &traits, &block_size,
                                      &type_size, &g[0], &g[1], &g[2], &g[3], &g[4], &g[5], &g[6], &g[7], &g[8], &g[9],
-                                     &g[10],
                                      &max_ids, &batch_bytes, &row_bytes, &next_eval, &next_eval_data, &next_abort, &next_abort_data)) {
         return NULL;
     }
@@ -80,8 +79,7 @@ static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
         .backend_init = (void *(*)(void)) (uintptr_t) g[6],
         .backend_set_n_threads = (void (*)(void *, int)) (uintptr_t) g[7],
         .backend_free = (void (*)(void *)) (uintptr_t) g[8],
-        .is_numa = (bool (*)(void)) (uintptr_t) g[9],
-        .compute = (int (*)(void *, void *)) (uintptr_t) g[10],
+        .compute = (int (*)(void *, void *)) (uintptr_t) g[9],
     };
     allocfunc allocate = (allocfunc) PyType_GetSlot(type, Py_tp_alloc);
     TapObject *self = (TapObject *) allocate(type, 0);

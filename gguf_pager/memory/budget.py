@@ -136,15 +136,18 @@ class ClassNeed:
     expert_bytes: int
 
 
-def class_needs(layout: Layout, align: int, n_tokens: int = 1) -> tuple[ClassNeed, ...]:
-    """Return one ClassNeed per shape class of the model; the least is what this many tokens at once may want."""
+def class_needs(layout: Layout, align: int) -> tuple[ClassNeed, ...]:
+    """Return one ClassNeed per shape class of the model; the least is what one token wants of a layer.
+
+    Any batch passes through as many slots, and through fewer: with these, a token's reads are all on their way at once.
+    """
     needs = []
     for shape in layout.shapes:
         layers = [layer for layer in layout.layers if layer.shape == shape]
         needs.append(
             ClassNeed(
                 stride_bytes=stride_bytes(layers[0], align),
-                n_least=max(batch_slots(layer, n_tokens) for layer in layers),
+                n_least=max(layer.n_used for layer in layers),
                 n_all=sum(layer.n_experts for layer in layers),
                 expert_bytes=sum(layer.n_experts * layer.expert_bytes for layer in layers),
             )
@@ -201,23 +204,6 @@ def share_slots(needs: Sequence[ClassNeed], arena_bytes: int) -> tuple[int, ...]
         slots[i] += extra
         left -= extra * needs[i].stride_bytes
     return tuple(slots)
-
-
-def batch_slots(layer: Layer, n_ubatch: int) -> int:
-    """Return how many slots a batch of `n_ubatch` tokens may need at once in this layer."""
-    return min(layer.n_experts, n_ubatch * layer.n_used)
-
-
-def largest_ubatch(layout: Layout, slots: Sequence[int], n_ubatch: int, step: int = 1) -> int:
-    """Return the largest batch, at most `n_ubatch`, whose experts fit into the slots of every class.
-
-    One that has to be smaller is a multiple of `step`, and `step` if not even that fits: see `sizing.Batches`.
-    """
-    for layer in layout.layers:
-        n_slots = slots[layout.class_of(layer)]
-        if batch_slots(layer, n_ubatch) > n_slots:
-            n_ubatch = max(step, n_slots // layer.n_used // step * step)
-    return n_ubatch
 
 
 def auto_budget_bytes(available_bytes: int, total_bytes: int) -> int:
@@ -299,13 +285,21 @@ def row_bytes(layout: Layout, n_ubatch: int) -> int:
     return total
 
 
-def batch_bytes(layout: Layout, n_ubatch: int) -> int:
-    """Return the memory for batches of up to n_ubatch tokens that are computed an expert at a time (native/ffn_batch.c).
+_LEAST_BATCH_ROWS, _STEPS, _FLOAT_BYTES = 64, 3, 4
+"""Rows that are computed at a time at least: a single token's of several experts. Results between the first matrices and the last,
+which most architectures do not exceed."""
 
-    Floats: per rank the input, each matrix' result, and three results between them, which most architectures do not exceed.
+
+def batch_bytes(layout: Layout, n_ubatch: int) -> int:
+    """Return the memory for the rows of batches of up to n_ubatch tokens while they are computed (native/compute/crew.c).
+
+    Per token the input of a layer's experts, and per row of the experts that are at hand, of which the largest may have a row
+    of each token: the input, what each matrix but the last gives, what lies between, the last one's input; all taken for floats,
+    though most are multiplied in smaller types.
     """
-    floats = max(
-        layer.n_used * (layer.slices[0].ne[0] + sum(piece.ne[1] for piece in layer.slices) + 3 * layer.slices[-1].ne[0])
-        for layer in layout.layers
-    )
-    return min(BATCH_BYTES, n_ubatch * floats * 4)
+    most = 0
+    for layer in layout.layers:
+        n_in, n_between = layer.slices[0].ne[0], layer.slices[-1].ne[0]
+        per_row = n_in + sum(piece.ne[1] for piece in layer.slices[:-1]) + (_STEPS + 1) * n_between
+        most = max(most, n_ubatch * n_in + (n_ubatch + _LEAST_BATCH_ROWS) * per_row)
+    return most * _FLOAT_BYTES

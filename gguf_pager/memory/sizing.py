@@ -59,54 +59,11 @@ def suitable_ubatch(layout: Layout, n_ubatch: int, n_sequences: int) -> int:
     return n_ubatch // n_sequences * n_sequences
 
 
-@dataclass(frozen=True, slots=True)
-class Batches:
-    """What a context has been asked for, and what llama.cpp needs of its batches.
-
-    Batches that are `is_uncut` must not be made smaller. `n_sequences` are kept apart, each in a cache of its own (1 with a
-    unified one). `must_divide`: a batch has to be a multiple of them, see `NEED_MULTIPLES`; all models with states are taken
-    for such when we choose. `n_tail`: so many last tokens of a sequence are computed together, and a batch has to be larger
-    (llama_batch_allocr::split_equal); 0 without such.
-    """
-
-    n_ubatch: int
-    is_uncut: bool = False
-    n_sequences: int = 1
-    must_divide: bool = False
-    n_tail: int = 0
-
-    @property
-    def n_least(self) -> int:
-        """The smallest batch that may be chosen instead of `n_ubatch`."""
-        if self.is_uncut:
-            return 1
-        step = self.n_sequences if self.must_divide else 1
-        return min(self.n_ubatch, -(-(self.n_tail + 1) // step) * step)
-
-    def largest(self, layout: Layout, slots: Sequence[int]) -> int:
-        """Return the largest batch that these slots have room for: one that treats all sequences alike, where it can."""
-        if self.is_uncut:
-            return self.n_ubatch
-        step = min(self.n_sequences, self.n_ubatch)
-        found = budget.largest_ubatch(layout, slots, self.n_ubatch, step)
-        if found == step and not self.must_divide:
-            found = budget.largest_ubatch(layout, slots, step)
-        return max(found, self.n_least)
-
-
 _DRIFT_BYTES, _DRIFT_SHARE = 4 << 20, 0.01
 """What a second attempt in the same process may need beyond the first, in heap that the first has left in pieces: 1.5
 MiB of 127 were seen, with the smallest of models."""
 
 _INSIST = "insist on it (overcommit=True, or --overcommit on the command line)"
-
-
-class _NoRoom(Exception):
-    """What says that there is no room for a context of this size: smaller batches have smaller buffers."""
-
-    def __init__(self, error: BudgetError) -> None:
-        super().__init__()
-        self.error = error
 
 
 def _with_drift(n_bytes: int) -> int:
@@ -195,13 +152,6 @@ def _check_room(needs: Sequence[ClassNeed], request: Request, arena_bytes: int, 
                       f"{needed}, and {_has(memory)}. The largest share that fits is {most:g}%; lower it, or {_INSIST}.")
 
 
-def _check_context(needs: Sequence[ClassNeed], request: Request, arena_bytes: int, other_bytes: int) -> None:
-    try:
-        _check_room(needs, request, arena_bytes, other_bytes)
-    except BudgetError as error:
-        raise _NoRoom(error) from None
-
-
 def _share_bytes(needs: Sequence[ClassNeed], share: float | None) -> int:
     return round((share or 1) * budget.full_arena_bytes(needs))
 
@@ -214,8 +164,7 @@ def _arena_bytes(
     What the context has allocated but not touched yet counts as used: it will be.
 
     Raises:
-        BudgetError: a share that is too small for any context.
-        _NoRoom: the machine has no room for that.
+        BudgetError: a share that is too small for any context, or the machine has no room for that.
     """
     full, least = budget.full_arena_bytes(needs), budget.least_arena_bytes(needs)
     now = probe.process_memory()
@@ -233,9 +182,9 @@ def _arena_bytes(
                 f"{(request.budget.value or 0) * 100:g}% of the experts are too few: this model needs at least "
                 f"{math.ceil(least / full * 10_000) / 100:.2f}% ({least} bytes) to compute one token."
             )
-        _check_context(needs, request, wanted, other)
+        _check_room(needs, request, wanted, other)
         return wanted, 0
-    _check_context(needs, request, least, other)
+    _check_room(needs, request, least, other)
     if request.budget.kind == "min":
         return least, 0
     memory = probe.memory()
@@ -246,7 +195,7 @@ def _arena_bytes(
 def _make_room(pager: Pager, needs: Sequence[ClassNeed], request: Request, before: probe.ProcessMemory) -> tuple[int, ...]:
     """Give back as many slots of an open arena as a further context needs memory; of a budget in bytes alone.
 
-    Returns the slots that are left: enough for the batches of every context.
+    Returns the slots that are left.
 
     Raises:
         BudgetError: too few would be left.
@@ -260,11 +209,9 @@ def _make_room(pager: Pager, needs: Sequence[ClassNeed], request: Request, befor
     excess = used - int(request.budget.value or 0)
     if excess <= 0:
         return pager.n_slots
-    least = [max(need.n_least, *(budget.batch_slots(layer, pager.widest_ubatch) for layer in pager.layout.layers
-                                 if pager.layout.class_of(layer) == index)) for index, need in enumerate(needs)]
     slots = list(pager.n_slots)
     for index in sorted(range(len(needs)), key=lambda i: -needs[i].expert_bytes):
-        n_gone = min(max(0, slots[index] - least[index]), math.ceil(excess / needs[index].stride_bytes))
+        n_gone = min(max(0, slots[index] - needs[index].n_least), math.ceil(excess / needs[index].stride_bytes))
         slots[index] -= n_gone
         excess -= n_gone * needs[index].stride_bytes
         if excess <= 0:
@@ -275,44 +222,23 @@ def _make_room(pager: Pager, needs: Sequence[ClassNeed], request: Request, befor
     return pager.n_slots
 
 
-def open_or_shrink(
-    pager: Pager, request: Request, kept: Residency, batches: Batches, before: probe.ProcessMemory
-) -> int:
-    """Open the arena with the first context, if its batches fit; otherwise return the n_ubatch that does.
+def open_or_shrink(pager: Pager, request: Request, kept: Residency, before: probe.ProcessMemory) -> None:
+    """Open the arena with the first context; for a further one give back what it needs.
 
-    `before` is the process before the context was made. Batches that must not be cut are not: what does not fit is then
-    left to llama.cpp's mapping.
+    `before` is the process before the context was made.
 
     Raises:
-        BudgetError: not even the experts of the smallest batch fit, or what else there is.
+        BudgetError: not even one token's experts fit beside what else there is.
     """
-    slots = pager.n_slots
-    needs = budget.class_needs(pager.layout, pager.align, batches.n_least)
-    if not pager.is_open:
-        is_smallest = batches.n_ubatch == batches.n_least or batches.is_uncut
-        half = max(batches.n_least, batches.n_ubatch // 2 // batches.n_least * batches.n_least)
-        try:
-            arena, used = _arena_bytes(pager, needs, request, kept, before)
-        except _NoRoom as found:
-            if is_smallest:
-                raise found.error from None
-            return batches.n_least if request.budget.kind == "min" else half  # smaller batches have smaller buffers
-        least = budget.least_arena_bytes(needs)
-        if arena < least:
-            if is_smallest:
-                raise _too_small(int(request.budget.value or 0), used + least)
-            return half
-        slots = budget.share_slots(needs, arena)
-        if request.budget.kind == "min":
-            slots = tuple(need.n_least for need in needs)
-    elif any(n < need.n_least for n, need in zip(slots, needs, strict=True)):
-        raise BudgetError(
-            f"This context keeps {batches.n_sequences} sequences apart and computes as many tokens at once, and the slots that "
-            "the model was opened with are too few: raise the budget, lower n_seq_max or set kv_unified."
-        )
+    needs = pager.needs
+    if pager.is_open:
+        _make_room(pager, needs, request, before)
+        return
+    arena, used = _arena_bytes(pager, needs, request, kept, before)
+    least = budget.least_arena_bytes(needs)
+    if arena < least:
+        raise _too_small(int(request.budget.value or 0), used + least)
+    if request.budget.kind == "min":
+        pager.open(tuple(need.n_least for need in needs))
     else:
-        slots = _make_room(pager, needs, request, before)
-    fitting = batches.largest(pager.layout, slots)
-    if fitting == batches.n_ubatch and not pager.is_open:
-        pager.open(slots)
-    return fitting
+        pager.open(budget.share_slots(needs, arena))

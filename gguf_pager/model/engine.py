@@ -370,7 +370,7 @@ def _graph_functions(engine: Engine) -> tuple[int, ...]:
         "ggml_init": engine.base, "ggml_free": engine.base, "ggml_graph_overhead_custom": engine.base,
         "ggml_new_graph_custom": engine.base, "ggml_graph_clear": engine.base, "ggml_build_forward_expand": engine.base,
         "ggml_backend_cpu_init": engine.cpu, "ggml_backend_cpu_set_n_threads": engine.cpu,
-        "ggml_backend_free": engine.base, "ggml_is_numa": engine.cpu, "ggml_backend_graph_compute": engine.base,
+        "ggml_backend_free": engine.base, "ggml_backend_graph_compute": engine.base,
     }
     if not all(hasattr(library, name) for name, library in names.items()):
         return (0,) * len(names)

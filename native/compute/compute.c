@@ -1,294 +1,629 @@
 /* Invariants
- *   1. A node is made ours only for the time of its piece, once per slice and piece, and only of a kind whose bits were
- *      those of MUL_MAT_ID when ggml computed one.
- *   2. One product is tried at a time, and its node ends the piece.
- *   3. A node that stays a MUL_MAT_ID has all its slices: a failure is noted, and what it then computes thrown away.
+ *   1. A node is ours from the ask about it until it is asked about again or has ended a piece: what it was can be read off it,
+ *      so nothing of a graph has to be remembered for that.
+ *   2. Every node of ours can be computed alone. When the last one of a feed-forward comes, all of it is computed in that node's
+ *      time: the first node converts its input, which is there then; those between do nothing.
+ *   3. A kind of matrices is ours once a trial has given ggml's bits (trial.h). What lies between the matrices is ours once it has
+ *      given those of llama.cpp's own nodes, in a piece in which every matrix was computed alone.
+ *   4. What lies between is left out only if no other node of the piece looks at it. A piece ends after the last layer, so that
+ *      nodes of one graph are never taken for those of the next.
+ *   5. A wave is begun when the first of its nodes is asked about, so that reads begin, or in that node's time.
  */
 #include "compute/compute.h"
 
+#include <assert.h>
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "compute/ffn.h"
-#include "compute/ffn_batch.h"
-#include "compute/product.h"
+#include "compute/crew.h"
+#include "compute/trial.h"
 
-enum { KINDS = 16 };
+/* A flag that ggml does not have: this node has lost the one that makes ggml compute it. */
+enum { LEFT_OUT = 1 << 30 };
+/* Rows that are compared; nodes that may lie between the matrices, views included. */
+enum { SAMPLES = 8, BETWEEN = 32, SPINS = 1000 };
 
-/* Whether our own product of some kind of matrices has the bits of ggml's: found out with the first node of that kind. */
-typedef enum { UNTRIED, SAME, OTHER } verdict;
+typedef struct slice slice;
+
+/* A run, as nodes know it. */
+typedef struct {
+    gp_compute  *compute;
+    const slice *leader;        /* what is multiplied with first */
+    gp_run       run;
+    uint32_t     ticket;        /* another one each time that it is asked about */
+} planned_run;
+
+/* A slice of the model. */
+struct slice {
+    uint32_t     layer, index;  /* among the layer's slices */
+    gp_matrices *kind;          /* NULL: left to ggml */
+    planned_run  alone;
+};
 
 typedef struct {
-    gp_kind kind;
-    verdict is_same;
-} tried_kind;
-
-/* What is known of a slice of the model. */
-typedef struct {
-    uint32_t    layer, index;       /* among the layer's slices */
-    tried_kind *kind;               /* NULL: always computed by MUL_MAT_ID */
-    gp_product  product;
-} matrices;
+    gp_nodes     nodes;         /* of the feed-forward, as far as it was offered */
+    slice       *first[GP_FIRST], *last;
+    gp_kind     *kind;
+    planned_run  whole;
+    const slice *leader;        /* the slice that comes first in a graph: with it a batch is counted; NULL: none was seen */
+} layer;
 
 struct gp_compute {
     const gp_ggml *ggml;
+    uint32_t       most_ids;
+    size_t         bytes;
     gp_pager      *pager;
     gp_hold       *hold;
     gp_failure    *failure;
-    matrices      *slices;
-    uint32_t       n_slices;
-    tried_kind     kinds[KINDS];
-    uint32_t       n_kinds;
-    char          *inputs;          /* of the product that is being computed */
-    float         *trial_output;
-    matrices      *trial;           /* its MUL_MAT_ID node ends this piece and is then compared with ours: */
-    ggml_tensor   *trial_node;
-    gp_ffn        *ffn;             /* NULL: matrix by matrix */
-    const ggml_tensor *ffn_trial;   /* this node ends a piece in which ffn has tried something */
-    gp_ffn_batch  *batch;           /* likewise, of several tokens */
-    const ggml_tensor *batch_trial;
+    slice         *slices;
+    layer         *layers;
+    gp_matrices   *matrices;    /* kinds of them */
+    uint32_t       n_slices, n_layers, n_matrices;
+    gp_kinds       kinds;       /* of feed-forwards */
+    gp_batch       batch;
+    gp_crew        crew;
+    uint32_t       n_tickets;
+    atomic_uint    started;     /* the ticket of the run that may be computed */
+
+    /* This piece. */
+    const ggml_tensor *begun_ids;   /* a wave has begun with them, and is not computed yet; NULL: none */
+    uint32_t       begun_layer;
+    layer         *collecting;  /* its last node is still to come */
+    ggml_tensor   *between[BETWEEN];
+    uint32_t       n_between;
+    layer         *whole;       /* the latest that is computed as a whole */
+    bool           has_closed;  /* what was offered last was the last node of a feed-forward */
+    layer         *sampled;     /* its nodes are computed alone, and what lies between is compared: */
+    gp_row         sample_rows[SAMPLES];
+    uint32_t       n_samples, n_sampled;    /* rows, first matrices so far */
+    float         *samples[GP_FIRST];
 };
 
-/* ---- nodes ------------------------------------------------------------------------------------------------------ */
+/* ---- nodes -------------------------------------------------------------------------------------------------------- */
 
-bool gp_compute_is_product(const gp_compute *c, uint32_t slice) {
-    return c->slices[slice].kind && c->slices[slice].kind->is_same == SAME;
-}
+typedef void (*gp_operation)(ggml_tensor *node, int ith, int nth, void *data);
 
-bool gp_compute_is_batch_expected(const gp_compute *c, uint32_t layer, uint64_t n_rows) {
-    return c->batch && c->failure->error == 0 && gp_ffn_batch_is_expected(c->batch, layer, n_rows);
-}
+static void convert_inputs(ggml_tensor *node, int ith, int nth, void *data);
+static void compute_run(ggml_tensor *node, int ith, int nth, void *data);
+static void compute_nothing(ggml_tensor *node, int ith, int nth, void *data);
 
-void gp_compute_wait(gp_compute *c, uint32_t slice) {
-    const matrices *m = &c->slices[slice];
-    gp_failure failure;
-    if (c->failure->error == 0 && gp_pager_wait(c->pager, c->hold, m->layer, 1u << m->index, &failure) != 0) {
-        *c->failure = failure;
-    }
-}
-
-/* From a MUL_MAT_ID of one token to our own product; until it is asked about again. */
-static void become_product(const gp_compute *c, matrices *m, ggml_tensor *node) {
-    gp_product_begin(&m->product, node);
-    const gp_custom custom = { .compute = gp_product_compute, .n_tasks = GP_ALL_THREADS, .data = &m->product };
+static void become(const gp_compute *c, ggml_tensor *node, gp_operation operation, void *data) {
+    const gp_custom custom = { .compute = operation, .n_tasks = GP_ALL_THREADS, .data = data };
     memcpy(node->op_params, &custom, sizeof custom);
     node->op = c->ggml->op_custom;
 }
 
-void gp_compute_undo(const gp_compute *c, ggml_tensor *node) {
-    memset(node->op_params, 0, sizeof(gp_custom));
-    node->op = c->ggml->op_mul_mat_id;
+static void leave_out(const gp_compute *c, ggml_tensor *node) {
+    if (c->ggml->flag_compute) {
+        node->flags = (node->flags & ~c->ggml->flag_compute) | LEFT_OUT;
+    }
 }
 
-static bool offer_to_ffn(gp_compute *c, matrices *m, ggml_tensor *node, const ggml_tensor *ids) {
-    if (!c->ffn) {
+static bool is_ours(const gp_compute *c, const ggml_tensor *node) {
+    gp_custom custom;
+    memcpy(&custom, node->op_params, sizeof custom);
+    return node->op == c->ggml->op_custom
+        && (custom.compute == convert_inputs || custom.compute == compute_run || custom.compute == compute_nothing);
+}
+
+void gp_compute_undo(const gp_compute *c, ggml_tensor *node) {
+    if (node->flags & LEFT_OUT) {
+        node->flags = (node->flags & ~LEFT_OUT) | c->ggml->flag_compute;
+    }
+    if (is_ours(c, node)) {
+        memset(node->op_params, 0, sizeof(gp_custom));
+        node->op = c->ggml->op_mul_mat_id;
+    }
+}
+
+/* As ggml's MUL_MAT_ID stands in a graph of llama.cpp, with inputs and results of floats in this machine's memory. */
+static bool is_plain(const gp_compute *c, const ggml_tensor *node, const ggml_tensor *ids) {
+    const ggml_tensor *input = node->src[1];
+    bool is_plain = node->type == c->ggml->type_f32 && input->type == c->ggml->type_f32
+        && node->nb[0] == sizeof(float) && input->nb[0] == sizeof(float)
+        && input->buffer && c->ggml->buffer_is_host(input->buffer)
+        && (input->ne[1] == 1 || input->ne[1] == ids->ne[0]) && input->ne[2] == ids->ne[1] && input->ne[3] == 1
+        && node->ne[1] == ids->ne[0] && node->ne[2] == ids->ne[1] && node->ne[3] == 1
+        && ids->type == c->ggml->type_i32 && ids->ne[2] == 1 && ids->ne[3] == 1
+        && ids->buffer && c->ggml->buffer_is_host(ids->buffer);
+    for (uint32_t i = 0; i < sizeof node->op_params / sizeof *node->op_params; i++) {
+        is_plain &= node->op_params[i] == 0;    /* they will hold a gp_custom, and be zeros again */
+    }
+    return is_plain;
+}
+
+/* ---- waves -------------------------------------------------------------------------------------------------------- */
+
+/* Whether an earlier node of the layer has been computed with the same ids. */
+static bool is_again(const gp_compute *c, const slice *s) {
+    return c->layers[s->layer].leader != s;
+}
+
+/* In the decoding thread. False: the decode has failed. */
+static bool begin_wave(gp_compute *c, const slice *s, const ggml_tensor *ids) {
+    gp_failure failure;
+    c->begun_ids = NULL;
+    if (gp_batch_begin(&c->batch, s->layer, ids, is_again(c, s), &failure) != 0) {
+        *c->failure = failure;
         return false;
     }
-    const gp_ffn_fate fate = gp_ffn_offer(c->ffn, &m->product, node, ids);
-    c->ffn_trial = fate == FFN_TRIED ? node : c->ffn_trial;
-    return fate == FFN_TRIED;
+    c->begun_ids = ids;
+    c->begun_layer = s->layer;
+    return true;
 }
 
-/* The same for several tokens; what is not taken is waited for here. */
-static bool offer_to_batch(gp_compute *c, uint32_t slice, ggml_tensor *node, const ggml_tensor *ids, bool is_expected) {
-    const matrices *m = &c->slices[slice];
-    const gp_ffn_fate fate = gp_ffn_batch_offer(c->batch, m->layer, m->index, node, ids, is_expected);
-    if (node->op == c->ggml->op_mul_mat_id) {
-        gp_compute_wait(c, slice);
-    }
-    c->batch_trial = fate == FFN_TRIED ? node : c->batch_trial;
-    return fate == FFN_TRIED;
+static bool has_begun(const gp_compute *c, uint32_t layer, const ggml_tensor *ids) {
+    return c->begun_ids == ids && c->begun_layer == layer;
 }
 
-bool gp_compute_offer(gp_compute *c, uint32_t slice, ggml_tensor *node, const ggml_tensor *ids, bool is_batch_expected) {
-    matrices *m = &c->slices[slice];
-    if (c->failure->error == 0 && c->batch && ids->ne[1] > 1) {
-        return offer_to_batch(c, slice, node, ids, is_batch_expected);
-    }
-    if (c->failure->error == 0 && m->kind && m->kind->is_same != OTHER
-        && node->ne[1] <= (int64_t) gp_pager_layer(c->pager, m->layer)->n_used      /* as foreseen in open_products */
-        && gp_product_fits(&m->kind->kind, c->ggml, node)) {
-        if (m->kind->is_same == SAME) {
-            become_product(c, m, node);
-            return offer_to_ffn(c, m, node, ids);
-        }
-        if (!c->trial) {
-            c->trial = m;
-            c->trial_node = node;
+/* Waits until two experts of the wave are there, or one, if there is no slot for another. */
+static bool wait_for_some(gp_compute *c, uint32_t *n) {
+    const uint32_t all = (1u << gp_pager_layer(c->pager, c->begun_layer)->n_slices) - 1;
+    gp_failure failure;
+    *n = 0;
+    while (*n < 2 && *n < c->hold->n_wanted && (*n == 0 || gp_wave_has(c->pager, c->hold, *n, 0))) {
+        const unsigned n_arrived = gp_wave_n_arrived(c->hold);
+        if (gp_wave_has(c->pager, c->hold, *n, all)) {
+            (*n)++;
+        } else if (gp_wave_stops(c->hold, true) || !gp_wave_wait(c->pager, c->hold, n_arrived, true)) {
+            break;
         }
     }
-    gp_compute_wait(c, slice);
-    return c->trial == m;
+    if (*n == 0 && gp_wave_end(c->pager, c->hold, &failure) != 0) {
+        *c->failure = failure;
+    }
+    return *n > 0;
 }
 
-bool gp_compute_is_collecting(const gp_compute *c) {
-    return c->batch && gp_ffn_batch_is_collecting(c->batch);
+/* Finds out who can compute these matrices, if it is not known. False: the decode has failed, or it cannot be known now. */
+static bool try_matrices(gp_compute *c, slice *s, const ggml_tensor *node, const ggml_tensor *ids) {
+    const bool is_many = ids->ne[1] >= GP_MANY_ROWS;
+    if (s->kind->few != GP_UNTRIED_KERNEL && (!is_many || s->kind->many != GP_UNTRIED_KERNEL)) {
+        return true;
+    }
+    gp_trial_experts experts = { .row_bytes = node->src[0]->nb[1] };
+    if ((!has_begun(c, s->layer, ids) && !begin_wave(c, s, ids)) || !wait_for_some(c, &experts.n)) {
+        return false;
+    }
+    for (uint32_t i = 0; i < experts.n; i++) {
+        experts.data[i] = gp_wave_slice(c->pager, c->hold, i, s->index);
+    }
+    int error = 0;
+    if (s->kind->few == GP_UNTRIED_KERNEL) {
+        error = gp_try(s->kind, false, c->ggml, c->crew.workers, &experts);
+    }
+    if (error == 0 && is_many && s->kind->many == GP_UNTRIED_KERNEL) {
+        error = gp_try(s->kind, true, c->ggml, c->crew.workers, &experts);
+    }
+    return error == 0;
 }
 
-void gp_compute_interrupt(gp_compute *c) {
-    if (c->batch) {
-        gp_ffn_batch_interrupt(c->batch);
+/* ---- computing ---------------------------------------------------------------------------------------------------- */
+
+/* What a node was left for is not computed any more: its memory is there, and what is in it is thrown away. */
+static void compute_nothing(ggml_tensor *node, int ith, int nth, void *data) {
+    (void) node;
+    (void) ith;
+    (void) nth;
+    (void) data;
+}
+
+static void convert_inputs(ggml_tensor *node, int ith, int nth, void *data) {
+    (void) node;
+    (void) ith;
+    (void) nth;
+    const planned_run *own = data;
+    gp_crew_convert(&own->compute->crew, &own->run);
+}
+
+static float *row_in(const ggml_tensor *tensor, const gp_row *r) {
+    const uint32_t rank = tensor->ne[1] == 1 ? 0 : r->rank;
+    return (float *) (void *) ((char *) tensor->data + rank * tensor->nb[1] + r->token * tensor->nb[2]);
+}
+
+/* One of the first matrices was computed alone: some of its rows are kept. */
+static void take_samples(gp_compute *c, const ggml_tensor *node) {
+    const gp_nodes *nodes = &c->sampled->nodes;
+    for (uint32_t i = 0; i < nodes->shape.n_first; i++) {
+        if (nodes->first[i] == node) {
+            for (uint32_t s = 0; s < c->n_samples; s++) {
+                memcpy(c->samples[i] + s * node->ne[0], row_in(node, &c->sample_rows[s]), (size_t) node->ne[0] * sizeof(float));
+            }
+            c->n_sampled++;
+        }
     }
 }
 
-/* The trial's node is computed, by ggml. */
-static void judge_trial(gp_compute *c) {
-    gp_product *product = &c->trial->product;
-    const ggml_tensor *node = c->trial_node;
-    ggml_tensor ours = *node;
-    ours.data = c->trial_output;
-    gp_product_begin(product, &ours);
-    gp_product_compute(&ours, 0, 1, product);
-    const size_t bytes = (size_t) node->ne[1] * node->nb[1];
-    c->trial->kind->is_same = memcmp(ours.data, node->data, bytes) == 0 ? SAME : OTHER;
+/* What lies between was computed by llama.cpp's own nodes: whether it is the same here, on the rows that were kept. */
+static void compare_samples(gp_compute *c) {
+    const gp_nodes *nodes = &c->sampled->nodes;
+    const ggml_tensor *input = nodes->last->src[1];
+    int32_t experts[SAMPLES];
+    gp_step_rows rows = { .n = c->n_samples, .experts = experts, .first = { c->samples[0], c->samples[1] } };
+    float *at = (float *) (void *) c->crew.memory;
+    for (uint32_t i = 0; i < nodes->shape.n_steps; i++) {
+        rows.steps[i] = at;
+        at += SAMPLES * nodes->shape.steps[i].width;
+    }
+    for (uint32_t s = 0; s < c->n_samples; s++) {
+        const gp_row *r = &c->sample_rows[s];
+        experts[s] = *(const int32_t *) ((const char *) nodes->ids->data + r->token * nodes->ids->nb[1]
+                                         + r->rank * nodes->ids->nb[0]);
+    }
+    bool is_same = nodes->shape.n_steps == 0 || gp_worker_step(c->crew.workers, 0, nodes, &rows) == 0;
+    const float *ours = nodes->shape.n_steps > 0 ? rows.steps[nodes->shape.n_steps - 1] : c->samples[0];
+    for (uint32_t s = 0; s < c->n_samples; s++) {
+        is_same &= memcmp(ours + s * input->ne[0], row_in(input, &c->sample_rows[s]), (size_t) input->ne[0] * sizeof(float)) == 0;
+    }
+    c->sampled->kind->is_same = is_same ? GP_SAME_BITS : GP_OTHER_BITS;
 }
 
-void gp_compute_judge(gp_compute *c, const ggml_tensor *node) {
-    if (c->failure && c->failure->error != 0) {
+static void start(gp_compute *c, planned_run *own, uint32_t n_threads) {
+    const gp_run *run = &own->run;
+    if (c->sampled && c->sampled->nodes.last == run->last && c->n_sampled == c->sampled->nodes.shape.n_first
+        && c->failure->error == 0) {
+        compare_samples(c);
+        c->sampled = NULL;
+    }
+    if (c->failure->error == 0 && (has_begun(c, run->layer, run->ids) || begin_wave(c, own->leader, run->ids))) {
+        gp_crew_begin(&c->crew, run, n_threads);
+    } else {
+        gp_crew_rest(&c->crew);
+    }
+    c->begun_ids = NULL;
+}
+
+static void finish(gp_compute *c, const planned_run *own) {
+    gp_failure failure;
+    if (c->failure->error == 0 && gp_wave_end(c->pager, c->hold, &failure) != 0) {
+        *c->failure = failure;
+    }
+    if (c->failure->error == 0 && atomic_load(&c->crew.has_failed)) {
+        *c->failure = (gp_failure) { .error = -ENOTRECOVERABLE };
+    }
+    if (c->sampled && c->failure->error == 0) {
+        take_samples(c, own->run.last);
+    }
+}
+
+/* ggml_custom_op_t: thread `ith` of `nth`. */
+static void compute_run(ggml_tensor *node, int ith, int nth, void *data) {
+    (void) node;
+    planned_run *own = data;
+    gp_compute *c = own->compute;
+    if (ith == 0) {
+        start(c, own, (uint32_t) nth);
+        atomic_store_explicit(&c->started, own->ticket, memory_order_release);
+    }
+    for (uint32_t i = 0; atomic_load_explicit(&c->started, memory_order_acquire) != own->ticket; i++) {
+        if (i > SPINS) {
+            sched_yield();
+        }
+    }
+    gp_crew_compute(&c->crew, (uint32_t) ith);
+    if (ith == 0) {
+        finish(c, own);
+    }
+}
+
+/* ---- feed-forwards ------------------------------------------------------------------------------------------------ */
+
+static void plan(gp_compute *c, planned_run *own, const slice *leader, const gp_run *run) {
+    own->compute = c;
+    own->leader = leader;
+    own->run = *run;
+    own->ticket = ++c->n_tickets;
+}
+
+static void start_collecting(gp_compute *c, const slice *s, const ggml_tensor *ids) {
+    layer *l = &c->layers[s->layer];
+    memset(&l->nodes, 0, sizeof l->nodes);
+    l->nodes.n_ranks = (uint32_t) ids->ne[0];
+    l->nodes.n_tokens = (uint32_t) ids->ne[1];
+    l->nodes.ids = ids;
+    memset(&l->whole.run, 0, sizeof l->whole.run);
+    l->whole.run.layer = s->layer;
+    l->whole.run.ids = ids;
+    c->collecting = l;
+    c->n_between = 0;
+}
+
+static void add_first(layer *l, slice *s, ggml_tensor *node) {
+    const uint32_t at = l->nodes.shape.n_first++;
+    l->nodes.shape.first_types[at] = s->kind->matrix.type;
+    l->nodes.shape.first_widths[at] = node->ne[0];
+    l->nodes.first[at] = node;
+    l->first[at] = s;
+    l->whole.run.first[at] = node;
+    l->whole.run.first_kinds[at] = s->kind;
+    l->whole.run.first_slices[at] = s->index;
+}
+
+static bool is_part(const gp_nodes *nodes, const ggml_tensor *tensor) {
+    bool is_part = false;
+    for (uint32_t i = 0; i < nodes->shape.n_first; i++) {
+        is_part |= nodes->first[i] == tensor;
+    }
+    for (uint32_t i = 0; i < nodes->shape.n_steps; i++) {
+        is_part |= nodes->steps[i] == tensor;
+    }
+    return is_part;
+}
+
+/* Whether a node that is no part of a feed-forward takes in what is left out there. A view computes nothing: who takes it does. */
+static bool looks_at(const gp_compute *c, const gp_nodes *nodes, const ggml_tensor *node) {
+    if (node->op == c->ggml->op_view || node->op == c->ggml->op_reshape) {
+        return false;
+    }
+    for (uint32_t i = 0; i < GGML_SOURCES && node->src[i]; i++) {
+        const ggml_tensor *source = node->src[i];
+        if (is_part(nodes, source->view_src ? source->view_src : source)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Whether what lies between is for the last matrix alone. */
+static bool is_private(const gp_compute *c, const gp_nodes *nodes) {
+    for (uint32_t i = 0; i < c->n_between; i++) {
+        if (!is_part(nodes, c->between[i]) && looks_at(c, nodes, c->between[i])) {
+            return false;
+        }
+    }
+    bool is_plain = c->n_between < BETWEEN;
+    for (uint32_t i = 0; i < nodes->shape.n_first; i++) {
+        is_plain &= !c->ggml->flag_compute || nodes->first[i]->flags == c->ggml->flag_compute;  /* or it is a result of the graph */
+    }
+    for (uint32_t i = 0; i < nodes->shape.n_steps; i++) {
+        is_plain &= !c->ggml->flag_compute || nodes->steps[i]->flags == c->ggml->flag_compute;
+    }
+    return is_plain;
+}
+
+static void sample(gp_compute *c, layer *l) {
+    int64_t width = 0;
+    for (uint32_t i = 0; i < l->nodes.shape.n_steps; i++) {
+        width += l->nodes.shape.steps[i].width;
+    }
+    if ((size_t) width * SAMPLES * sizeof(float) > c->crew.bytes) {
         return;
     }
-    if (c->trial && c->trial_node == node) {
-        judge_trial(c);
+    const uint32_t n_rows = l->nodes.n_ranks * l->nodes.n_tokens;
+    c->sampled = l;
+    c->n_sampled = 0;
+    c->n_samples = n_rows < SAMPLES ? n_rows : SAMPLES;
+    for (uint32_t i = 0; i < c->n_samples; i++) {
+        const uint32_t row = (uint32_t) ((uint64_t) n_rows * i / c->n_samples);
+        c->sample_rows[i] = (gp_row) { row % l->nodes.n_ranks, row / l->nodes.n_ranks };
     }
-    if (c->ffn_trial == node) {
-        gp_ffn_judge(c->ffn);
+}
+
+/* All nodes of a feed-forward are known, and are computed alone until here. */
+static void become_whole(gp_compute *c, layer *l, uint32_t most_rows) {
+    const gp_nodes *nodes = &l->nodes;
+    gp_run run = l->whole.run;
+    run.n_first = nodes->shape.n_first;
+    run.nodes = nodes;
+    if (!gp_crew_has_room(&c->crew, &run, most_rows)) {
+        return;
     }
-    if (c->batch_trial == node) {
-        gp_ffn_batch_judge(c->batch);
+    plan(c, &l->whole, l->first[0], &run);
+    gp_crew_expect(&c->crew);
+    become(c, nodes->first[0], convert_inputs, &l->whole);
+    for (uint32_t i = 1; i < nodes->shape.n_first; i++) {
+        become(c, nodes->first[i], compute_nothing, NULL);
+        leave_out(c, nodes->first[i]);
     }
+    for (uint32_t i = 0; i < nodes->shape.n_steps; i++) {
+        leave_out(c, nodes->steps[i]);
+    }
+    become(c, nodes->last, compute_run, &l->whole);
+    c->whole = l;
+}
+
+static void become_alone(gp_compute *c, layer *l) {
+    const gp_nodes *nodes = &l->nodes;
+    for (uint32_t i = 0; i < nodes->shape.n_first; i++) {
+        gp_compute_undo(c, nodes->first[i]);
+        become(c, nodes->first[i], compute_run, &l->first[i]->alone);
+    }
+    for (uint32_t i = 0; i < nodes->shape.n_steps; i++) {
+        gp_compute_undo(c, nodes->steps[i]);
+    }
+    gp_compute_undo(c, nodes->last);
+    become(c, nodes->last, compute_run, &l->last->alone);
+}
+
+static void end_collecting(gp_compute *c, slice *s, ggml_tensor *node, uint32_t most_rows) {
+    layer *l = c->collecting;
+    c->collecting = NULL;
+    l->nodes.last = node;
+    l->nodes.shape.last_type = s->kind->matrix.type;
+    l->nodes.shape.last_width = node->ne[0];
+    l->whole.run.last = node;
+    l->whole.run.last_kind = s->kind;
+    l->whole.run.last_slice = s->index;
+    l->last = s;
+    c->has_closed = true;
+    if (!gp_trace(&l->nodes, c->ggml, INT64_MAX) || !is_private(c, &l->nodes)) {
+        return;
+    }
+    l->kind = gp_kind_find(&c->kinds, &l->nodes.shape);
+    if (l->kind && l->kind->is_same == GP_SAME_BITS) {
+        become_whole(c, l, most_rows);
+    } else if (l->kind && l->kind->is_same == GP_UNTRIED && !c->sampled) {
+        sample(c, l);
+    }
+}
+
+static void collect(gp_compute *c, slice *s, ggml_tensor *node, const ggml_tensor *ids, uint32_t most_rows) {
+    layer *l = c->collecting;
+    const bool goes_on = l && l == &c->layers[s->layer] && l->nodes.ids == ids && !is_part(&l->nodes, node);
+    if (goes_on && (l->nodes.shape.n_first == GP_FIRST || node->src[1] != l->nodes.first[0]->src[1])) {
+        end_collecting(c, s, node, most_rows);
+        return;
+    }
+    if (!goes_on) {
+        start_collecting(c, s, ids);
+    }
+    add_first(c->collecting, s, node);
+}
+
+/* ---- what the tap calls ------------------------------------------------------------------------------------------- */
+
+bool gp_compute_offer(gp_compute *c, uint32_t number, ggml_tensor *node, const ggml_tensor *ids) {
+    slice *s = &c->slices[number];
+    layer *l = &c->layers[s->layer];
+    c->has_closed = false;
+    if (c->failure->error != 0) {
+        become(c, node, compute_nothing, NULL);     /* the mapping, whose file may have lost its end, is not touched */
+        return true;
+    }
+    const gp_layer_spec *spec = gp_pager_layer(c->pager, s->layer);
+    const uint32_t most_rows = s->kind && is_plain(c, node, ids) ? gp_batch_most(&c->batch, ids, spec->n_experts) : 0;
+    if (most_rows == 0) {
+        return false;
+    }
+    l->leader = l->leader ? l->leader : s;
+    const gp_run run = { .layer = s->layer, .last = node, .ids = ids, .last_kind = s->kind, .last_slice = s->index };
+    if (!gp_crew_has_room(&c->crew, &run, most_rows)) {
+        return false;
+    }
+    const bool is_known = try_matrices(c, s, node, ids);
+    if (c->failure->error != 0) {
+        become(c, node, compute_nothing, NULL);
+        return true;
+    }
+    const bool needs_many = most_rows >= GP_MANY_ROWS;
+    if (!is_known || s->kind->few == GP_BY_NOBODY || (needs_many && s->kind->many != GP_BY_GGML)) {
+        return false;
+    }
+    if (!c->begun_ids && !begin_wave(c, s, ids)) {
+        become(c, node, compute_nothing, NULL);
+        return true;
+    }
+    plan(c, &s->alone, s, &run);
+    become(c, node, compute_run, &s->alone);
+    collect(c, s, node, ids, most_rows);
+    return true;
+}
+
+void gp_compute_note(gp_compute *c, ggml_tensor *node) {
+    if (is_ours(c, node)) {
+        return;
+    }
+    if (c->collecting && c->n_between < BETWEEN) {
+        c->between[c->n_between++] = node;
+    }
+    if (c->whole && looks_at(c, &c->whole->nodes, node)) {
+        c->whole->kind->is_same = GP_OTHER_BITS;
+        become_alone(c, c->whole);
+        c->whole = NULL;
+    }
+}
+
+bool gp_compute_has_closed(const gp_compute *c) {
+    return c->has_closed;
 }
 
 void gp_compute_reset(gp_compute *c) {
-    c->trial = NULL;
-    c->ffn_trial = NULL;
-    c->batch_trial = NULL;
-    if (c->ffn) {
-        gp_ffn_reset(c->ffn);
-    }
-    if (c->batch) {
-        gp_ffn_batch_reset(c->batch);
-    }
+    c->begun_ids = NULL;
+    c->collecting = NULL;
+    c->sampled = NULL;
+    c->whole = NULL;
+    gp_hold_release(c->pager, c->hold);
 }
 
-/* ---- counting --------------------------------------------------------------------------------------------------- */
+/* ---- counting ----------------------------------------------------------------------------------------------------- */
 
 void gp_compute_count_kinds(const gp_compute *c, uint32_t *n_same, uint32_t *n_other) {
     *n_same = *n_other = 0;
-    for (uint32_t i = 0; i < c->n_kinds; i++) {
-        *n_same += c->kinds[i].is_same == SAME;
-        *n_other += c->kinds[i].is_same == OTHER;
+    for (uint32_t i = 0; i < c->n_matrices; i++) {
+        const gp_matrices *m = &c->matrices[i];
+        const bool is_other = m->few == GP_BY_NOBODY || m->many == GP_BY_NOBODY;
+        *n_other += is_other;
+        *n_same += !is_other && m->few != GP_UNTRIED_KERNEL;
     }
 }
 
 void gp_compute_count_ffns(const gp_compute *c, uint32_t *n_same, uint32_t *n_other) {
-    uint32_t n_same_in_batches, n_other_in_batches;
-    gp_ffn_count_shapes(c->ffn, n_same, n_other);
-    gp_ffn_batch_count_shapes(c->batch, &n_same_in_batches, &n_other_in_batches);
-    *n_same += n_same_in_batches;
-    *n_other += n_other_in_batches;
+    gp_kinds_count(&c->kinds, n_same, n_other);
 }
 
-/* ---- opening and closing ---------------------------------------------------------------------------------------- */
+/* ---- opening and closing ------------------------------------------------------------------------------------------ */
 
 /* NULL: ggml has no functions for it that are known here. */
-static tried_kind *find_kind(gp_compute *c, const gp_slice_spec *spec) {
-    for (uint32_t i = 0; i < c->n_kinds; i++) {
-        const gp_kind *kind = &c->kinds[i].kind;
-        if (kind->type == spec->type && kind->n_columns == spec->ne[0] && kind->n_rows == spec->ne[1]) {
-            return &c->kinds[i];
+static gp_matrices *find_matrices(gp_compute *c, const gp_slice_spec *spec) {
+    for (uint32_t i = 0; i < c->n_matrices; i++) {
+        const gp_matrix *m = &c->matrices[i].matrix;
+        if (m->type == spec->type && m->n_columns == spec->ne[0] && m->n_rows == spec->ne[1]) {
+            return &c->matrices[i];
         }
     }
-    tried_kind *new = &c->kinds[c->n_kinds];
-    if (c->n_kinds == KINDS || !gp_kind_find(&new->kind, c->ggml, spec->type, spec->ne[0], spec->ne[1])) {
+    gp_matrices *new = &c->matrices[c->n_matrices];
+    if (!gp_matrix_find(&new->matrix, c->ggml, spec->type, spec->ne[0], spec->ne[1])) {
         return NULL;
     }
-    c->n_kinds++;
+    c->n_matrices++;
     return new;
 }
 
-static int open_slices(gp_compute *c, uint32_t n_layers) {
+static int open_slices(gp_compute *c) {
     c->slices = calloc(c->n_slices, sizeof *c->slices);
-    if (!c->slices) {
+    c->matrices = calloc(c->n_slices, sizeof *c->matrices);
+    c->layers = calloc(c->n_layers, sizeof *c->layers);
+    if (!c->slices || !c->matrices || !c->layers) {
         return -ENOMEM;
     }
-    matrices *m = c->slices;
-    for (uint32_t l = 0; l < n_layers; l++) {
-        const gp_layer_spec *layer = gp_pager_layer(c->pager, l);
-        for (uint32_t s = 0; s < layer->n_slices; s++, m++) {
-            m->layer = l;
-            m->index = s;
-            m->kind = find_kind(c, &layer->slices[s]);
+    slice *s = c->slices;
+    int64_t widest = 1;
+    for (uint32_t l = 0; l < c->n_layers; l++) {
+        const gp_layer_spec *spec = gp_pager_layer(c->pager, l);
+        for (uint32_t i = 0; i < spec->n_slices; i++, s++) {
+            s->layer = l;
+            s->index = i;
+            s->kind = find_matrices(c, &spec->slices[i]);
+            widest = spec->slices[i].ne[1] > widest ? spec->slices[i].ne[1] : widest;
+        }
+    }
+    for (uint32_t i = 0; i < GP_FIRST; i++) {
+        c->samples[i] = malloc(SAMPLES * (size_t) widest * sizeof *c->samples[i]);
+        if (!c->samples[i]) {
+            return -ENOMEM;
         }
     }
     return 0;
 }
 
-/* Memory for the largest product of each kind. */
-static int open_products(gp_compute *c) {
-    size_t input_bytes = 1, output_bytes = 1, converted_bytes = 1;
-    uint32_t n_ranks = 0;
-    int64_t width = 1;
-    for (uint32_t i = 0; i < c->n_slices; i++) {
-        const matrices *m = &c->slices[i];
-        if (!m->kind) {
-            continue;
-        }
-        const gp_kind *kind = &m->kind->kind;
-        const uint32_t n_used = gp_pager_layer(c->pager, m->layer)->n_used;
-        const size_t input = n_used * kind->input_bytes;
-        const size_t output = n_used * (size_t) kind->n_rows * sizeof(float);
-        input_bytes = input > input_bytes ? input : input_bytes;
-        output_bytes = output > output_bytes ? output : output_bytes;
-        converted_bytes = kind->input_bytes > converted_bytes ? kind->input_bytes : converted_bytes;
-        n_ranks = n_used > n_ranks ? n_used : n_ranks;
-        width = kind->n_rows > width ? kind->n_rows : width;
-        width = kind->n_columns > width ? kind->n_columns : width;
-    }
-    c->inputs = malloc(input_bytes);
-    c->trial_output = malloc(output_bytes);
-    if (!c->inputs || !c->trial_output) {
-        return -ENOMEM;
-    }
-    for (uint32_t i = 0; i < c->n_slices; i++) {
-        matrices *m = &c->slices[i];
-        m->product = (gp_product) { .pager = c->pager, .hold = c->hold, .failure = c->failure,
-                                    .kind = m->kind ? &m->kind->kind : NULL, .layer = m->layer, .slice = m->index,
-                                    .inputs = c->inputs };
-    }
-    return gp_ffn_open(&c->ffn, c->ggml, n_ranks, width, converted_bytes);
-}
-
 static void detach(gp_compute *c) {
+    gp_crew_close(&c->crew);
+    gp_batch_close(&c->batch);
     free(c->slices);
-    free(c->inputs);
-    free(c->trial_output);
-    c->slices = NULL;
-    c->inputs = NULL;
-    c->trial_output = NULL;
-    c->n_slices = c->n_kinds = 0;
-    gp_ffn_close(c->ffn);
-    c->ffn = NULL;
-    if (c->batch) {
-        gp_ffn_batch_detach(c->batch);
+    free(c->matrices);
+    free(c->layers);
+    for (uint32_t i = 0; i < GP_FIRST; i++) {
+        free(c->samples[i]);
     }
+    *c = (gp_compute) { .ggml = c->ggml, .most_ids = c->most_ids, .bytes = c->bytes };
 }
 
 int gp_compute_attach(gp_compute *c, gp_pager *pager, gp_hold *hold, gp_failure *failure) {
     c->pager = pager;
     c->hold = hold;
     c->failure = failure;
-    const gp_layer_spec *layer;
-    uint32_t n_layers = 0;
-    for (; (layer = gp_pager_layer(pager, n_layers)); n_layers++) {
-        c->n_slices += layer->n_slices;
+    const gp_layer_spec *spec;
+    for (; (spec = gp_pager_layer(pager, c->n_layers)); c->n_layers++) {
+        c->n_slices += spec->n_slices;
     }
-    int error = open_slices(c, n_layers);
+    int error = open_slices(c);
     if (error == 0) {
-        error = open_products(c);
+        error = gp_batch_open(&c->batch, pager, hold, c->most_ids);
     }
-    if (error == 0 && c->batch) {
-        error = gp_ffn_batch_attach(c->batch, pager, hold, failure, n_layers);
+    if (error == 0) {
+        error = gp_crew_open(&c->crew, c->ggml, pager, hold, &c->batch, c->bytes);
     }
     if (error != 0) {
         detach(c);
@@ -296,26 +631,18 @@ int gp_compute_attach(gp_compute *c, gp_pager *pager, gp_hold *hold, gp_failure 
     return error;
 }
 
-int gp_compute_open(gp_compute **out, const gp_ggml *ggml, size_t batch_bytes) {
-    *out = NULL;
-    gp_compute *c = calloc(1, sizeof *c);
-    if (!c) {
+int gp_compute_open(gp_compute **out, const gp_ggml *ggml, uint32_t most_ids, size_t bytes) {
+    *out = calloc(1, sizeof **out);
+    if (!*out) {
         return -ENOMEM;
     }
-    c->ggml = ggml;
-    const int error = gp_ffn_batch_open(&c->batch, ggml, batch_bytes);
-    if (error != 0) {
-        free(c);
-        return error;
-    }
-    *out = c;
+    **out = (gp_compute) { .ggml = ggml, .most_ids = most_ids, .bytes = bytes };
     return 0;
 }
 
 void gp_compute_close(gp_compute *c) {
     if (c) {
         detach(c);
-        gp_ffn_batch_close(c->batch);
         free(c);
     }
 }

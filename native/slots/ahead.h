@@ -4,9 +4,10 @@
 
 #include "slots/slots.h"
 
-/* Plans what to read while this demand is computed with. Returns the number of reads in ahead_reads, which then belongs to
- * this caller until it has submitted them. */
-uint32_t gp_ahead_plan(gp_pager *pager, const gp_hold *hold, const gp_demand *demand);
+/* Plans what to read once nothing of the hold's own wave is left to be. In the thread that decodes. */
+void     gp_ahead_plan(gp_pager *pager, gp_hold *hold);
+/* Slots for what comes next in the plan, of so many experts at most. Returns the number of reads put into `reads`. */
+uint32_t gp_ahead_take(gp_pager *pager, gp_hold *hold, gp_read **reads, uint32_t most_experts);
 /* Lets go what was read ahead for this hold and layer, is still being read and is not wanted. Returns the number of reads
  * put into `reads`, for gp_copies_withdraw, after which gp_ahead_withdrawn must be called with them. */
 uint32_t gp_ahead_drop(gp_pager *pager, const gp_hold *hold, uint32_t layer, gp_read **reads);

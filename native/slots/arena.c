@@ -142,9 +142,10 @@ static int open_arena(gp_pager *p) {
         p->n_slots += p->classes[i].n_slots;
     }
     p->slots = calloc(p->n_slots, sizeof *p->slots);
+    p->missing = calloc(p->n_slots, sizeof *p->missing);
     p->reads = calloc((size_t) p->n_slots * GP_MAX_SLICES, sizeof *p->reads);
     p->ahead_reads = calloc((size_t) p->n_slots * GP_MAX_SLICES, sizeof *p->ahead_reads);
-    return p->slots && p->reads && p->ahead_reads ? 0 : -ENOMEM;
+    return p->slots && p->missing && p->reads && p->ahead_reads ? 0 : -ENOMEM;
 }
 
 /* Huge pages are cheaper to read into and to compute with. They can be dearer to get: on a virtual machine whose host gives it
@@ -236,23 +237,26 @@ static int open_layers(gp_pager *p) {
     return 0;
 }
 
+/* Memory that a large batch's experts pass through: what the disk needs to be kept busy while others are computed, with some to
+ * spare for both. */
+enum { WAVE_BYTES = 96 << 20, LEAST_WAVE_SLOTS = 16 };
+
 void gp_class_divide(gp_pager *p, uint32_t shape_class) {
     gp_class *c = &p->classes[shape_class];
     c->share = c->n_layers ? c->n_slots / c->n_layers : 0;
-    c->floor = c->transient_limit = 0;
+    c->floor = 0;
+    uint32_t n_used = 0;
     for (uint32_t i = 0; i < p->config.n_layers; i++) {
         const gp_layer_spec *spec = &p->layers[i].spec;
-        if (spec->shape_class != shape_class) {
-            continue;
-        }
-        const uint32_t floor = spec->n_used < c->share ? spec->n_used : c->share;
-        c->floor = floor > c->floor ? floor : c->floor;
-        /* One layer's worth for the batch, one for read-ahead. */
-        const uint32_t limit = spec->n_experts * (p->config.read_ahead ? 2 : 1);
-        c->transient_limit = limit > c->transient_limit ? limit : c->transient_limit;
+        n_used = spec->shape_class == shape_class && spec->n_used > n_used ? spec->n_used : n_used;
     }
-    const uint32_t aside = c->transient_limit < c->n_slots / 2 ? c->transient_limit : c->n_slots / 2;
-    c->batch_share = c->n_layers ? (c->n_slots - aside) / c->n_layers : 0;
+    c->floor = n_used < c->share ? n_used : c->share;
+    const uint64_t wanted = WAVE_BYTES / c->stride_bytes;
+    const uint32_t wave = wanted < LEAST_WAVE_SLOTS ? LEAST_WAVE_SLOTS : wanted < c->n_slots ? (uint32_t) wanted : c->n_slots;
+    /* Slots that do not hold one token's experts of every layer hold nothing that is worth keeping from a batch. */
+    const uint32_t most = c->share < n_used ? c->n_slots : c->n_slots / 2;
+    c->transient_limit = wave < most ? wave : most;
+    c->batch_share = c->n_layers ? (c->n_slots - c->transient_limit) / c->n_layers : 0;
 }
 
 int gp_pager_open(gp_pager **out, const gp_os *os, const gp_config *config, gp_open_failure *failure) {
@@ -362,6 +366,7 @@ void gp_pager_close(gp_pager *p) {
     free(p->guesses);
     free(p->ahead_reads);
     free(p->reads);
+    free(p->missing);
     free(p->slots);
     free(p->layers);
     free(p->classes);

@@ -1,27 +1,15 @@
-/* Between pager.c and tap.c: slots taken and given back for the time of one piece of graph. */
+/* Between the pager and who computes: a wave brings the experts of one node's batch through slots, each for as long as it is
+ * computed with. Any number of slots will do, from one up: whoever is done with an expert lets its slot go, and the next that
+ * is wanted is read into it. */
 #ifndef GGUF_PAGER_PAGER_H
 #define GGUF_PAGER_PAGER_H
+
+#include <stdatomic.h>
 
 #include "gguf_pager.h"
 #include "reads/fetch.h"
 #include "reads/tables.h"
 #include "reads/watch.h"
-
-/* Slots one context computes with. Zeroed by gp_hold_open. */
-typedef struct {
-    uint32_t        bit;        /* this hold's place in a slot's mask of users */
-    uint32_t       *slots;      /* lock */
-    uint32_t        n_slots;    /* lock */
-    uint32_t        pending;    /* lock; how many of them are still being read */
-    uint32_t        pending_slices[GP_MAX_SLICES];  /* lock; how many lack this slice */
-    pthread_cond_t  arrived;        /* all pending slots' slice of some index */
-    pthread_cond_t  slice_arrived;  /* any slice, while n_watching threads wait for one */
-    uint32_t        n_watching;     /* lock */
-    atomic_uint     n_arrived;      /* slices so far; written with the lock */
-    gp_read       **reads;      /* room for one submission */
-    uint32_t        n_needed;   /* the most slots of one class it may hold at a time */
-    gp_watch       *watch;      /* the caller's, to set after open; its waits end with -EINTR when it stops */
-} gp_hold;
 
 /* What one graph node's batch wants of a layer. */
 typedef struct {
@@ -31,39 +19,77 @@ typedef struct {
     uint32_t        n_experts;
     uint32_t        n_tokens;
     bool            is_again;   /* the same ids were counted before: only the slots are wanted */
-    uint32_t        later;      /* slices, a bit each, that are not waited for: gp_pager_wait does, before they are used;
-                                 * all, of several tokens: they are used an expert at a time, and read so */
 } gp_demand;
 
-int  gp_hold_open(gp_hold *hold, gp_pager *pager, uint32_t n_needed);
-void gp_hold_close(gp_hold *hold, gp_pager *pager);
+/* One expert of a wave. */
+typedef struct {
+    int32_t         expert;
+    uint32_t        count;      /* ids that named it */
+    uint32_t        at;         /* its place in the demand */
+    bool            is_done;    /* lock */
+    _Atomic int32_t slot;       /* within its class; -1: none yet */
+} gp_wanted;
 
-/* Brings the experts into slots and holds them; slots[i] is the slot, within its class, of demand->experts[i].
- * On failure nothing new is held and *failure tells where. -EBUSY: other contexts hold too many slots.
- * -ECHILD: this process is a fork of the one that opened the pager. -EINTR: the hold's watch has stopped. */
-int  gp_pager_acquire(gp_pager *pager, gp_hold *hold, const gp_demand *demand, int32_t *slots, gp_failure *failure);
-/* Waits until the slices, a bit each, of all held slots are in. On failure they stay held: other threads may be computing
- * with them. -EINTR, even if nothing is missing, once the watch has stopped: other threads may have left something undone. */
-int  gp_pager_wait(gp_pager *pager, gp_hold *hold, uint32_t layer, uint32_t slices, gp_failure *failure);
-/* Whether a slice of a held slot, named as gp_pager_acquire does, is in. Any thread. */
-bool gp_pager_has_slice(const gp_pager *pager, uint32_t layer, uint32_t slot, uint32_t slice);
-/* Waits until it is, or could not be read: gp_pager_wait tells. Any thread; `is_decoding`: it is the one that decodes, which
- * counts the time as a stall and asks the watch. False: the slice is not there, and shall not be waited for. */
-bool gp_pager_wait_slice(gp_pager *pager, gp_hold *hold, uint32_t layer, uint32_t slot, uint32_t slice, bool is_decoding);
-/* How many slices have arrived for this hold, ever. Any thread. */
-unsigned gp_hold_n_arrived(const gp_hold *hold);
-/* Waits until there are others than these. Some must be on their way. Any thread, and false as above. */
-bool gp_pager_wait_arrival(gp_pager *pager, gp_hold *hold, uint32_t layer, unsigned n_arrived, bool is_decoding);
-/* Whether the watch has stopped; the thread that decodes asks. */
-bool gp_hold_stops(gp_hold *hold, bool is_decoding);
-/* Whether some of these slices are still being read. */
-bool gp_pager_is_waiting(gp_pager *pager, const gp_hold *hold, uint32_t slices);
-void gp_pager_release(gp_pager *pager, gp_hold *hold);
+/* One context's waves, one at a time. */
+typedef struct {
+    uint32_t        bit;        /* this hold's place in a slot's mask of users */
+    gp_watch       *watch;      /* the caller's, to set after open; NULL: nobody stops it */
+
+    gp_wanted      *wanted;     /* those that were in slots first, then the others in the order in which they are read */
+    uint32_t        n_wanted;   /* these four: the decoding thread's, while nobody computes */
+    uint32_t        layer, n_tokens;
+    bool            is_large;   /* more experts than the layer's share of the slots: they pass through */
+    uint32_t        next;       /* lock; the first that nobody has taken a slot for */
+    uint32_t        n_open;     /* lock; those that hold a slot */
+    uint32_t        n_pending;  /* lock; those whose slots are still being read */
+    uint32_t       *touched;    /* lock; computed, and their files must be compared before their slots may go */
+    atomic_uint     n_touched;  /* written with the lock */
+    gp_failure      failure;    /* lock; the first */
+    atomic_bool     has_failed; /* written with the lock */
+
+    pthread_cond_t  arrived;    /* there is something new to do, while n_watching threads wait for it */
+    uint32_t        n_watching; /* lock */
+    atomic_uint     n_arrived;  /* how often there was; written with the lock */
+
+    int32_t        *ahead;      /* lock; what of the next layer is read once nothing of this one is left to be */
+    uint32_t        n_ahead, next_ahead, ahead_layer;
+    uint32_t      **routed;     /* by layer and expert: the ids that named it in the batch before; the decoding thread's */
+    gp_read       **reads;      /* room for one submission of the decoding thread's */
+} gp_hold;
+
+int  gp_hold_open(gp_hold *hold, gp_pager *pager);
+void gp_hold_close(gp_hold *hold, gp_pager *pager);
+/* In the decoding thread, while nobody computes with them: gives back all slots that are held. After a failure once nothing of
+ * it is being read, so that whoever wants these experts next reads them anew. */
+void gp_hold_release(gp_pager *pager, gp_hold *hold);
+
+/* Begins a wave, in the decoding thread: what is in slots is held, of the rest as much is on its way as there are slots for. Not
+ * 0: nothing is held, and *failure tells why. -ECHILD: this process is a fork of the one that opened the pager. */
+int  gp_wave_begin(gp_pager *pager, gp_hold *hold, const gp_demand *demand, gp_failure *failure);
+
+/* These in any thread. Whether the slices, a bit each, of the ith expert are in a slot. */
+bool gp_wave_has(const gp_pager *pager, const gp_hold *hold, uint32_t i, uint32_t slices);
+/* Where one of them lies; of an expert that has a slot. */
+const char *gp_wave_slice(const gp_pager *pager, const gp_hold *hold, uint32_t i, uint32_t slice);
+/* Nobody computes with it any more. */
+void gp_wave_done(gp_pager *pager, gp_hold *hold, uint32_t i);
+/* Those who wait shall look again: all is done, say. */
+void gp_wave_tell(gp_pager *pager, gp_hold *hold);
+/* How often something came, ever: to be asked before looking for what is there. */
+unsigned gp_wave_n_arrived(const gp_hold *hold);
+/* Waits until more has come, or somebody tells. `is_decoding`: it is the thread that decodes, which counts the time as
+ * a stall, asks the watch, and takes slots that others have given back. False: it shall not be waited any more. */
+bool gp_wave_wait(gp_pager *pager, gp_hold *hold, unsigned n_arrived, bool is_decoding);
+/* Whether to stop: something could not be read, or the watch says so; the thread that decodes asks it. */
+bool gp_wave_stops(gp_hold *hold, bool is_decoding);
+
+/* In the decoding thread, once all experts are done or nobody computes: what went wrong. -EINTR, even if nothing is missing,
+ * once the watch has stopped: other threads may have left something undone. */
+int  gp_wave_end(gp_pager *pager, gp_hold *hold, gp_failure *failure);
 
 void gp_pager_count_left_alone(gp_pager *pager, uint32_t layer);
 
 const gp_layer_spec *gp_pager_layer(const gp_pager *pager, uint32_t layer);     /* NULL past the last */
-uint32_t         gp_pager_n_taps(gp_pager *pager);
 gp_tables       *gp_pager_tables(const gp_pager *pager);
 /* The address, number and distance of the slots of a class. */
 char            *gp_pager_slots(const gp_pager *pager, uint32_t shape_class, uint32_t *n_slots, uint64_t *stride_bytes);

@@ -10,8 +10,7 @@
  * Invariants
  *   1. layer.slot_of[expert] == s  exactly if  slot s is READING or READY and holds that expert of that layer.
  *   2. A slot whose mask of users is not empty, that is pinned, or that is READING or LEAVING is never chosen as a victim.
- *   3. hold.pending is the number of slots in hold.slots that are READING; hold.pending_slices[i] of those whose slice i
- *      is missing.
+ *   3. pager.missing of a slot is not 0 exactly if it is READING, or LEAVING with reads that are still on their way.
  *   4. layer.resident is the number of slots READING or READY for it; layer.kept those of them that are neither transient
  *      nor warmed. pager.n_in_flight is the number of slots that are READING or LEAVING.
  *   5. A slot may be READING for nobody: read ahead, warmed up, or let go by a decode that has stopped (watch.h). It becomes
@@ -85,22 +84,17 @@ static int32_t find_any(const gp_pager *p, const gp_class *c) {
     return -1;
 }
 
-int32_t gp_slot_choose(const gp_pager *p, const gp_layer *for_layer, bool is_transient) {
+int32_t gp_slot_choose(const gp_pager *p, const gp_layer *for_layer, bool is_transient, bool must_go_on) {
     const gp_class *c = &p->classes[for_layer->spec.shape_class];
-    int32_t victim = -1;
-    if (is_transient && c->n_transient >= c->transient_limit) {
-        victim = find_least(p, c, for_layer, TRANSIENT);
-    }
-    if (victim < 0) {
-        victim = find_free(p, c);
-    }
+    const bool may_be_more = !is_transient || must_go_on || c->n_transient < c->transient_limit;
+    int32_t victim = may_be_more ? find_free(p, c) : -1;
     if (victim < 0 && c->n_transient > 0) {
         victim = find_least(p, c, for_layer, TRANSIENT);
     }
-    if (victim < 0) {
+    if (victim < 0 && may_be_more) {
         victim = find_least(p, c, for_layer, ALL);
     }
-    return victim < 0 ? find_any(p, c) : victim;
+    return victim < 0 && (!is_transient || must_go_on) ? find_any(p, c) : victim;
 }
 
 int32_t gp_slot_choose_spare(const gp_pager *p, const gp_layer *for_layer) {
@@ -111,6 +105,10 @@ int32_t gp_slot_choose_spare(const gp_pager *p, const gp_layer *for_layer) {
 }
 
 /* ---- states of a slot ------------------------------------------------------------------------------------------- */
+
+void gp_slot_want(gp_slot *s) {
+    s->ahead_for = s->ahead_bytes = 0;
+}
 
 void gp_slot_keep(gp_pager *p, gp_slot *s) {
     if (s->is_transient) {
@@ -139,6 +137,7 @@ void gp_slot_empty(gp_pager *p, gp_slot *s) {
     if (s->state != LEAVING) {
         forget_expert(p, s);
     }
+    p->layers[s->layer].counters.bytes_wasted += s->ahead_bytes;
     p->classes[p->layers[s->layer].spec.shape_class].n_free++;
     p->n_in_flight -= s->state == LEAVING;
     *s = (gp_slot) { .state = FREE };
@@ -168,8 +167,8 @@ void gp_slot_assign(gp_pager *p, uint32_t index, uint32_t layer_index, int32_t e
     }
     c->n_free--;
     p->n_in_flight++;
-    *s = (gp_slot) { .state = READING, .layer = layer_index, .expert = expert, .is_transient = is_transient,
-                  .missing = (uint8_t) ((1u << own->spec.n_slices) - 1) };
+    *s = (gp_slot) { .state = READING, .layer = layer_index, .expert = expert, .is_transient = is_transient };
+    atomic_store(&p->missing[index], (uint8_t) ((1u << own->spec.n_slices) - 1));
     own->slot_of[expert] = (int32_t) index;
     own->counters.resident++;
     if (is_transient) {
@@ -195,31 +194,30 @@ bool gp_slot_take_slice(gp_pager *p, const gp_read *read, int error) {
     bool is_lost_guess = false;
     if (error == 0) {
         p->layers[s->layer].counters.bytes_read += read->bytes;
+        s->ahead_bytes += s->ahead_for ? read->bytes : 0;
     } else {
         s->has_failed = true;
     }
     const uint32_t slice = (uint32_t) (read - &p->reads[read->tag * GP_MAX_SLICES]);
     const uint64_t users = s->users;
-    atomic_fetch_and(&s->missing, (uint8_t) ~(1u << slice));
+    const bool is_whole = (uint8_t) (atomic_fetch_and(&p->missing[read->tag], (uint8_t) ~(1u << slice)) & ~(1u << slice)) == 0;
     for (uint32_t bit = 0; bit < GP_MAX_TAPS && users >> bit; bit++) {
         if (users >> bit & 1) {
             gp_hold *hold = p->holds[bit];
-            hold->pending -= s->missing == 0;
-            atomic_fetch_add(&hold->n_arrived, 1);
-            if (--hold->pending_slices[slice] == 0) {
-                pthread_cond_signal(&hold->arrived);
+            hold->n_pending -= is_whole;
+            if (error != 0) {
+                const gp_failure failure = gp_slot_failure(p, read->tag);
+                gp_hold_fail(hold, &failure);
             }
-            if (hold->n_watching > 0) {
-                pthread_cond_broadcast(&hold->slice_arrived);
-            }
+            gp_hold_tell(hold);
         }
     }
-    if (s->missing == 0 && s->state == LEAVING) {
+    if (is_whole && s->state == LEAVING) {
         if (!s->is_withdrawing) {
             gp_slot_empty(p, s);
             pthread_cond_broadcast(&p->released);
         }
-    } else if (s->missing == 0) {
+    } else if (is_whole) {
         s->state = READY;
         p->n_in_flight--;
         is_lost_guess = s->has_failed && s->is_warmed;
@@ -229,6 +227,21 @@ bool gp_slot_take_slice(gp_pager *p, const gp_read *read, int error) {
         pthread_cond_broadcast(&p->released);
     }
     return is_lost_guess;
+}
+
+void gp_hold_tell(gp_hold *hold) {
+    atomic_fetch_add(&hold->n_arrived, 1);
+    if (hold->n_watching > 0) {
+        pthread_cond_broadcast(&hold->arrived);
+    }
+}
+
+void gp_hold_fail(gp_hold *hold, const gp_failure *failure) {
+    if (hold->failure.error == 0) {
+        hold->failure = *failure;
+    }
+    atomic_store(&hold->has_failed, true);
+    gp_hold_tell(hold);
 }
 
 gp_failure gp_slot_failure(const gp_pager *p, uint32_t index) {

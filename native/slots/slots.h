@@ -21,11 +21,11 @@ typedef struct {
     bool       is_withdrawing;  /* LEAVING, and its reads may not be forgotten yet */
     bool       has_failed;
     bool       is_checked;      /* the file was still the same one after these bytes were read */
-    _Atomic uint8_t missing;    /* slices to be read, a bit each; cleared with the lock, read also without */
     int32_t    expert;
     uint32_t   layer;
     uint64_t   users;           /* a bit per hold */
-    uint64_t   ahead_for;       /* the bit of the hold it was read ahead for */
+    uint64_t   ahead_for;       /* the bit of the hold it was read ahead for; 0: nobody's, or wanted by now */
+    uint64_t   ahead_bytes;     /* what came of it meanwhile */
 } gp_slot;
 
 typedef struct {
@@ -79,6 +79,7 @@ struct gp_pager {
     gp_layer        *layers;
     gp_class        *classes;
     gp_slot         *slots;
+    _Atomic uint8_t *missing;           /* per slot: slices to be read, a bit each; cleared with the lock, read also without */
     uint32_t         n_slots;
     gp_hold         *holds[GP_MAX_TAPS];
     gp_read        **ahead_reads;       /* room for one submission of read-ahead */
@@ -96,8 +97,9 @@ void gp_pager_leave(gp_pager *pager, bool has_entered);
 
 /* The rest with the lock held. */
 
-/* The slot to give up for an expert of `for_layer`, free or READY; -1: all are used, pinned or being read. */
-int32_t  gp_slot_choose(const gp_pager *pager, const gp_layer *for_layer, bool is_transient);
+/* The slot to give up for an expert of `for_layer`, free or READY; -1: there is none, or a transient expert had better wait for one
+ * of its like to go. With must_go_on any will do. */
+int32_t  gp_slot_choose(const gp_pager *pager, const gp_layer *for_layer, bool is_transient, bool must_go_on);
 /* Only a slot whose loss costs nothing: a free one, within the limit on transient ones, or a transient one. */
 int32_t  gp_slot_choose_spare(const gp_pager *pager, const gp_layer *for_layer);
 
@@ -108,6 +110,7 @@ void     gp_slot_empty(gp_pager *pager, gp_slot *slot);
 /* What is READING and used by nobody leaves. Returns the number of its reads, for gp_copies_withdraw, after which
  * gp_ahead_withdrawn must be called with them. */
 uint32_t gp_slot_withdraw(gp_pager *pager, uint32_t index, gp_read **reads);
+void     gp_slot_want(gp_slot *slot);  /* what was read ahead is used */
 void     gp_slot_keep(gp_pager *pager, gp_slot *slot);     /* neither transient nor warmed any more */
 /* In the place of `slice_arrived`, with the lock: one slice has come, or has not. The read keeps its error until the slot is
  * assigned anew. Returns whether this ends the reading of an expert that was warmed up, and it could not be read. */
@@ -120,6 +123,11 @@ char    *gp_slot_slice(const gp_pager *pager, uint32_t index, uint32_t slice);
 
 /* Works out what a class's layers may keep of its slots. */
 void     gp_class_divide(gp_pager *pager, uint32_t shape_class);
+
+/* There is something new for a hold: who waits looks again. */
+void     gp_hold_tell(gp_hold *hold);
+/* What went wrong, unless something has before. */
+void     gp_hold_fail(gp_hold *hold, const gp_failure *failure);
 
 /* What went wrong with a slot that has failed. */
 gp_failure gp_slot_failure(const gp_pager *pager, uint32_t index);

@@ -1,7 +1,7 @@
 /* Recognising a feed-forward in a graph: which nodes lie between an expert's first matrices and its last, and whether what
  * they compute can be had row by row. Nothing is changed here. */
-#ifndef GGUF_PAGER_FFN_SHAPE_H
-#define GGUF_PAGER_FFN_SHAPE_H
+#ifndef GGUF_PAGER_SHAPE_H
+#define GGUF_PAGER_SHAPE_H
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -10,66 +10,66 @@
 #include "gguf_pager.h"
 
 /* An expert's first matrices (gate, up), and nodes between them and the last (down), each with sources. */
-enum { FFN_FIRST = 2, FFN_STEPS = 10, FFN_SOURCES = 3 };
+enum { GP_FIRST = 2, GP_STEPS = 10, GP_SOURCES = 3 };
 
-typedef enum { NOWHERE, OF_FIRST, OF_STEP, WEIGHTS, IDS } gp_ffn_origin;
+typedef enum { NOWHERE, OF_FIRST, OF_STEP, WEIGHTS, IDS } gp_origin;
 
 /* What a step takes in. */
 typedef struct {
-    gp_ffn_origin from;
+    gp_origin from;
     uint32_t      index;            /* of the first matrix or step */
     size_t        offset_bytes;     /* within its rows */
     int64_t       width;
-} gp_ffn_source;
+} gp_source;
 
 /* A node between the first matrices and the last. */
 typedef struct {
     int32_t       op;
     int32_t       op_params[GGML_OP_PARAMS_BYTES / sizeof(int32_t)];
     int64_t       width;
-    gp_ffn_source sources[FFN_SOURCES];
-} gp_ffn_step;
+    gp_source sources[GP_SOURCES];
+} gp_step;
 
 /* What the bits may depend on. Compared as bytes: made from zeros. */
 typedef struct {
     uint32_t    n_first, n_steps;
-    int32_t     first_types[FFN_FIRST], last_type;      /* of the matrices */
-    int64_t     first_widths[FFN_FIRST], last_width;
-    gp_ffn_step steps[FFN_STEPS];
-} gp_ffn_shape;
+    int32_t     first_types[GP_FIRST], last_type;      /* of the matrices */
+    int64_t     first_widths[GP_FIRST], last_width;
+    gp_step steps[GP_STEPS];
+} gp_shape;
 
 /* The nodes of a graph that have it. */
 typedef struct {
-    gp_ffn_shape       shape;
+    gp_shape       shape;
     uint32_t           n_ranks, n_tokens;
-    ggml_tensor       *first[FFN_FIRST], *steps[FFN_STEPS], *last;
+    ggml_tensor       *first[GP_FIRST], *steps[GP_STEPS], *last;
     const ggml_tensor *ids;         /* the experts of the ranks */
-} gp_ffn_nodes;
+} gp_nodes;
 
 /* Follows the last node's input back to the first matrices, which are there, and fills in the steps, sources before
  * those that use them. Rows are floats, at most so many. */
-bool gp_ffn_trace(gp_ffn_nodes *nodes, const gp_ggml *ggml, int64_t most_width);
+bool gp_trace(gp_nodes *nodes, const gp_ggml *ggml, int64_t most_width);
 
-typedef enum { FFN_UNTRIED, FFN_SAME, FFN_OTHER } gp_ffn_verdict;
+typedef enum { GP_UNTRIED, GP_SAME_BITS, GP_OTHER_BITS } gp_verdict;
 
 /* Whether feed-forwards of a shape have the same bits when they are computed our way. */
 typedef struct {
-    gp_ffn_shape   shape;
-    gp_ffn_verdict is_same;
-} gp_ffn_kind;
+    gp_shape   shape;
+    gp_verdict is_same;
+} gp_kind;
 
-enum { FFN_KINDS = 16 };
+enum { GP_CHAINS = 16 };
 
 /* Made from zeros. */
 typedef struct {
-    gp_ffn_kind kinds[FFN_KINDS];
+    gp_kind kinds[GP_CHAINS];
     uint32_t    n_kinds;
-} gp_ffn_kinds;
+} gp_kinds;
 
 /* NULL: there are too many different ones. */
-gp_ffn_kind *gp_ffn_kind_find(gp_ffn_kinds *kinds, const gp_ffn_shape *shape);
-void gp_ffn_kinds_count(const gp_ffn_kinds *kinds, uint32_t *n_same, uint32_t *n_other);
+gp_kind *gp_kind_find(gp_kinds *kinds, const gp_shape *shape);
+void gp_kinds_count(const gp_kinds *kinds, uint32_t *n_same, uint32_t *n_other);
 
-bool gp_ffn_is_same_shape(const gp_ffn_shape *a, const gp_ffn_shape *b);
+bool gp_is_same_shape(const gp_shape *a, const gp_shape *b);
 
 #endif

@@ -1,9 +1,9 @@
-#include "compute/ffn_shape.h"
+#include "compute/shape.h"
 
 #include <string.h>
 
 typedef struct {
-    gp_ffn_nodes  *nodes;
+    gp_nodes  *nodes;
     const gp_ggml *ggml;
     int64_t        most_width;
 } search;
@@ -42,7 +42,7 @@ static int find_step(const search *s, const ggml_tensor *tensor) {
 static bool trace(search *s, ggml_tensor *tensor);
 
 /* Rows of a first matrix or step, or a part of each. */
-static bool trace_rows(search *s, ggml_tensor *tensor, gp_ffn_source *found) {
+static bool trace_rows(search *s, ggml_tensor *tensor, gp_source *found) {
     ggml_tensor *base = tensor->view_src ? tensor->view_src : tensor;
     if (base != tensor && (tensor->op != s->ggml->op_view || tensor->nb[1] != base->nb[1]
                            || (tensor->ne[2] > 1 && tensor->nb[2] != base->nb[2]))) {
@@ -59,7 +59,7 @@ static bool trace_rows(search *s, ggml_tensor *tensor, gp_ffn_source *found) {
     return found->offset_bytes + (size_t) found->width * sizeof(float) <= (size_t) base->ne[0] * sizeof(float);
 }
 
-static bool trace_source(search *s, const ggml_tensor *node, uint32_t index, gp_ffn_source *found) {
+static bool trace_source(search *s, const ggml_tensor *node, uint32_t index, gp_source *found) {
     ggml_tensor *tensor = node->src[index];
     if (node->op != s->ggml->op_add_id || index == 0) {
         return trace_rows(s, tensor, found);
@@ -75,18 +75,18 @@ static bool trace(search *s, ggml_tensor *tensor) {
     if (!is_row_by_row(s->ggml, tensor->op) || tensor->view_src || !has_rows(s, tensor)) {
         return false;
     }
-    gp_ffn_step step;
+    gp_step step;
     memset(&step, 0, sizeof step);
     step.op = tensor->op;
     step.width = tensor->ne[0];
     memcpy(step.op_params, tensor->op_params, sizeof step.op_params);
     for (uint32_t i = 0; i < GGML_SOURCES; i++) {
-        if (tensor->src[i] && (i >= FFN_SOURCES || !trace_source(s, tensor, i, &step.sources[i]))) {
+        if (tensor->src[i] && (i >= GP_SOURCES || !trace_source(s, tensor, i, &step.sources[i]))) {
             return false;
         }
     }
-    gp_ffn_shape *shape = &s->nodes->shape;
-    if (shape->n_steps == FFN_STEPS) {
+    gp_shape *shape = &s->nodes->shape;
+    if (shape->n_steps == GP_STEPS) {
         return false;
     }
     memcpy(&shape->steps[shape->n_steps], &step, sizeof step);
@@ -94,35 +94,35 @@ static bool trace(search *s, ggml_tensor *tensor) {
     return true;
 }
 
-bool gp_ffn_trace(gp_ffn_nodes *nodes, const gp_ggml *ggml, int64_t most_width) {
+bool gp_trace(gp_nodes *nodes, const gp_ggml *ggml, int64_t most_width) {
     search s = { nodes, ggml, most_width };
     ggml_tensor *input = nodes->last->src[1];
     return trace(&s, input)
         && input == (nodes->shape.n_steps > 0 ? nodes->steps[nodes->shape.n_steps - 1] : nodes->first[0]);
 }
 
-bool gp_ffn_is_same_shape(const gp_ffn_shape *a, const gp_ffn_shape *b) {
+bool gp_is_same_shape(const gp_shape *a, const gp_shape *b) {
     return memcmp(a, b, sizeof *a) == 0;
 }
 
-gp_ffn_kind *gp_ffn_kind_find(gp_ffn_kinds *kinds, const gp_ffn_shape *shape) {
+gp_kind *gp_kind_find(gp_kinds *kinds, const gp_shape *shape) {
     for (uint32_t i = 0; i < kinds->n_kinds; i++) {
-        if (gp_ffn_is_same_shape(&kinds->kinds[i].shape, shape)) {
+        if (gp_is_same_shape(&kinds->kinds[i].shape, shape)) {
             return &kinds->kinds[i];
         }
     }
-    if (kinds->n_kinds == FFN_KINDS) {
+    if (kinds->n_kinds == GP_CHAINS) {
         return NULL;
     }
-    gp_ffn_kind *new = &kinds->kinds[kinds->n_kinds++];
+    gp_kind *new = &kinds->kinds[kinds->n_kinds++];
     memcpy(&new->shape, shape, sizeof new->shape);
     return new;
 }
 
-void gp_ffn_kinds_count(const gp_ffn_kinds *kinds, uint32_t *n_same, uint32_t *n_other) {
+void gp_kinds_count(const gp_kinds *kinds, uint32_t *n_same, uint32_t *n_other) {
     *n_same = *n_other = 0;
     for (uint32_t i = 0; kinds && i < kinds->n_kinds; i++) {
-        *n_same += kinds->kinds[i].is_same == FFN_SAME;
-        *n_other += kinds->kinds[i].is_same == FFN_OTHER;
+        *n_same += kinds->kinds[i].is_same == GP_SAME_BITS;
+        *n_other += kinds->kinds[i].is_same == GP_OTHER_BITS;
     }
 }
