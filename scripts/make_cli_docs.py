@@ -102,6 +102,7 @@ generation, as `-p` and `-n` do in llama-bench. Then ours:
 | `first_token_s` | from the prompt to the logits of the first token |
 | `hit_rate` | experts found in slots, of those wanted, all runs together; of a prompt by bytes that need not be read |
 | `read_bytes_per_token`, `io_bytes_per_token` | expert bytes counted by us; storage reads of the process counted by Linux |
+| `wasted_bytes_per_token` | of the first, those that were read ahead and given up before anybody wanted them |
 | `stall_share` | of the time, spent waiting for experts |
 | `stall_bytes_per_s`, `stall_vs_device` | what arrived while computing waited, over that time; the same over `device_bytes_per_s`; null where it waited less than 20 ms in all |
 | `left_alone` | graph nodes that llama.cpp computed from its own mapping |

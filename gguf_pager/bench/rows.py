@@ -161,6 +161,7 @@ def _work(name: PhaseName, samples: Sequence[Sample], own: Sequence[Run], common
     return {
         "hit_rate": _hit_rate(name, [sample.phase for sample in samples]),
         "read_bytes_per_token": middle(lambda phase: _ratio(phase.bytes_read, phase.n_tokens)),
+        "wasted_bytes_per_token": middle(lambda phase: _ratio(phase.bytes_wasted, phase.n_tokens)),
         "io_bytes_per_token": middle(lambda phase: _ratio(phase.io_bytes, phase.n_tokens)),
         "stall_share": middle(lambda phase: _ratio(phase.stall_ns, phase.ns)),
         "stall_bytes_per_s": waiting,

@@ -86,6 +86,7 @@ class PhaseResult:
     hits: int | None
     misses: int | None
     bytes_read: int | None
+    bytes_wasted: int | None
     stall_ns: int | None
     stall_bytes: int | None
     left_alone: int | None
@@ -115,6 +116,7 @@ class Totals:
     hits: int
     misses: int
     bytes_read: int
+    bytes_wasted: int
     stall_ns: int
     stall_bytes: int
     left_alone: int
@@ -134,14 +136,14 @@ class _Counters:
         if self._native is None:
             return None
         rows = self._native.counters()
-        hits, misses, bytes_read, stall_ns, stall_bytes, _, left_alone, *_ = (sum(column)
-                                                                              for column in zip(*rows, strict=True))
+        hits, misses, bytes_read, bytes_wasted, stall_ns, stall_bytes, _, left_alone, *_ = (
+            sum(column) for column in zip(*rows, strict=True))
         wanted = sum((row[0] + row[1]) * size for row, size in zip(rows, self._expert_bytes, strict=True))
-        return Totals(hits, misses, bytes_read, stall_ns, stall_bytes, left_alone, wanted)
+        return Totals(hits, misses, bytes_read, bytes_wasted, stall_ns, stall_bytes, left_alone, wanted)
 
     def stall_ns(self) -> int:
         """Return the time waited for reads so far: asked for at every token, so nothing else."""
-        return 0 if self._native is None else sum(row[3] for row in self._native.counters())
+        return 0 if self._native is None else sum(row[4] for row in self._native.counters())
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,8 @@ class _Phase:
         `token_bytes` the experts' where no pager counts them."""
         first, last = self._begun, self._now()
         reading = self._energy.read().within((last.ns - first.ns) / 1e9)
-        counted: dict[str, int | None] = dict.fromkeys(("hits", "misses", "bytes_read", "stall_ns", "stall_bytes", "left_alone"))
+        counted: dict[str, int | None] = dict.fromkeys(
+            ("hits", "misses", "bytes_read", "bytes_wasted", "stall_ns", "stall_bytes", "left_alone"))
         expert_bytes = token_bytes
         if first.totals is not None and last.totals is not None:
             counted = {name: getattr(last.totals, name) - getattr(first.totals, name) for name in counted}

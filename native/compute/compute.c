@@ -35,11 +35,12 @@ typedef struct {
     uint32_t     ticket;        /* another one each time that it is asked about */
 } planned_run;
 
-/* A slice of the model. */
+/* A slice of the model, and what a node of ours that multiplies with it is given as its data. */
 struct slice {
     uint32_t     layer, index;  /* among the layer's slices */
     gp_matrices *kind;          /* NULL: left to ggml */
-    planned_run  alone;
+    planned_run  alone, *run;   /* the node alone; what the node is for: that, or all of the feed-forward */
+    int32_t      op_params[sizeof(gp_custom) / sizeof(int32_t)];    /* of the node that llama.cpp has made */
 };
 
 typedef struct {
@@ -89,10 +90,12 @@ static void convert_inputs(ggml_tensor *node, int ith, int nth, void *data);
 static void compute_run(ggml_tensor *node, int ith, int nth, void *data);
 static void compute_nothing(ggml_tensor *node, int ith, int nth, void *data);
 
-static void become(const gp_compute *c, ggml_tensor *node, gp_operation operation, void *data) {
-    const gp_custom custom = { .compute = operation, .n_tasks = GP_ALL_THREADS, .data = data };
+static void become(const gp_compute *c, ggml_tensor *node, gp_operation operation, slice *s, planned_run *run) {
+    const gp_custom custom = { .compute = operation, .n_tasks = GP_ALL_THREADS, .data = s };
+    memcpy(s->op_params, node->op_params, sizeof s->op_params);
     memcpy(node->op_params, &custom, sizeof custom);
     node->op = c->ggml->op_custom;
+    s->run = run;
 }
 
 static void leave_out(const gp_compute *c, ggml_tensor *node) {
@@ -113,7 +116,10 @@ void gp_compute_undo(const gp_compute *c, ggml_tensor *node) {
         node->flags = (node->flags & ~LEFT_OUT) | c->ggml->flag_compute;
     }
     if (is_ours(c, node)) {
-        memset(node->op_params, 0, sizeof(gp_custom));
+        gp_custom custom;
+        memcpy(&custom, node->op_params, sizeof custom);
+        const slice *s = custom.data;
+        memcpy(node->op_params, s->op_params, sizeof s->op_params);
         node->op = c->ggml->op_mul_mat_id;
     }
 }
@@ -121,17 +127,13 @@ void gp_compute_undo(const gp_compute *c, ggml_tensor *node) {
 /* As ggml's MUL_MAT_ID stands in a graph of llama.cpp, with inputs and results of floats in this machine's memory. */
 static bool is_plain(const gp_compute *c, const ggml_tensor *node, const ggml_tensor *ids) {
     const ggml_tensor *input = node->src[1];
-    bool is_plain = node->type == c->ggml->type_f32 && input->type == c->ggml->type_f32
+    return node->type == c->ggml->type_f32 && input->type == c->ggml->type_f32
         && node->nb[0] == sizeof(float) && input->nb[0] == sizeof(float)
         && input->buffer && c->ggml->buffer_is_host(input->buffer)
         && (input->ne[1] == 1 || input->ne[1] == ids->ne[0]) && input->ne[2] == ids->ne[1] && input->ne[3] == 1
         && node->ne[1] == ids->ne[0] && node->ne[2] == ids->ne[1] && node->ne[3] == 1
         && ids->type == c->ggml->type_i32 && ids->ne[2] == 1 && ids->ne[3] == 1
         && ids->buffer && c->ggml->buffer_is_host(ids->buffer);
-    for (uint32_t i = 0; i < sizeof node->op_params / sizeof *node->op_params; i++) {
-        is_plain &= node->op_params[i] == 0;    /* they will hold a gp_custom, and be zeros again */
-    }
-    return is_plain;
 }
 
 /* ---- waves -------------------------------------------------------------------------------------------------------- */
@@ -214,7 +216,7 @@ static void convert_inputs(ggml_tensor *node, int ith, int nth, void *data) {
     (void) node;
     (void) ith;
     (void) nth;
-    const planned_run *own = data;
+    const planned_run *own = ((const slice *) data)->run;
     gp_crew_convert(&own->compute->crew, &own->run);
 }
 
@@ -291,7 +293,7 @@ static void finish(gp_compute *c, const planned_run *own) {
 /* ggml_custom_op_t: thread `ith` of `nth`. */
 static void compute_run(ggml_tensor *node, int ith, int nth, void *data) {
     (void) node;
-    planned_run *own = data;
+    planned_run *own = ((const slice *) data)->run;
     gp_compute *c = own->compute;
     if (ith == 0) {
         start(c, own, (uint32_t) nth);
@@ -412,15 +414,18 @@ static void become_whole(gp_compute *c, layer *l, uint32_t most_rows) {
     }
     plan(c, &l->whole, l->first[0], &run);
     gp_crew_expect(&c->crew);
-    become(c, nodes->first[0], convert_inputs, &l->whole);
-    for (uint32_t i = 1; i < nodes->shape.n_first; i++) {
-        become(c, nodes->first[i], compute_nothing, NULL);
-        leave_out(c, nodes->first[i]);
+    for (uint32_t i = 0; i < nodes->shape.n_first; i++) {
+        gp_compute_undo(c, nodes->first[i]);
+        become(c, nodes->first[i], i == 0 ? convert_inputs : compute_nothing, l->first[i], &l->whole);
+        if (i > 0) {
+            leave_out(c, nodes->first[i]);
+        }
     }
     for (uint32_t i = 0; i < nodes->shape.n_steps; i++) {
         leave_out(c, nodes->steps[i]);
     }
-    become(c, nodes->last, compute_run, &l->whole);
+    gp_compute_undo(c, nodes->last);
+    become(c, nodes->last, compute_run, l->last, &l->whole);
     c->whole = l;
 }
 
@@ -428,13 +433,13 @@ static void become_alone(gp_compute *c, layer *l) {
     const gp_nodes *nodes = &l->nodes;
     for (uint32_t i = 0; i < nodes->shape.n_first; i++) {
         gp_compute_undo(c, nodes->first[i]);
-        become(c, nodes->first[i], compute_run, &l->first[i]->alone);
+        become(c, nodes->first[i], compute_run, l->first[i], &l->first[i]->alone);
     }
     for (uint32_t i = 0; i < nodes->shape.n_steps; i++) {
         gp_compute_undo(c, nodes->steps[i]);
     }
     gp_compute_undo(c, nodes->last);
-    become(c, nodes->last, compute_run, &l->last->alone);
+    become(c, nodes->last, compute_run, l->last, &l->last->alone);
 }
 
 static void end_collecting(gp_compute *c, slice *s, ggml_tensor *node, uint32_t most_rows) {
@@ -479,7 +484,7 @@ bool gp_compute_offer(gp_compute *c, uint32_t number, ggml_tensor *node, const g
     layer *l = &c->layers[s->layer];
     c->has_closed = false;
     if (c->failure->error != 0) {
-        become(c, node, compute_nothing, NULL);     /* the mapping, whose file may have lost its end, is not touched */
+        become(c, node, compute_nothing, s, NULL);  /* the mapping, whose file may have lost its end, is not touched */
         return true;
     }
     const gp_layer_spec *spec = gp_pager_layer(c->pager, s->layer);
@@ -494,7 +499,7 @@ bool gp_compute_offer(gp_compute *c, uint32_t number, ggml_tensor *node, const g
     }
     const bool is_known = try_matrices(c, s, node, ids);
     if (c->failure->error != 0) {
-        become(c, node, compute_nothing, NULL);
+        become(c, node, compute_nothing, s, NULL);
         return true;
     }
     const bool needs_many = most_rows >= GP_MANY_ROWS;
@@ -502,11 +507,11 @@ bool gp_compute_offer(gp_compute *c, uint32_t number, ggml_tensor *node, const g
         return false;
     }
     if (!c->begun_ids && !begin_wave(c, s, ids)) {
-        become(c, node, compute_nothing, NULL);
+        become(c, node, compute_nothing, s, NULL);
         return true;
     }
     plan(c, &s->alone, s, &run);
-    become(c, node, compute_run, &s->alone);
+    become(c, node, compute_run, s, &s->alone);
     collect(c, s, node, ids, most_rows);
     return true;
 }

@@ -87,7 +87,7 @@ static int32_t find_any(const gp_pager *p, const gp_class *c) {
 int32_t gp_slot_choose(const gp_pager *p, const gp_layer *for_layer, bool is_transient, bool must_go_on) {
     const gp_class *c = &p->classes[for_layer->spec.shape_class];
     const bool may_be_more = !is_transient || must_go_on || c->n_transient < c->transient_limit;
-    int32_t victim = may_be_more ? find_free(p, c) : -1;
+    int32_t victim = find_free(p, c);
     if (victim < 0 && c->n_transient > 0) {
         victim = find_least(p, c, for_layer, TRANSIENT);
     }
@@ -99,7 +99,7 @@ int32_t gp_slot_choose(const gp_pager *p, const gp_layer *for_layer, bool is_tra
 
 int32_t gp_slot_choose_spare(const gp_pager *p, const gp_layer *for_layer) {
     const gp_class *c = &p->classes[for_layer->spec.shape_class];
-    const int32_t victim = c->n_transient < c->transient_limit ? find_free(p, c) : -1;
+    const int32_t victim = find_free(p, c);
     /* The layer's own are wanted as much as the one that would take their place. */
     return victim < 0 ? find_least(p, c, for_layer, TRANSIENT_OF_OTHERS) : victim;
 }

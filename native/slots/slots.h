@@ -100,7 +100,7 @@ void gp_pager_leave(gp_pager *pager, bool has_entered);
 /* The slot to give up for an expert of `for_layer`, free or READY; -1: there is none, or a transient expert had better wait for one
  * of its like to go. With must_go_on any will do. */
 int32_t  gp_slot_choose(const gp_pager *pager, const gp_layer *for_layer, bool is_transient, bool must_go_on);
-/* Only a slot whose loss costs nothing: a free one, within the limit on transient ones, or a transient one. */
+/* Only a slot whose loss costs nothing: a free one, or a transient one. */
 int32_t  gp_slot_choose_spare(const gp_pager *pager, const gp_layer *for_layer);
 
 void     gp_slot_assign(gp_pager *pager, uint32_t index, uint32_t layer, int32_t expert, bool is_transient);
