@@ -178,26 +178,104 @@ bool model_slot_holds(const model *m, const gp_pager *pager, uint32_t slot, uint
     return true;
 }
 
-int model_acquire(gp_pager *pager, gp_hold *hold, uint32_t layer, const int32_t *experts, uint32_t n_experts,
+static bool has_all(gp_pager *p, const gp_hold *hold, uint32_t i) {
+    return gp_wave_has(p, hold, i, (1u << gp_pager_layer(p, hold->layer)->n_slices) - 1);
+}
+
+static bool has_come(gp_pager *p, const gp_hold *hold) {
+    for (uint32_t i = 0; i < hold->n_wanted; i++) {
+        if (!has_all(p, hold, i)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Whether it holds slots, waits for others to let theirs go, and nothing is on its way: what a wave never does that is done with
+ * what it has. */
+static bool is_in_the_way(gp_pager *p, const gp_hold *hold) {
+    pthread_mutex_lock(&p->lock);
+    const bool is = hold->next < hold->n_wanted && hold->n_open > 0 && hold->n_pending == 0;
+    pthread_mutex_unlock(&p->lock);
+    return is;
+}
+
+int model_acquire(gp_pager *p, gp_hold *hold, uint32_t layer, const int32_t *experts, uint32_t n_experts,
                   uint32_t n_tokens, int32_t *slots, gp_failure *failure) {
-    uint32_t counts[256];
+    uint32_t counts[MODEL_MOST_EXPERTS];
     for (uint32_t i = 0; i < n_experts; i++) {
         counts[i] = 1;
     }
-    const gp_demand demand = { .layer = layer, .experts = experts, .counts = counts, .n_experts = n_experts,
-                               .n_tokens = n_tokens };
-    return gp_pager_acquire(pager, hold, &demand, slots, failure);
+    gp_demand demand = { .layer = layer, .experts = experts, .counts = counts, .n_experts = n_experts, .n_tokens = n_tokens };
+    int error = gp_wave_begin(p, hold, &demand, failure);
+    while (error == 0) {
+        const unsigned n_arrived = gp_wave_n_arrived(hold);
+        if (has_come(p, hold) || gp_wave_stops(hold, true)) {
+            break;
+        }
+        if (is_in_the_way(p, hold)) {
+            gp_hold_release(p, hold);
+            nanosleep(&(struct timespec) { .tv_nsec = 100000 }, NULL);
+            demand.is_again = true;
+            error = gp_wave_begin(p, hold, &demand, failure);
+        } else {
+            (void) gp_wave_wait(p, hold, n_arrived, true);
+        }
+    }
+    error = error == 0 ? gp_wave_end(p, hold, failure) : error;
+    for (uint32_t i = 0; error == 0 && i < n_experts; i++) {
+        slots[hold->wanted[i].at] = atomic_load(&hold->wanted[i].slot);
+    }
+    if (error != 0) {
+        gp_hold_release(p, hold);
+    }
+    return error;
 }
 
-void model_use(const model *m, gp_pager *pager, gp_hold *hold, uint32_t layer, const int32_t *experts,
-               uint32_t n_experts, uint32_t n_tokens) {
-    int32_t slots[256];
-    gp_failure failure;
-    CHECK(model_acquire(pager, hold, layer, experts, n_experts, n_tokens, slots, &failure) == 0, "the experts come");
-    for (uint32_t i = 0; i < n_experts; i++) {
-        CHECK(model_slot_holds(m, pager, (uint32_t) slots[i], layer, experts[i]), "a slot holds its expert's bytes");
+/* Does what there is to do; whether that was anything. */
+static bool do_what_has_come(const model *m, gp_pager *p, gp_hold *hold, bool *is_done, uint32_t *n_done) {
+    bool is_any = false;
+    for (uint32_t i = 0; i < hold->n_wanted && !gp_wave_stops(hold, true); i++) {
+        if (is_done[i] || !has_all(p, hold, i)) {
+            continue;
+        }
+        const uint32_t slot = (uint32_t) atomic_load(&hold->wanted[i].slot);
+        CHECK(model_slot_holds(m, p, slot, hold->layer, hold->wanted[i].expert), "a slot holds its expert's bytes");
+        gp_wave_done(p, hold, i);
+        is_done[i] = is_any = true;
+        ++*n_done;
     }
-    gp_pager_release(pager, hold);
+    return is_any;
+}
+
+int model_wave(const model *m, gp_pager *p, gp_hold *hold, const gp_demand *wanted, gp_failure *failure) {
+    bool is_done[MODEL_MOST_EXPERTS] = { false };
+    uint32_t once[MODEL_MOST_EXPERTS], n_done = 0;
+    for (uint32_t i = 0; i < MODEL_MOST_EXPERTS; i++) {
+        once[i] = 1;
+    }
+    gp_demand demand = *wanted;
+    demand.counts = demand.counts ? demand.counts : once;
+    int error = gp_wave_begin(p, hold, &demand, failure);
+    if (error == 0) {
+        while (n_done < demand.n_experts && !gp_wave_stops(hold, true)) {
+            const unsigned n_arrived = gp_wave_n_arrived(hold);
+            if (!do_what_has_come(m, p, hold, is_done, &n_done) && !gp_wave_wait(p, hold, n_arrived, true)) {
+                break;
+            }
+        }
+        error = gp_wave_end(p, hold, failure);
+    }
+    CHECK(error != 0 || n_done == demand.n_experts, "a wave that ends well has brought every expert");
+    gp_hold_release(p, hold);
+    return error;
+}
+
+void model_use(const model *m, gp_pager *p, gp_hold *hold, uint32_t layer, const int32_t *experts,
+               uint32_t n_experts, uint32_t n_tokens) {
+    const gp_demand demand = { .layer = layer, .experts = experts, .n_experts = n_experts, .n_tokens = n_tokens };
+    gp_failure failure;
+    CHECK(model_wave(m, p, hold, &demand, &failure) == 0 && failure.error == 0, "the experts come");
 }
 
 void model_draw(const model *m, int32_t *experts, uint32_t n_experts) {
@@ -216,7 +294,7 @@ void model_draw(const model *m, int32_t *experts, uint32_t n_experts) {
 }
 
 bool model_is_resident(gp_pager *pager, const model *m, uint32_t layer, int32_t expert) {
-    uint8_t resident[256];
+    uint8_t resident[MODEL_MOST_EXPERTS];
     CHECK(m->shape.n_experts <= sizeof resident, "the test's models are small");
     CHECK(gp_pager_resident(pager, layer, resident) == 0, "the layer exists");
     return resident[expert] != 0;
@@ -241,6 +319,10 @@ static void check_class(const gp_pager *p, uint32_t index) {
     uint32_t n_free = 0, n_transient = 0;
     for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
         const gp_slot *s = &p->slots[i];
+        const bool is_missing = atomic_load(&p->missing[i]) != 0;
+        CHECK(s->state == LEAVING ? is_missing || s->is_withdrawing : is_missing == (s->state == READING),
+              "3: slices are missing of what is READING or LEAVING, and of nothing else");
+        CHECK(s->state != READING || !s->is_pinned, "what is pinned has been read");
         if (s->state == FREE) {
             n_free++;
             CHECK(!s->users && !s->is_pinned, "a free slot is nobody's");
@@ -254,7 +336,7 @@ static void check_class(const gp_pager *p, uint32_t index) {
             continue;
         }
         CHECK(p->layers[s->layer].slot_of[s->expert] == (int32_t) i, "1: who is in a slot is found there");
-        CHECK((s->state == READING) == (s->missing != 0), "a slot is READING while slices are to come");
+        CHECK(s->state == READING || !s->has_failed || s->users, "what could not be read stays for those only who have it");
     }
     CHECK(c->n_free == n_free, "n_free is the number of free slots");
     CHECK(c->n_transient == n_transient, "n_transient is the number of transient slots");
@@ -279,7 +361,7 @@ static void check_layer(const gp_pager *p, uint32_t index) {
 
 static void check_hold(const gp_pager *p, uint32_t bit) {
     const gp_hold *hold = p->holds[bit];
-    uint32_t n_used = 0, pending = 0, slices[GP_MAX_SLICES] = { 0 };
+    uint32_t n_used = 0, n_open = 0, n_pending = 0;
     for (uint32_t i = 0; i < p->n_slots; i++) {
         n_used += p->slots[i].users >> bit & 1;
     }
@@ -287,17 +369,27 @@ static void check_hold(const gp_pager *p, uint32_t bit) {
         CHECK(n_used == 0, "a closed hold holds nothing");
         return;
     }
-    CHECK(n_used == hold->n_slots, "a hold's slots are those that bear its bit");
-    for (uint32_t i = 0; i < hold->n_slots; i++) {
-        const gp_slot *s = &p->slots[hold->slots[i]];
-        CHECK(s->users >> bit & 1, "a hold's slots bear its bit");
-        pending += s->state == READING;
-        for (uint32_t slice = 0; slice < GP_MAX_SLICES; slice++) {
-            slices[slice] += s->missing >> slice & 1;
+    CHECK(hold->next <= hold->n_wanted, "2: nobody takes a slot for what is not wanted");
+    for (uint32_t i = 0; i < hold->n_wanted; i++) {
+        const gp_wanted *w = &hold->wanted[i];
+        const int32_t slot = atomic_load(&w->slot);
+        CHECK((slot >= 0) == (i < hold->next), "2: slots are taken in the order in which experts are wanted");
+        if (slot < 0 || w->is_done) {
+            CHECK(!w->is_done || slot >= 0, "what is done had a slot");
+            continue;
         }
+        const uint32_t index = p->classes[p->layers[hold->layer].spec.shape_class].first + (uint32_t) slot;
+        const gp_slot *s = &p->slots[index];
+        n_open++;
+        n_pending += atomic_load(&p->missing[index]) != 0;
+        CHECK(s->users >> bit & 1, "1: what is held bears the hold's bit");
+        CHECK((s->state == READING || s->state == READY) && s->layer == hold->layer && s->expert == w->expert,
+              "and holds what is wanted");
     }
-    CHECK(hold->pending == pending, "3: pending is the number of held slots being read");
-    CHECK(memcmp(hold->pending_slices, slices, sizeof slices) == 0, "3: and of each slice");
+    CHECK(hold->n_open == n_open, "1: n_open is the number of those that have a slot and are not done");
+    CHECK(hold->n_pending == n_pending, "1: n_pending is the number of those whose slot lacks a slice");
+    CHECK(n_used == n_open, "1: nothing else bears the hold's bit");
+    CHECK(atomic_load(&hold->has_failed) == (hold->failure.error != 0), "what has failed has a failure");
 }
 
 void model_check_invariants(gp_pager *pager) {

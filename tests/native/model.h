@@ -9,7 +9,7 @@
 #include "slots/pager.h"
 #include "slots/slots.h"
 
-enum { MODEL_LAYERS = 8, MODEL_FILES = 2, MODEL_CLASSES = 2, MODEL_MIRRORS = 2, MODEL_TABLES = 2 };
+enum { MODEL_LAYERS = 8, MODEL_FILES = 2, MODEL_CLASSES = 2, MODEL_MIRRORS = 2, MODEL_TABLES = 2, MODEL_MOST_EXPERTS = 256 };
 
 /* What is not said is taken from model_shape_default. */
 typedef struct {
@@ -59,10 +59,15 @@ const uint8_t *model_row(const model *m, uint32_t table, int32_t row);
 /* Whether a slot, numbered within its class, holds an expert's bytes. */
 bool model_slot_holds(const model *m, const gp_pager *pager, uint32_t slot, uint32_t layer, int32_t expert);
 
-/* gp_pager_acquire for a list of distinct experts that were named once each. */
+/* Begins a wave of distinct experts that were named once each, and waits until all are in slots: slots[i], numbered within its
+ * class, holds experts[i] until gp_hold_release. There must be slots for all of them at once, as soon as others let theirs
+ * go. On failure nothing is held. Their files are not looked at: that is gp_wave_done's. */
 int  model_acquire(gp_pager *pager, gp_hold *hold, uint32_t layer, const int32_t *experts, uint32_t n_experts,
                    uint32_t n_tokens, int32_t *slots, gp_failure *failure);
-/* Acquires one token's experts, checks the bytes in the slots, releases. */
+/* A whole wave in one thread, with any number of slots: checks the bytes of each expert as it comes, and is done with it. counts
+ * NULL: each was named once. On failure nothing is held. */
+int  model_wave(const model *m, gp_pager *pager, gp_hold *hold, const gp_demand *demand, gp_failure *failure);
+/* The same of experts that were named once each, which must come. */
 void model_use(const model *m, gp_pager *pager, gp_hold *hold, uint32_t layer, const int32_t *experts,
                uint32_t n_experts, uint32_t n_tokens);
 /* Draws distinct experts. */
@@ -72,7 +77,7 @@ bool model_is_resident(gp_pager *pager, const model *m, uint32_t layer, int32_t 
 /* Waits until no slot is being read, for read-ahead has no caller that waits. */
 void model_settle(gp_pager *pager);
 
-/* The numbered invariants at the head of slots.c, and the counts that follow from them. */
+/* The numbered invariants at the heads of slots.c and wave.c, and the counts that follow from them. */
 void model_check_invariants(gp_pager *pager);
 
 #endif
