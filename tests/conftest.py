@@ -152,11 +152,12 @@ def paged() -> Iterator[Factory]:
 
 @pytest.fixture
 def pair(stock: Factory, paged: Factory) -> Factory:
-    """`pair(path, budget="min", options={}, **arguments)`: ours and stock, with the n_ubatch that ours has chosen."""
+    """`pair(path, budget="min", options={}, **arguments)`: ours and stock, which compute batches of the same length."""
 
     def make(path: Path, budget: str = "min", options: dict[str, Any] | None = None, **arguments: Any) -> Any:
-        ours = paged(path, budget, **arguments, **options or {})
-        return ours, stock(path, **arguments | {"n_ubatch": low.llama_n_ubatch(ours.ctx)})
+        ours, theirs = paged(path, budget, **arguments, **options or {}), stock(path, **arguments)
+        assert low.llama_n_ubatch(ours.ctx) == low.llama_n_ubatch(theirs.ctx)
+        return ours, theirs
 
     return make
 

@@ -179,25 +179,25 @@ def test_embeddings_of_tokens_equal_stock(zoo_model: Model, pair: Factory, budge
 
 @pytest.mark.parametrize("pooling", ("MEAN", "CLS", "LAST"))
 @pytest.mark.parametrize("budget", (*BUDGETS, "100%"))
-def test_pooled_embeddings_equal_stock_that_cuts_no_batch(
-    zoo_model: Model, stock: Factory, paged: Factory, pooling: str, budget: str
-) -> None:
+def test_pooled_embeddings_equal_stock_that_cuts_no_batch(zoo_model: Model, pair: Factory, pooling: str, budget: str) -> None:
     """A pooled batch that is cut would end the process in an assertion of ggml's."""
-    arguments = {"embedding": True, "pooling_type": getattr(low, f"LLAMA_POOLING_TYPE_{pooling}")}
-    ours, theirs = paged(zoo_model("qwen3moe"), budget, **arguments), stock(zoo_model("qwen3moe"), **arguments)
-    assert low.llama_n_ubatch(ours.ctx) == low.llama_n_ubatch(theirs.ctx)
+    pooling_type = getattr(low, f"LLAMA_POOLING_TYPE_{pooling}")
+    ours, theirs = pair(zoo_model("qwen3moe"), budget, embedding=True, pooling_type=pooling_type)
     expected = theirs.embed(TEXTS, normalize=True)
     assert np.std(expected[0]) > 0
     assert ours.embed(TEXTS, normalize=True) == expected
-    assert (ours.pager.stats().left_alone > 0) == (budget != "100%")
+    stats = ours.pager.stats()
+    assert stats.left_alone == 0 and stats.misses > 0
+    assert (stats.evictions > 0) == (budget != "100%")
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("arch", ("llama-embed", "nomic-bert-moe"))
-def test_embedding_models_equal_stock(zoo_model: Model, pair: Factory, arch: str) -> None:
-    ours, theirs = pair(zoo_model(arch), "100%", embedding=True)
+def test_embedding_models_equal_stock(zoo_model: Model, pair: Factory, arch: str, budget: str) -> None:
+    ours, theirs = pair(zoo_model(arch), budget, embedding=True)
     texts = ["the hen", "rain and rain"]
     assert ours.embed(texts) == theirs.embed(texts)
-    assert ours.pager.stats().misses > 0
+    check_paged(ours)
 
 
 # ---- state ----
@@ -264,7 +264,7 @@ def test_lora_on_experts_equals_stock(zoo_model: Model, lora: Path, pair: Factor
     ours, theirs = pair(path, budget, logits_all=True, lora_path=str(lora), lora_scale=0.7)
     expected = evaluate(theirs, tokens, (20,))
     check_equal(evaluate(ours, tokens, (20,)), expected)
-    plain = stock(path, logits_all=True, n_ubatch=low.llama_n_ubatch(ours.ctx))
+    plain = stock(path, logits_all=True)
     assert (evaluate(plain, tokens, (20,)) != expected).any(axis=1).all(), "the adapter changes every position"
     check_paged(ours)
 
@@ -308,7 +308,8 @@ def test_overridden_number_of_experts_equals_stock_and_is_served(
 
 def test_zero_ubatch_means_n_batch_as_in_stock(zoo_model: Model, pair: Factory) -> None:
     ours, theirs = pair(zoo_model("qwen3moe"), "60%", n_ubatch=0, logits_all=True)
-    assert low.llama_n_ubatch(ours.ctx) == 2, "six slots hold the experts of two tokens"
+    stats = ours.pager.stats()
+    assert low.llama_n_ubatch(ours.ctx) == stats.n_ubatch == stats.n_ubatch_asked == ARGUMENTS["n_batch"]
     tokens = some_tokens(20)
     check_equal(evaluate(ours, tokens, (20,)), evaluate(theirs, tokens, (20,)))
     check_paged(ours)
@@ -575,8 +576,7 @@ def test_two_contexts_on_one_model_in_two_threads_equal_stock(
         params = low.llama_model_default_params()
         model = low.llama_model_load_from_file(os.fsencode(path), params)
         with context_of(model) as one, context_of(model) as two:
-            n_ubatch = low.llama_n_ubatch(one)
-            assert low.llama_n_ubatch(two) == n_ubatch
+            assert low.llama_n_ubatch(one) == low.llama_n_ubatch(two) == 32
             n_vocab = low.llama_vocab_n_tokens(low.llama_model_get_vocab(model))
 
             def work(context: Any, index: int) -> Callable[[], None]:
@@ -592,7 +592,7 @@ def test_two_contexts_on_one_model_in_two_threads_equal_stock(
             run_all(work(one, 0), work(two, 1))
             stats = installed.pagers[0].stats()
         low.llama_model_free(model)
-    theirs = stock(path, logits_all=True, n_ubatch=n_ubatch)
+    theirs = stock(path, logits_all=True, n_ubatch=32)
     for index in (0, 1):
         theirs.reset()
         expected = evaluate(theirs, prompts[index], (10,))
