@@ -34,13 +34,13 @@ NOTES = {
 The last line on stderr. Decode counts the tokens after the first generated one, whose computation is the prompt's; hits
 are experts found in RAM, of those wanted; stalled is the share of decoding spent waiting for reads; peak memory is the
 largest resident size of the process. MB are 10^6 bytes, MiB and GiB are binary. A model that is not paged has no hits,
-reads and stalls, and a line before the text says why. Another one says when the budget makes prompts slower.
+reads and stalls, and a line before the text says why.
 
 Keys of the JSON object: `gguf_pager_version`, `llama_cpp_python_version`, `model`, `text`, `finish_reason` (`length`,
 `stop`, `interrupt`), `is_paged`, `not_paged_reason`, `budget`, `policy`, `io`, `n_readers`, `piece_bytes`, `profile`,
 `mirror`, `copies_bytes_read` (from the model's own files and from each mirror, since it was opened), `n_threads`,
 `n_threads_last` (with which the last single token was computed: fewer beside busy programs), `n_ctx`,
-`n_batch`, `n_ubatch`, `n_ubatch_asked` (more, where the budget has no slots for it), `seed`, `load_s`, `arena_bytes`,
+`n_batch`, `n_ubatch`, `seed`, `load_s`, `arena_bytes`,
 `resident_expert_bytes`, `peak_memory_bytes`, and `prompt` and `decode`, each with `tokens`, `seconds`, `tokens_per_s`,
 `hits`, `misses`, `hit_rate`, `bytes_read`,
 `bytes_read_per_token`, `stall_ns`, `stall_bytes`, `stall_share`, `evictions`, `left_alone`. What is not known is null.
@@ -92,7 +92,6 @@ generation, as `-p` and `-n` do in llama-bench. Then ours:
 | `read_ahead_kb` | KiB, of the device during the run; null where unknown, or changed meanwhile |
 | `cache`, `cached_bytes` | `cold`, `warm`, `cold, not verified` (only a file's owner is told) or `not controlled` (macOS); bytes of the file in the page cache before a run, at most |
 | `tokens`, `tokens_repeat` | `trace`, `text`, `ids`, `random`; whether there were fewer than needed |
-| `n_ubatch_asked` | what `n_ubatch` would be with room for it |
 | `policy`, `io`, `n_readers`, `piece_bytes`, `profile`, `arena_bytes` | how ours ran; always without a profile of earlier runs |
 | `gomp_spincount` | GOMP_SPINCOUNT, which says how long OpenMP's threads spin before they sleep |
 | `n_rounds` | rounds asked for |

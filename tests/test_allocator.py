@@ -19,7 +19,7 @@ from gguf_pager.memory import allocator
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="preloads Linux's libraries")
 
 MIB = 1 << 20
-BUDGET_BYTES, TOLERANCE = 180 * MIB, 1.03
+BUDGET_BYTES, TOLERANCE = 236 * MIB, 1.03
 
 PACKAGES = {"libjemalloc.so.2": "libjemalloc2", "libmimalloc.so.2": "libmimalloc2.0", "libtcmalloc_minimal.so.4": "libtcmalloc-minimal4"}
 """Debian's, by what the loader calls them."""
@@ -111,7 +111,7 @@ print(json.dumps([peaks, arena]))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A model with 110 MB of experts whose context takes 100 MB for batches of 1,024."""
+    """A model with 110 MB of experts whose context takes 116 MiB for batches of 1,024."""
     path = tmp_path_factory.mktemp("allocator") / "wide.gguf"
     make_trace_model.make(path, "tiny", experts=64, n_ff=1024)
     yield path

@@ -17,11 +17,9 @@ from gguf_pager.memory.budget import (
     Budget,
     ClassNeed,
     auto_budget_bytes,
-    batch_slots,
     class_needs,
     format_bytes,
     full_arena_bytes,
-    largest_ubatch,
     least_arena_bytes,
     parse_budget,
     share_slots,
@@ -164,28 +162,6 @@ def test_shares_are_in_proportion_to_the_experts_bytes() -> None:
     for arena in range(100_000, 3_000_000, 100_000):
         small, large = share_slots(needs, arena)
         assert abs(small / large - 1) < 0.15
-
-
-# ---- batches ----
-
-def test_largest_batch_always_fits_and_one_more_would_not() -> None:
-    for n_experts, n_used, n_slots, n_ubatch in itertools.product(range(1, 9), range(1, 5), range(1, 12), range(1, 20)):
-        if n_used > min(n_experts, n_slots):
-            continue
-        layout = layout_of(layer_of((0, 512), n_experts=n_experts, n_used=n_used))
-        (layer,) = layout.layers
-        found = largest_ubatch(layout, (n_slots,), n_ubatch)
-        assert 1 <= found <= n_ubatch
-        assert batch_slots(layer, found) <= n_slots
-        assert found == n_ubatch or batch_slots(layer, found + 1) > n_slots
-
-
-def test_largest_batch_heeds_every_class() -> None:
-    layout = layout_of(layer_of((0, 512), n_used=2), layer_of((0, 1024), n_used=3))
-    assert largest_ubatch(layout, (8, 8), 64) == 64
-    assert largest_ubatch(layout, (6, 8), 64) == 3
-    assert largest_ubatch(layout, (6, 3), 64) == 1
-    assert largest_ubatch(layout, (6, 7), 64) == 2
 
 
 # ---- the machine ----

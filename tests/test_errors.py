@@ -277,6 +277,35 @@ def test_budget_below_the_minimum_names_the_minimum_which_then_works(trace_model
     assert abs(then - first) <= 4 << 20, "nor does what an earlier model has freed change it"
 
 
+LARGE_CONTEXT = {"n_ctx": 16384, "n_batch": 16384, "n_ubatch": 16384}
+
+
+def test_budget_that_a_large_context_outgrows_says_what_to_lower(trace_model: Path) -> None:
+    """Its buffers are for as many tokens at once as nobody asks, and more than the model."""
+    with leaving_nothing(trace_model), pytest.raises(BudgetError) as raised:
+        open_paged(trace_model, 1 << 30, **LARGE_CONTEXT)
+    said = str(raised.value)
+    assert stated_minimum(said) > 1 << 30
+    assert re.search(r", of which this context takes [0-9.]+ GiB\. Lower n_ubatch or n_ctx, or raise it, or say budget='min'\.$", said)
+    open_paged(trace_model, 1 << 30, **LARGE_CONTEXT | {"n_ubatch": 512}).close()
+
+
+def test_further_context_that_is_too_large_says_what_to_lower(trace_model: Path) -> None:
+    llm = open_paged(trace_model, 1 << 30)
+    params = low.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = 16384
+    params.flash_attn_type = low.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    with pytest.raises(BudgetError, match="Lower n_ubatch or n_ctx, or raise it"):
+        low.llama_init_from_model(llm.model, params)
+    llm.eval([5, 6, 7])
+    llm.close()
+
+
+def test_budget_that_no_context_fits_says_nothing_of_it(trace_model: Path) -> None:
+    with pytest.raises(BudgetError, match=r"bytes\)\. Raise it, or say budget='min'\.$"):
+        open_paged(trace_model, 1 << 20)
+
+
 def test_refused_budget_leaves_nothing(zoo_model: Model) -> None:
     path = zoo_model("qwen3moe")
     for arguments in ({}, {"lock_dense": "copy"}, {"embedding": True, "pooling_type": low.LLAMA_POOLING_TYPE_MEAN}):
@@ -497,10 +526,13 @@ def test_file_changed_while_in_use_is_an_error_and_no_wrong_token(
 
 @pytest.mark.parametrize("damage", (overwrite, truncate_experts), ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("at", (1, 30, 60, 90))
+@pytest.mark.parametrize("n_failing", (1, 16))
 def test_file_changed_in_the_middle_of_a_graph_aborts_it(
-    working: tuple[Path, list[int], Logits], damage: Callable[[Path], None], at: int
+    zoo_model: Model, stock: Factory, tmp_path: Path, damage: Callable[[Path], None], at: int, n_failing: int
 ) -> None:
-    path, tokens, expected = working
+    path, tokens = tmp_path / "model.gguf", some_tokens(24)
+    shutil.copy(zoo_model("qwen3moe"), path)
+    expected = evaluate(stock(path, logits_all=True), tokens, (8, n_failing))
     count, stack = [0], contextlib.ExitStack()
 
     @low.ggml_backend_sched_eval_callback
@@ -518,11 +550,12 @@ def test_file_changed_in_the_middle_of_a_graph_aborts_it(
         assert not installed.pagers[0].stats().left_alone
         count[0] = 0
         with pytest.raises(PagerIOError) as raised:
-            decode_status(context, tokens[8:9], 8)
+            decode_status(context, tokens[8 : 8 + n_failing], 8)
         assert raised.value.errno in (errno.ESTALE, errno.ENODATA) and raised.value.path == str(path)
         stack.close()
         count[0] = -10_000
-        rows += [decode(model, context, [tokens[i]], i) for i in range(8, 24)]
+        rows += [decode(model, context, tokens[8 : 8 + n_failing], 8)]
+        rows += [decode(model, context, [tokens[i]], i) for i in range(8 + n_failing, 24)]
     assert (np.concatenate(rows) == expected).all()
 
 
@@ -559,7 +592,7 @@ def test_recurrent_model_after_a_failure_refuses_until_reset(
     path = tmp_path / "model.gguf"
     shutil.copy(zoo_model(arch), path)
     tokens = some_tokens(12)
-    expected = evaluate(stock(path, logits_all=True, n_ubatch=1), tokens)
+    expected = evaluate(stock(path, logits_all=True), tokens, (12,))
     count, damaging = [-10_000], contextlib.ExitStack()
 
     @low.ggml_backend_sched_eval_callback

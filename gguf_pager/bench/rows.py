@@ -118,7 +118,6 @@ def _settings(case: Case, own: Sequence[Run], common: Common) -> dict[str, Any]:
         "cached_bytes": None if None in cached else max(value for value in cached if value is not None),
         "tokens": common.tokens.partition(":")[0],
         "tokens_repeat": None if source_tokens is None else source_tokens < case.shape.n_tokens,
-        "n_ubatch_asked": min(case.shape.n_ubatch, case.shape.n_batch, case.shape.n_ctx),
         "policy": facts.get("policy"),
         "io": facts.get("io"),
         "n_readers": facts.get("n_readers"),

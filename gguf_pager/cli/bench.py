@@ -130,8 +130,7 @@ class _Request:
               help="Runs of each case, which take turns.")
 @_list("-t", "--threads", default=None, text="Threads that compute. [default: physical cores]")
 @_list("-b", "--batch-size", default="2048", text="Prompt tokens per call of llama.cpp.")
-@_list("-ub", "--ubatch-size", default="512", text="Prompt tokens computed at once; ours takes less where the budget "
-                                                   "has no room.")
+@_list("-ub", "--ubatch-size", default="512", text="Prompt tokens computed at once.")
 @click.option("-o", "--output", type=click.Choice(list(PRINTERS)), default="md", show_default=True,
               help="Format of the rows on stdout.")
 @click.option("--budget", "budgets", metavar="SIZE", multiple=True, callback=_words, default=["auto"], show_default=True,

@@ -120,7 +120,7 @@ class _Run(click.Command):
 @click.option("-b", "--batch-size", metavar="N", type=click.IntRange(1, MOST_TOKENS), default=512, show_default=True,
               help="Prompt tokens per call of llama.cpp.")
 @click.option("-ub", "--ubatch-size", metavar="N", type=click.IntRange(1, MOST_TOKENS), default=512, show_default=True,
-              help="Prompt tokens computed at once; less where the budget has no room.")
+              help="Prompt tokens computed at once.")
 @click.option("--temp", metavar="X", type=float, default=0.8, show_default=True,
               help="Temperature; 0 takes the likeliest token.")
 @click.option("--top-k", metavar="N", type=int, default=40, show_default=True, help="Sample among this many tokens.")
@@ -180,9 +180,9 @@ def run(model: str | None, words: str | None, model_option: Path | None, **given
         load_s = time.monotonic() - begun
         if llm.not_paged_reason:
             click.echo(f"Not paged: {llm.not_paged_reason}.", err=True)
-        for line in (_budget_taken(llm, settings, memory), _lowered_batch(llm)):
-            if line is not None:
-                click.echo(line, err=True)
+        taken = _budget_taken(llm, settings, memory)
+        if taken is not None:
+            click.echo(taken, err=True)
         generation = _generate(llm, settings, prompt, seed, progress)
         facts = shown.run_facts(_facts(llm, settings, generation, load_s, seed), *generation.phases(),
                                  probe.process_memory().peak_bytes)
@@ -262,16 +262,6 @@ def _open(settings: _Settings, prompt: str) -> Llama:
     except ValueError as error:  # what llama_cpp raises for a file or context that llama.cpp refuses
         hint = "" if settings.verbose else ". Run with --verbose to see llama.cpp's reason"
         raise PagerError(f"{str(error).rstrip('.')}{hint}.") from error
-
-
-def _lowered_batch(llm: Llama) -> str | None:
-    """Return what to say where the budget has made batches smaller, which takes time and changes the last bits."""
-    stats = llm.pager.stats() if llm.pager else None
-    if stats is None or stats.n_ubatch is None or stats.n_ubatch == stats.n_ubatch_asked:
-        return None
-    several = "s" if stats.n_ubatch > 1 else ""
-    return (f"The prompt is computed {stats.n_ubatch} token{several} at a time instead of {stats.n_ubatch_asked}, because the budget "
-            "has no room for the experts of more: that is slower. Raise the budget to avoid it.")
 
 
 def _other_name(name: str) -> str:
@@ -435,7 +425,6 @@ def _facts(llm: Llama, settings: _Settings, generation: _Generation, load_s: flo
         "n_ctx": llm.n_ctx(),
         "n_batch": llama_cpp.llama_n_batch(llm.ctx),
         "n_ubatch": llama_cpp.llama_n_ubatch(llm.ctx),
-        "n_ubatch_asked": pager.stats().n_ubatch_asked if pager else None,
         "seed": seed,
         "load_s": load_s,
     }

@@ -16,10 +16,6 @@ WORK_BYTES = 24 << 20
 Python objects of a completion. With 24 MiB a process of 2.1 GB ended 42 MB below its budget
 after a prompt of 512 tokens (benchmarks/LOG.md, 2026-11-22); with 48 MiB one of 0.3 GB 64 MB below (tests/test_memory.py's script)."""
 
-BATCH_BYTES = 16 << 20
-"""The most that a context keeps for batches that are computed an expert at a time: 81 tokens of Qwen3-30B-A3B, 25 of
-DeepSeek-V3. Larger ones have more to compute than to wait for."""
-
 AUTO_RESERVE_SHARE, AUTO_RESERVE_BYTES, AUTO_RESERVE_SMALL_SHARE = 0.08, 768 << 20, 0.125
 """What `auto` leaves to the rest of the machine, or of the container that is the machine: the larger of the first two; but of a small
 one no more than an eighth, or there would be nothing left of a container of 512 MiB."""
@@ -273,7 +269,7 @@ def format_bytes(n_bytes: float) -> str:
 
 
 _ROW_ALIGN_BYTES, _ROW_PARTS, _ID_BYTES = 64, 3, 8
-"""native/rows.c: what it takes of its memory begins at such an address: the rows, and two numbers per id."""
+"""native/graph/rows.c: what it takes of its memory begins at such an address: the rows, and two numbers per id."""
 
 
 def row_bytes(layout: Layout, n_ubatch: int) -> int:

@@ -70,11 +70,15 @@ def _with_drift(n_bytes: int) -> int:
     return n_bytes + _DRIFT_BYTES + int(n_bytes * _DRIFT_SHARE)
 
 
-def _too_small(wanted: int, least: int) -> BudgetError:
+def _too_small(wanted: int, least: int, context_bytes: int) -> BudgetError:
+    """Say what a budget in bytes must be. Of `least`, `context_bytes` are the context's, which can be made smaller."""
+    is_the_contexts = least - context_bytes <= wanted
     least = _with_drift(least)
+    whose = f", of which this context takes {format_bytes(context_bytes)}" if is_the_contexts else ""
+    way_out = "Lower n_ubatch or n_ctx, or raise it" if is_the_contexts else "Raise it"
     return BudgetError(
         f"A budget of {format_bytes(wanted)} is too small: this model needs at least "
-        f"{format_bytes(least)} ({least} bytes). Raise it, or say budget='min'."
+        f"{format_bytes(least)} ({least} bytes){whose}. {way_out}, or say budget='min'."
     )
 
 
@@ -156,8 +160,27 @@ def _share_bytes(needs: Sequence[ClassNeed], share: float | None) -> int:
     return round((share or 1) * budget.full_arena_bytes(needs))
 
 
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What a process that has just made a context has taken.
+
+    `untouched_bytes` are those that the context has allocated or will, and that are not resident yet; `context_bytes` all of it.
+    """
+
+    resident_bytes: int
+    untouched_bytes: int
+    context_bytes: int
+
+
+def _taken(pager: Pager, request: Request, before: probe.ProcessMemory) -> _Taken:
+    now = probe.process_memory()
+    allocated, touched = now.allocated_bytes - before.allocated_bytes, now.resident_bytes - before.resident_bytes
+    output_bytes = request.output_rows * pager.layout.n_vocab * 4
+    return _Taken(now.resident_bytes, max(0, allocated - touched) + output_bytes, max(0, allocated) + output_bytes)
+
+
 def _arena_bytes(
-    pager: Pager, needs: Sequence[ClassNeed], request: Request, kept: Residency, before: probe.ProcessMemory
+    pager: Pager, needs: Sequence[ClassNeed], request: Request, kept: Residency, taken: _Taken
 ) -> tuple[int, int]:
     """Return what the budget leaves for the arena, and all that it does not leave.
 
@@ -167,14 +190,11 @@ def _arena_bytes(
         BudgetError: a share that is too small for any context, or the machine has no room for that.
     """
     full, least = budget.full_arena_bytes(needs), budget.least_arena_bytes(needs)
-    now = probe.process_memory()
-    untouched = max(0, (now.allocated_bytes - before.allocated_bytes) - (now.resident_bytes - before.resident_bytes))
     not_yet_resident = 0 if kept.method in ("lock", "copy") else pager.layout.dense_bytes
-    other = untouched + request.output_rows * pager.layout.n_vocab * 4 + budget.WORK_BYTES
+    other = taken.untouched_bytes + not_yet_resident + budget.WORK_BYTES
     if request.budget.kind == "bytes":
-        used = now.resident_bytes + not_yet_resident + other
+        used = taken.resident_bytes + other
         return min(full, max(0, int(request.budget.value or 0) - used)), used
-    other += not_yet_resident
     if request.budget.kind == "share":
         wanted = _share_bytes(needs, request.budget.value)
         if wanted < least:
@@ -203,10 +223,8 @@ def _make_room(pager: Pager, needs: Sequence[ClassNeed], request: Request, befor
     if request.budget.kind != "bytes":
         return pager.n_slots
     pager.wait_present()
-    now = probe.process_memory()
-    untouched = max(0, (now.allocated_bytes - before.allocated_bytes) - (now.resident_bytes - before.resident_bytes))
-    used = now.resident_bytes + untouched + request.output_rows * pager.layout.n_vocab * 4
-    excess = used - int(request.budget.value or 0)
+    taken = _taken(pager, request, before)
+    excess = taken.resident_bytes + taken.untouched_bytes - int(request.budget.value or 0)
     if excess <= 0:
         return pager.n_slots
     slots = list(pager.n_slots)
@@ -217,7 +235,7 @@ def _make_room(pager: Pager, needs: Sequence[ClassNeed], request: Request, befor
         if excess <= 0:
             break
     if excess > 0:
-        raise _too_small(int(request.budget.value or 0), int(request.budget.value or 0) + excess)
+        raise _too_small(int(request.budget.value or 0), int(request.budget.value or 0) + excess, taken.context_bytes)
     pager.shrink(slots)
     return pager.n_slots
 
@@ -234,10 +252,11 @@ def open_or_shrink(pager: Pager, request: Request, kept: Residency, before: prob
     if pager.is_open:
         _make_room(pager, needs, request, before)
         return
-    arena, used = _arena_bytes(pager, needs, request, kept, before)
+    taken = _taken(pager, request, before)
+    arena, used = _arena_bytes(pager, needs, request, kept, taken)
     least = budget.least_arena_bytes(needs)
     if arena < least:
-        raise _too_small(int(request.budget.value or 0), used + least)
+        raise _too_small(int(request.budget.value or 0), used + least, taken.context_bytes)
     if request.budget.kind == "min":
         pager.open(tuple(need.n_least for need in needs))
     else:

@@ -156,8 +156,6 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes += [f"{mode_name(row)}, {test_name(row)}: vs stock is to {labels.rival(row)}" if row["vs_stock"] is not None
               else f"{mode_name(row)}, {test_name(row)}: not compared with stock: {row['vs_stock_reason']}"
               for row in rows if row["mode"] == "paged" and row["samples_ts"] and row["vs_stock_reason"] != UNASKED]
-    notes += [f"{mode_name(row)}: n_ubatch {row['n_ubatch']} instead of {row['n_ubatch_asked']}, no slots for more"
-              for row in rows if row["mode"] == "paged" and row["samples_ts"] and row["n_ubatch"] != row["n_ubatch_asked"]]
     notes += [f"{mode_name(row)}: the logits of stock llama.cpp, to the bit, at the end of "
               f"{row['same_logits_rounds']} of {row['n_rounds']} rounds" for row in rows if row["same_logits"]]
     notes += [f"tokens: {row['tokens']} has fewer than needed and repeats" for row in rows if row["tokens_repeat"]]
