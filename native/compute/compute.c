@@ -8,6 +8,8 @@
  *   4. What lies between is left out only if no other node of the piece looks at it. A piece ends after the last layer, so that
  *      nodes of one graph are never taken for those of the next.
  *   5. A wave is begun when the first of its nodes is asked about, so that reads begin, or in that node's time.
+ *   6. All nodes of a piece are asked about before the first of them is computed. A piece may end without a word, where llama.cpp
+ *      splits its graph: once a node of ours is computed, nothing that was asked about before is changed any more.
  */
 #include "compute/compute.h"
 
@@ -41,6 +43,7 @@ struct slice {
     gp_matrices *kind;          /* NULL: left to ggml */
     planned_run  alone, *run;   /* the node alone; what the node is for: that, or all of the feed-forward */
     int32_t      op_params[sizeof(gp_custom) / sizeof(int32_t)];    /* of the node that llama.cpp has made */
+    uint32_t     piece;         /* in which a node was last made ours */
 };
 
 typedef struct {
@@ -69,12 +72,13 @@ struct gp_compute {
     atomic_uint    started;     /* the ticket of the run that may be computed */
 
     /* This piece. */
+    uint32_t       piece;           /* its number; another one once it is being computed */
     const ggml_tensor *begun_ids;   /* a wave has begun with them, and is not computed yet; NULL: none */
     uint32_t       begun_layer;
     layer         *collecting;  /* its last node is still to come */
     ggml_tensor   *between[BETWEEN];
     uint32_t       n_between;
-    layer         *whole;       /* the latest that is computed as a whole */
+    layer         *whole;       /* the one that is computed as a whole */
     bool           has_closed;  /* what was offered last was the last node of a feed-forward */
     layer         *sampled;     /* its nodes are computed alone, and what lies between is compared: */
     gp_row         sample_rows[SAMPLES];
@@ -190,7 +194,9 @@ static bool try_matrices(gp_compute *c, slice *s, const ggml_tensor *node, const
         return false;
     }
     for (uint32_t i = 0; i < experts.n; i++) {
-        experts.data[i] = gp_wave_slice(c->pager, c->hold, i, s->index);
+        const char *data = gp_wave_slice(c->pager, c->hold, i, s->index);
+        experts.data[i] = data ? data : (const char *) node->src[0]->data
+                                        + (size_t) c->hold->wanted[i].expert * node->src[0]->nb[2];
     }
     int error = 0;
     if (s->kind->few == GP_UNTRIED_KERNEL) {
@@ -264,6 +270,8 @@ static void compare_samples(gp_compute *c) {
 
 static void start(gp_compute *c, planned_run *own, uint32_t n_threads) {
     const gp_run *run = &own->run;
+    c->collecting = c->whole = NULL;
+    c->piece++;
     if (c->sampled && c->sampled->nodes.last == run->last && c->n_sampled == c->sampled->nodes.shape.n_first
         && c->failure->error == 0) {
         compare_samples(c);
@@ -457,7 +465,7 @@ static void end_collecting(gp_compute *c, slice *s, ggml_tensor *node, uint32_t 
         return;
     }
     l->kind = gp_kind_find(&c->kinds, &l->nodes.shape);
-    if (l->kind && l->kind->is_same == GP_SAME_BITS) {
+    if (l->kind && l->kind->is_same == GP_SAME_BITS && !c->whole) {
         become_whole(c, l, most_rows);
     } else if (l->kind && l->kind->is_same == GP_UNTRIED && !c->sampled) {
         sample(c, l);
@@ -466,6 +474,9 @@ static void end_collecting(gp_compute *c, slice *s, ggml_tensor *node, uint32_t 
 
 static void collect(gp_compute *c, slice *s, ggml_tensor *node, const ggml_tensor *ids, uint32_t most_rows) {
     layer *l = c->collecting;
+    if (c->whole == &c->layers[s->layer]) {
+        return;     /* its nodes are known, and still to be computed */
+    }
     const bool goes_on = l && l == &c->layers[s->layer] && l->nodes.ids == ids && !is_part(&l->nodes, node);
     if (goes_on && (l->nodes.shape.n_first == GP_FIRST || node->src[1] != l->nodes.first[0]->src[1])) {
         end_collecting(c, s, node, most_rows);
@@ -484,8 +495,11 @@ bool gp_compute_offer(gp_compute *c, uint32_t number, ggml_tensor *node, const g
     layer *l = &c->layers[s->layer];
     c->has_closed = false;
     if (c->failure->error != 0) {
-        become(c, node, compute_nothing, s, NULL);  /* the mapping, whose file may have lost its end, is not touched */
+        become(c, node, compute_nothing, s, s->run);    /* the mapping, whose file may have lost its end, is not touched */
         return true;
+    }
+    if (s->piece == c->piece) {
+        return false;       /* a second node with these matrices: the first one is still to be computed */
     }
     const gp_layer_spec *spec = gp_pager_layer(c->pager, s->layer);
     const uint32_t most_rows = s->kind && is_plain(c, node, ids) ? gp_batch_most(&c->batch, ids, spec->n_experts) : 0;
@@ -512,6 +526,7 @@ bool gp_compute_offer(gp_compute *c, uint32_t number, ggml_tensor *node, const g
     }
     plan(c, &s->alone, s, &run);
     become(c, node, compute_run, s, &s->alone);
+    s->piece = c->piece;
     collect(c, s, node, ids, most_rows);
     return true;
 }
@@ -535,6 +550,7 @@ bool gp_compute_has_closed(const gp_compute *c) {
 }
 
 void gp_compute_reset(gp_compute *c) {
+    c->piece++;
     c->begun_ids = NULL;
     c->collecting = NULL;
     c->sampled = NULL;
@@ -569,7 +585,7 @@ static gp_matrices *find_matrices(gp_compute *c, const gp_slice_spec *spec) {
         }
     }
     gp_matrices *new = &c->matrices[c->n_matrices];
-    if (!gp_matrix_find(&new->matrix, c->ggml, spec->type, spec->ne[0], spec->ne[1])) {
+    if (!c->ggml->graphs.compute || !gp_matrix_find(&new->matrix, c->ggml, spec->type, spec->ne[0], spec->ne[1])) {
         return NULL;
     }
     c->n_matrices++;
@@ -619,6 +635,7 @@ int gp_compute_attach(gp_compute *c, gp_pager *pager, gp_hold *hold, gp_failure 
     c->pager = pager;
     c->hold = hold;
     c->failure = failure;
+    c->piece = 1;
     const gp_layer_spec *spec;
     for (; (spec = gp_pager_layer(pager, c->n_layers)); c->n_layers++) {
         c->n_slices += spec->n_slices;

@@ -74,8 +74,17 @@ static size_t converted_bytes(const gp_run *run) {
         + (takes_another_input(run) ? round_up(n * run->first_kinds[1]->matrix.input_bytes) : 0);
 }
 
+static gp_kernel kernel_for(const gp_matrices *kind, uint32_t n_rows) {
+    return n_rows < GP_MANY_ROWS ? kind->few : kind->many;
+}
+
+/* ggml's own operation takes inputs that lie one after the other. */
 static bool is_gathered(const gp_run *run, uint32_t n_rows) {
-    return run->n_first > 0 && n_rows >= GP_MANY_ROWS;
+    bool is_gathered = false;
+    for (uint32_t i = 0; i < run->n_first; i++) {
+        is_gathered |= kernel_for(run->first_kinds[i], n_rows) == GP_BY_GGML;
+    }
+    return is_gathered;
 }
 
 /* What an expert with so many rows takes while it is computed. With a share: where its rows are, then. */
@@ -176,11 +185,14 @@ static void gather(const gp_crew *c, gp_share *s) {
     }
 }
 
-/* ---- pieces ------------------------------------------------------------------------------------------------------- */
-
-static gp_kernel kernel_for(const gp_matrices *kind, uint32_t n_rows) {
-    return n_rows < GP_MANY_ROWS ? kind->few : kind->many;
+/* An expert's matrix. */
+static const char *data_of(const gp_crew *c, uint32_t share, uint32_t slice, const ggml_tensor *node) {
+    const char *data = gp_wave_slice(c->pager, c->hold, share, slice);
+    const ggml_tensor *all = node->src[0];
+    return data ? data : (const char *) all->data + (size_t) c->hold->wanted[share].expert * all->nb[2];
 }
+
+/* ---- pieces ------------------------------------------------------------------------------------------------------- */
 
 static uint32_t n_slices_of_rows(uint32_t n_rows) {
     return divide_up(n_rows, AT_ONCE);
@@ -223,7 +235,7 @@ static void multiply_first(gp_crew *c, uint32_t worker, uint32_t share, uint32_t
     gp_share *s = &c->shares[share];
     const gp_matrices *kind = c->run->first_kinds[matrix];
     const ggml_tensor *node = c->run->first[matrix];
-    const char *data = gp_wave_slice(c->pager, c->hold, share, c->run->first_slices[matrix]);
+    const char *data = data_of(c, share, c->run->first_slices[matrix], node);
     const size_t width = (size_t) kind->matrix.n_rows, bytes = kind->matrix.input_bytes;
     const char *gathered = matrix > 0 && s->second_inputs ? s->second_inputs : s->inputs;
     float *results = s->between.first[matrix];
@@ -247,7 +259,7 @@ static void multiply_last(gp_crew *c, uint32_t worker, uint32_t share, uint32_t 
     gp_share *s = &c->shares[share];
     const gp_matrices *kind = c->run->last_kind;
     ggml_tensor *node = c->run->last;
-    const char *data = gp_wave_slice(c->pager, c->hold, share, c->run->last_slice);
+    const char *data = data_of(c, share, c->run->last_slice, node);
     const size_t bytes = kind->matrix.input_bytes;
     if (kernel_for(kind, s->n_rows) == GP_BY_DOT) {
         const gp_matrix_part part = part_of(kind, data, node, c->dot_rows, piece);
@@ -519,7 +531,7 @@ int gp_crew_open(gp_crew *c, const gp_ggml *ggml, gp_pager *pager, gp_hold *hold
     if (!c->shares || !c->parts || !c->memory) {
         return -ENOMEM;
     }
-    return gp_workers_open(&c->workers, ggml);
+    return ggml->graphs.compute ? gp_workers_open(&c->workers, ggml) : 0;
 }
 
 void gp_crew_close(gp_crew *c) {

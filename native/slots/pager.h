@@ -27,8 +27,10 @@ typedef struct {
     uint32_t        count;      /* ids that named it */
     uint32_t        at;         /* its place in the demand */
     bool            is_done;    /* lock */
-    _Atomic int32_t slot;       /* within its class; -1: none yet */
+    _Atomic int32_t slot;       /* within its class, or: */
 } gp_wanted;
+
+enum { GP_NO_SLOT_YET = -1, GP_NO_SLOT = -2 };      /* and there will be none: others hold them all, and nobody gives any back */
 
 /* One context's waves, one at a time. */
 typedef struct {
@@ -40,7 +42,8 @@ typedef struct {
     uint32_t        layer, n_tokens;
     bool            is_large;   /* more experts than the layer's share of the slots: they pass through */
     uint32_t        next;       /* lock; the first that nobody has taken a slot for */
-    uint32_t        n_open;     /* lock; those that hold a slot */
+    uint32_t        n_open;     /* lock; those that hold a slot, or do without, and are not done */
+    uint64_t        waits_since_ns;     /* the decoding thread's: for a slot of others; 0: it does not */
     uint32_t        n_pending;  /* lock; those whose slots are still being read */
     uint32_t       *touched;    /* lock; computed, and their files must be compared before their slots may go */
     atomic_uint     n_touched;  /* written with the lock */
@@ -69,7 +72,7 @@ int  gp_wave_begin(gp_pager *pager, gp_hold *hold, const gp_demand *demand, gp_f
 
 /* These in any thread. Whether the slices, a bit each, of the ith expert are in a slot. */
 bool gp_wave_has(const gp_pager *pager, const gp_hold *hold, uint32_t i, uint32_t slices);
-/* Where one of them lies; of an expert that has a slot. */
+/* Where one of them lies; of an expert that is there. NULL: in no slot, it is to be had from llama.cpp's mapping. */
 const char *gp_wave_slice(const gp_pager *pager, const gp_hold *hold, uint32_t i, uint32_t slice);
 /* Nobody computes with it any more. */
 void gp_wave_done(gp_pager *pager, gp_hold *hold, uint32_t i);

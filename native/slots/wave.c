@@ -23,7 +23,9 @@
 #include "slots/waits.h"
 #include "slots/warm.h"
 
-enum { AT_ONCE = 4 };       /* experts that one thread asks for when it is done with one */
+/* Experts that one thread asks for when it is done with one; how long a wave waits for slots of others, who give them back within
+ * one layer's compute. */
+enum { AT_ONCE = 4, MOST_WAIT_SECONDS = 2 };
 
 static gp_layer *layer_of(gp_pager *p, const gp_hold *hold) {
     return &p->layers[hold->layer];
@@ -48,9 +50,12 @@ static void take(gp_pager *p, gp_hold *hold, uint32_t i, uint32_t index) {
 
 static void give_back(gp_pager *p, gp_hold *hold, uint32_t i) {
     gp_slot *s = slot_of(p, hold, i);
-    s->users &= ~(UINT64_C(1) << hold->bit);
     hold->wanted[i].is_done = true;
     hold->n_open--;
+    if (!s) {
+        return;
+    }
+    s->users &= ~(UINT64_C(1) << hold->bit);
     hold->n_pending -= p->missing[s - p->slots] != 0;
     if (s->has_failed && s->state == READY && !s->users) {
         gp_slot_empty(p, s);
@@ -142,7 +147,7 @@ static void add(gp_hold *hold, const gp_demand *demand, uint32_t at) {
     w->count = demand->counts[at];
     w->at = at;
     w->is_done = false;
-    atomic_store_explicit(&w->slot, -1, memory_order_relaxed);
+    atomic_store_explicit(&w->slot, GP_NO_SLOT_YET, memory_order_relaxed);
 }
 
 /* What is in slots, and may be computed at once, goes before what is on its way, and that before the rest. Returns how many are
@@ -188,6 +193,7 @@ static void start_anew(gp_pager *p, gp_hold *hold) {
     assert(hold->n_open == 0 && hold->n_pending == 0);
     hold->n_wanted = hold->next = 0;
     hold->n_ahead = hold->next_ahead = 0;
+    hold->waits_since_ns = 0;
     atomic_store(&hold->n_touched, 0);
     hold->failure = (gp_failure) { 0 };
     atomic_store(&hold->has_failed, false);
@@ -257,11 +263,15 @@ int gp_wave_begin(gp_pager *p, gp_hold *hold, const gp_demand *demand, gp_failur
 
 bool gp_wave_has(const gp_pager *p, const gp_hold *hold, uint32_t i, uint32_t slices) {
     const gp_slot *s = slot_of(p, hold, i);
-    return s && (atomic_load_explicit(&p->missing[s - p->slots], memory_order_acquire) & slices) == 0;
+    if (!s) {
+        return atomic_load_explicit(&hold->wanted[i].slot, memory_order_acquire) == GP_NO_SLOT;
+    }
+    return (atomic_load_explicit(&p->missing[s - p->slots], memory_order_acquire) & slices) == 0;
 }
 
 const char *gp_wave_slice(const gp_pager *p, const gp_hold *hold, uint32_t i, uint32_t slice) {
-    return gp_slot_slice(p, (uint32_t) (slot_of(p, hold, i) - p->slots), slice);
+    const gp_slot *s = slot_of(p, hold, i);
+    return s ? gp_slot_slice(p, (uint32_t) (s - p->slots), slice) : NULL;
 }
 
 unsigned gp_wave_n_arrived(const gp_hold *hold) {
@@ -331,6 +341,8 @@ static uint32_t go_on(gp_pager *p, gp_hold *hold, uint32_t i, gp_read **reads) {
     uint32_t n_reads = take_more(p, hold, reads, AT_ONCE);
     if (hold->next == hold->n_wanted) {
         n_reads += gp_ahead_take(p, hold, reads + n_reads, AT_ONCE - n_reads / layer_of(p, hold)->spec.n_slices);
+    } else if (hold->n_open == 0) {
+        gp_hold_tell(hold);     /* others hold all slots: nothing arrives unless the thread that decodes takes what they let go */
     }
     pthread_cond_broadcast(&p->released);
     return n_reads;
@@ -340,7 +352,8 @@ void gp_wave_done(gp_pager *p, gp_hold *hold, uint32_t i) {
     gp_read *reads[AT_ONCE * GP_MAX_SLICES];
     pthread_mutex_lock(&p->lock);
     bool is_touched = false;
-    if (!slot_of(p, hold, i)->is_checked) {
+    const gp_slot *s = slot_of(p, hold, i);
+    if (s && !s->is_checked) {
         gp_failure failure = { 0 };
         pthread_mutex_unlock(&p->lock);
         const int error = check_files(p, &layer_of(p, hold)->spec, &failure, &is_touched);
@@ -382,11 +395,28 @@ static void settle(gp_pager *p, gp_hold *hold) {
     }
 }
 
+/* Nobody has given a slot back for long: a context that holds them all does not go on before we do, because it waits for us in a
+ * callback, say. The rest of the wave comes from llama.cpp's mapping. */
+static void do_without(gp_pager *p, gp_hold *hold) {
+    for (; hold->next < hold->n_wanted; hold->next++) {
+        atomic_store_explicit(&hold->wanted[hold->next].slot, GP_NO_SLOT, memory_order_release);
+        hold->n_open++;
+    }
+    layer_of(p, hold)->counters.left_alone++;
+    gp_hold_tell(hold);
+}
+
 /* In the thread that decodes, with the lock held, which it lets go: others hold what slots there are. */
 static void wait_for_a_slot(gp_pager *p, gp_hold *hold) {
     gp_read *reads[AT_ONCE * GP_MAX_SLICES];
-    uint32_t n_reads = take_more(p, hold, reads, AT_ONCE);
-    if (n_reads == 0 && hold->n_open == 0) {
+    const uint32_t n_reads = take_more(p, hold, reads, AT_ONCE);
+    if (hold->n_open > 0) {
+        hold->waits_since_ns = 0;
+    } else if (hold->waits_since_ns == 0) {
+        hold->waits_since_ns = p->os->now_ns();
+    } else if (p->os->now_ns() - hold->waits_since_ns >= MOST_WAIT_SECONDS * UINT64_C(1000000000)) {
+        do_without(p, hold);
+    } else {
         (void) gp_hold_wait_for_others(p, hold);
     }
     pthread_mutex_unlock(&p->lock);
@@ -404,11 +434,9 @@ bool gp_wave_wait(gp_pager *p, gp_hold *hold, unsigned n_arrived, bool is_decodi
     if (is_decoding && hold->n_open == 0 && hold->next < hold->n_wanted) {
         wait_for_a_slot(p, hold);
     } else {
-        hold->n_watching++;
         while (may_wait && gp_wave_n_arrived(hold) == n_arrived) {
             may_wait = gp_hold_wait(p, hold, is_decoding);
         }
-        hold->n_watching--;
     }
     if (is_decoding) {
         gp_stall_end(p, layer_of(p, hold), &begun);
