@@ -145,7 +145,7 @@ def test_rounds_take_tokens_from_places_spread_over_the_sequence() -> None:
 
 def phase(n_tokens: int, seconds: float, **given: Any) -> PhaseResult:
     values: dict[str, Any] = {
-        "hits": None, "misses": None, "bytes_read": None, "stall_ns": None, "stall_bytes": None, "left_alone": None,
+        "hits": None, "misses": None, "bytes_read": None, "bytes_wasted": None, "stall_ns": None, "stall_bytes": None, "left_alone": None,
         "ram_read_bytes": None, "expert_bytes": None,
         "io_bytes": 0, "major_faults": 0, "user_s": seconds, "system_s": 0.0, "resident_bytes": 10**9,
         "reading": UNMEASURED,
@@ -156,7 +156,8 @@ def phase(n_tokens: int, seconds: float, **given: Any) -> PhaseResult:
 def a_run(case: Case, turn: int, decode_ts: float | None, prefill_ts: float | None = 100.0, **given: Any) -> Run:
     """Return a run at these speeds; of ours a quarter of the decode time is stalled, in which 1.8 GB/s arrive, and 40 MB are
     read per token."""
-    ours = {"hits": 96, "misses": 32, "bytes_read": 128 * 40_000_000, "stall_ns": 0, "stall_bytes": 0, "left_alone": 0}
+    ours = {"hits": 96, "misses": 32, "bytes_read": 128 * 40_000_000, "bytes_wasted": 128 * 1_000_000, "stall_ns": 0, "stall_bytes": 0,
+            "left_alone": 0}
     gen = prompt = None
     if decode_ts is not None:
         seconds = 128 / decode_ts
@@ -204,6 +205,7 @@ def test_row_has_llama_benchs_names_first_and_its_figures() -> None:
     assert (row["load_s"], row["usable_s"]) == (2.0, 3.0)
     assert row["peak_rss_bytes"] == 2_000_000_002, "the most of any run"
     assert row["hit_rate"] == 0.75 and row["read_bytes_per_token"] == 40_000_000 and row["stall_share"] == 0.25
+    assert row["wasted_bytes_per_token"] == 1_000_000
     assert row["status"] == "ok"
 
 
