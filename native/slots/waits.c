@@ -24,15 +24,20 @@ bool gp_hold_stops(gp_hold *hold, bool is_decoding) {
 }
 
 bool gp_hold_wait(gp_pager *p, gp_hold *hold, bool is_decoding) {
-    if (!hold->watch || !hold->watch->ask) {
-        pthread_cond_wait(&hold->arrived, &p->lock);
-        return true;
-    }
-    if (gp_hold_has_stopped(hold)) {
+    const bool has_watch = hold->watch && hold->watch->ask;
+    if (has_watch && gp_hold_has_stopped(hold)) {
         return false;
     }
-    const struct timespec when = ms_from_now(GP_LOOK_UP_MS);
-    if (pthread_cond_timedwait(&hold->arrived, &p->lock, &when) == 0 || !is_decoding) {
+    int error = 0;
+    hold->n_watching++;
+    if (has_watch) {
+        const struct timespec when = ms_from_now(GP_LOOK_UP_MS);
+        error = pthread_cond_timedwait(&hold->arrived, &p->lock, &when);
+    } else {
+        pthread_cond_wait(&hold->arrived, &p->lock);
+    }
+    hold->n_watching--;
+    if (error == 0 || !is_decoding) {
         return true;
     }
     pthread_mutex_unlock(&p->lock);     /* who decodes asks without it */
