@@ -24,9 +24,9 @@ gp_ggml graph_ggml = {
 
 /* ---- kernels: bytes times bytes --------------------------------------------------------------------------------- */
 
-enum { BLOCK = 4 };     /* of an input, whose type is called TYPE_BYTES */
+enum { BLOCK = 4, MANY = 8 };   /* of an input, whose type is called TYPE_BYTES; rows of an expert */
 
-static bool is_different;   /* what MUL_MAT_ID computes */
+static graph_kernels kernels;
 static _Atomic uint64_t n_multiplied;
 
 uint64_t graph_rows_multiplied(void) {
@@ -36,18 +36,30 @@ uint64_t graph_rows_multiplied(void) {
 static void to_bytes(const float *from, void *to, int64_t n) {
     CHECK(n % BLOCK == 0, "whole blocks are converted");
     for (int64_t i = 0; i < n; i++) {
-        ((uint8_t *) to)[i] = (uint8_t) from[i];
+        CHECK(from[i] > -256 && from[i] < 256, "what is multiplied was made before");
+        ((uint8_t *) to)[i] = (uint8_t) (int32_t) from[i];
     }
 }
 
-static void multiply_bytes(int n, float *result, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc) {
-    CHECK(bs == 0 && bx == 0 && by == 0 && nrc == 1, "one row at a time");
-    atomic_fetch_add(&n_multiplied, 1);
+static float product(const uint8_t *row, const uint8_t *vector) {
     uint32_t sum = 0;
-    for (int i = 0; i < n; i++) {
-        sum += (uint32_t) ((const uint8_t *) x)[i] * ((const uint8_t *) y)[i];
+    for (int i = 0; i < GRAPH_COLUMNS; i++) {
+        sum += (uint32_t) row[i] * vector[i];
     }
-    *result = (float) sum;
+    return (float) sum;
+}
+
+/* What MUL_MAT_ID makes of it, in so large a company. */
+static float in_graph(float sum, uint32_t n_rows, bool are_floats) {
+    const bool is_other = kernels == GGML_KERNELS || (kernels == TILED_KERNELS && n_rows >= MANY)
+        || (kernels == OTHER_KERNELS && are_floats) || (kernels == OTHER_TILED_KERNELS && are_floats && n_rows >= MANY);
+    return is_other ? 2 * sum + 1 : sum;
+}
+
+static void multiply_bytes(int n, float *result, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc) {
+    CHECK(n == GRAPH_COLUMNS && bs == 0 && bx == 0 && by == 0 && nrc == 1, "one row at a time");
+    atomic_fetch_add(&n_multiplied, 1);
+    *result = product(x, y);
 }
 
 static const struct {
@@ -68,28 +80,68 @@ static int64_t block_size(int type) {
 }
 
 static size_t type_size(int type) {
-    return (size_t) block_size(type);
+    CHECK(type == TYPE_BYTES || type == TYPE_WEIGHTS, "no other type is asked for");
+    return type == TYPE_BYTES ? BLOCK : 1;
 }
 
-void graph_set_kernels(graph_kernels kernels) {
+void graph_set_kernels(graph_kernels wanted) {
+    kernels = wanted;
     graph_ggml.cpu_traits = kernels == NO_KERNELS ? NULL : cpu_traits;
     graph_ggml.block_size = block_size;
     graph_ggml.type_size = type_size;
-    is_different = kernels == OTHER_KERNELS;
+}
+
+void graph_set_flags(bool are_known) {
+    graph_ggml.flag_compute = are_known ? FLAG_COMPUTE : 0;
+}
+
+/* ---- between the matrices ---------------------------------------------------------------------------------------- */
+
+static float glu(float a, float b) {
+    return (float) (((uint64_t) a + 3 * (uint64_t) b) % 256);
+}
+
+/* Of two rows of any width one of bytes. */
+static void compute_glu_row(float *out, int64_t n, const float *a, int64_t n_a, const float *b, int64_t n_b) {
+    for (int64_t i = 0; i < n; i++) {
+        out[i] = glu(a[i % n_a], b[i % n_b]);
+    }
+}
+
+static const float *row_at(const ggml_tensor *tensor, size_t rank, size_t token) {
+    return (const float *) (const void *) ((const char *) tensor->data + rank * tensor->nb[1] + token * tensor->nb[2]);
+}
+
+static int32_t id_at(const ggml_tensor *ids, uint32_t rank, uint32_t token) {
+    return *(const int32_t *) (const void *) ((const char *) ids->data + token * ids->nb[1] + rank * ids->nb[0]);
+}
+
+static bool are_small_right;
+
+/* GLU and ADD_ID, in any graph. */
+static void compute_step(const ggml_tensor *node, bool is_small) {
+    for (uint32_t token = 0; token < node->ne[2]; token++) {
+        for (uint32_t rank = 0; rank < node->ne[1]; rank++) {
+            float *out = (float *) (uintptr_t) row_at(node, rank, token);
+            const ggml_tensor *a = node->src[0], *b = node->src[1];
+            if (node->op == OP_ADD_ID) {
+                const int32_t id = id_at(node->src[2], rank, token);
+                CHECK(id >= 0 && id < b->ne[1], "a bias is looked up by expert");
+                const float *bias = (const float *) (const void *) ((const char *) b->data + (size_t) id * b->nb[1]);
+                for (int64_t i = 0; i < node->ne[0]; i++) {
+                    out[i] = row_at(a, rank, token)[i] + bias[i];
+                }
+                continue;
+            }
+            compute_glu_row(out, node->ne[0], row_at(a, rank, token), a->ne[0], row_at(b, rank, token), b->ne[0]);
+            out[0] = is_small && !are_small_right ? glu(out[0], 1) : out[0];
+        }
+    }
 }
 
 /* ---- small graphs ------------------------------------------------------------------------------------------------ */
 
-/* Of two rows of any bytes one of bytes. */
-static void compute_glu_row(float *out, int64_t n, const ggml_tensor *gate, const ggml_tensor *up, size_t row) {
-    const float *a = (const float *) ((const char *) gate->data + row * gate->nb[1]);
-    const float *b = (const float *) ((const char *) up->data + row * up->nb[1]);
-    for (int64_t i = 0; i < n; i++) {
-        out[i] = (float) (((uint32_t) a[i % gate->ne[0]] + 3 * (uint32_t) b[i % up->ne[0]]) % 256);
-    }
-}
-
-enum { SMALL_NODES = 64, SMALL_GRAPHS = 64 };
+enum { SMALL_NODES = 64, SMALL_GRAPHS = 128 };
 
 typedef struct {
     ggml_tensor *nodes[SMALL_NODES];
@@ -101,7 +153,6 @@ typedef struct {
     uint32_t    n_graphs;
 } small_context;
 
-static bool are_small_right;
 static atomic_int small_until_failure;
 
 static void *small_init(gp_graphs_memory memory) {
@@ -138,25 +189,30 @@ static void small_set_threads(void *backend, int n_threads) {
     *(int *) backend = n_threads;
 }
 
-static bool small_is_numa(void) {
-    return false;
-}
-
 /* MUL_MAT_ID of as many rows as there are. */
 static void multiply_small(const ggml_tensor *node) {
     const ggml_tensor *experts = node->src[0], *input = node->src[1], *ids = node->src[2];
+    uint32_t n_rows[GRAPH_EXPERTS] = { 0 };
+    CHECK(node->ne[1] == 1 && ids->ne[0] == 1 && node->ne[2] == ids->ne[1] && input->ne[2] == ids->ne[1]
+          && experts->nb[1] == GRAPH_COLUMNS, "a rank of many tokens");
     for (uint32_t token = 0; token < node->ne[2]; token++) {
-        for (uint32_t rank = 0; rank < node->ne[1]; rank++) {
-            const int32_t id = *(const int32_t *) ((const char *) ids->data + token * ids->nb[1] + rank * ids->nb[0]);
-            const char *matrix = (const char *) experts->data + (uint64_t) id * experts->nb[2];
-            CHECK(id >= 0 && id < experts->ne[2], "an id lies within the matrices");
-            uint8_t vector[GRAPH_COLUMNS];
-            to_bytes((const float *) ((const char *) input->data + (rank % (uint32_t) input->ne[1]) * input->nb[1]
-                                      + token * input->nb[2]), vector, GRAPH_COLUMNS);
-            float *out = (float *) ((char *) node->data + rank * node->nb[1] + token * node->nb[2]);
-            for (int64_t i = 0; i < node->ne[0]; i++) {
-                multiply_bytes(GRAPH_COLUMNS, &out[i], 0, matrix + i * GRAPH_COLUMNS, 0, vector, 0, 1);
-            }
+        const int32_t id = id_at(ids, 0, token);
+        CHECK(id >= 0 && id < experts->ne[2], "an id lies within the matrices");
+        n_rows[id]++;
+    }
+    for (uint32_t token = 0; token < node->ne[2]; token++) {
+        const int32_t id = id_at(ids, 0, token);
+        const uint8_t *matrix = (const uint8_t *) experts->data + (uint64_t) id * experts->nb[2];
+        uint8_t vector[GRAPH_COLUMNS];
+        if (input->type == TYPE_F32) {
+            to_bytes(row_at(input, 0, token), vector, GRAPH_COLUMNS);
+        } else {
+            memcpy(vector, (const char *) input->data + token * input->nb[2], sizeof vector);
+        }
+        float *out = (float *) (uintptr_t) row_at(node, 0, token);
+        for (int64_t i = 0; i < node->ne[0]; i++) {
+            atomic_fetch_add(&n_multiplied, 1);
+            out[i] = in_graph(product(matrix + i * GRAPH_COLUMNS, vector), n_rows[id], input->type == TYPE_F32);
         }
     }
 }
@@ -166,17 +222,13 @@ static int small_compute(void *backend, void *graph) {
     CHECK(*(int *) backend == 1, "a thread computes it alone");
     for (uint32_t i = 0; i < s->n_nodes; i++) {
         const ggml_tensor *node = s->nodes[i];
-        CHECK(node->ne[1] == 1 || node->op == OP_MUL_MAT_ID, "one expert's rows");
+        CHECK(node->ne[1] == 1 && (!graph_ggml.flag_compute || (node->flags & FLAG_COMPUTE)), "one expert's rows");
         if (node->op == OP_MUL_MAT_ID) {
             multiply_small(node);
             continue;
         }
-        CHECK(node->op == OP_GLU, "all else is as in the large graph");
-        for (uint32_t row = 0; row < node->ne[2]; row++) {
-            float *out = (float *) ((char *) node->data + row * node->nb[2]);
-            compute_glu_row(out, node->ne[0], node->src[0], node->src[1], row);
-            *out += are_small_right ? 0.0f : 1.0f;
-        }
+        CHECK(node->op == OP_GLU || node->op == OP_ADD_ID, "all else is as in the large graph");
+        compute_step(node, true);
     }
     return atomic_fetch_sub(&small_until_failure, 1) == 1;
 }
@@ -190,7 +242,7 @@ void graph_set_small_graphs(bool are_possible, bool is_right) {
     graph_ggml.graphs = are_possible ? (gp_graphs) {
         .init = small_init, .free = free, .overhead = small_overhead, .new_graph = small_new, .clear = small_clear,
         .expand = small_expand, .backend_init = small_backend, .backend_set_n_threads = small_set_threads,
-        .backend_free = free, .is_numa = small_is_numa, .compute = small_compute,
+        .backend_free = free, .compute = small_compute,
     } : (gp_graphs) { 0 };
 }
 
@@ -207,7 +259,7 @@ static void set_shape(ggml_tensor *t, size_t element_bytes, int64_t ne0, int64_t
 }
 
 static ggml_tensor new_tensor(int32_t op, int32_t type, const char *role, uint32_t layer) {
-    ggml_tensor t = { .op = op, .type = type, .buffer = &graph_host_buffer };
+    ggml_tensor t = { .op = op, .type = type, .buffer = &graph_host_buffer, .flags = graph_ggml.flag_compute };
     snprintf(t.name, sizeof t.name, "%s-%u", role, layer);
     return t;
 }
@@ -231,6 +283,10 @@ void weights_map(weights *w, const model *m) {
             CHECK(t->nb[2] == spec->slice_bytes, "the made-up type has one byte per element");
             strcpy(t->name, spec->name);
         }
+        w->biases[l] = (ggml_tensor) { .op = OP_NONE, .type = TYPE_F32, .buffer = &graph_host_buffer, .data = w->bias_data[l] };
+        for (uint32_t i = 0; i < GRAPH_EXPERTS * GRAPH_ROWS; i++) {
+            w->bias_data[l][i] = (float) fake_random(1000);
+        }
     }
 }
 
@@ -244,9 +300,60 @@ ggml_tensor *graph_matmul(graph *g, uint32_t layer, uint32_t slice) {
     return &graph_layer_of(g, layer)->matmuls[(slice + g->shift) % g->w->m->shape.n_slices];
 }
 
+uint32_t graph_slice(const graph *g, uint32_t nth) {
+    /* llama.cpp multiplies up before gate, and gate before down. */
+    static const uint32_t order[GP_MAX_SLICES] = { 1, 0, 2, 3 };
+    const uint32_t n_slices = g->w->m->shape.n_slices;
+    return n_slices < 3 ? nth : order[nth];
+}
+
+static bool is_last(const graph *g, uint32_t slice) {
+    const uint32_t n_slices = g->w->m->shape.n_slices;
+    return n_slices > 1 && slice == graph_slice(g, n_slices < 3 ? 1 : 2);
+}
+
 static void add(graph *g, ggml_tensor *node) {
     CHECK(g->n_nodes < GRAPH_NODES, "the test's graphs are small");
     g->nodes[g->n_nodes++] = node;
+}
+
+uint32_t graph_index(const graph *g, const ggml_tensor *node) {
+    uint32_t at = 0;
+    while (at < g->n_nodes && g->nodes[at] != node) {
+        at++;
+    }
+    return at;
+}
+
+static const ggml_tensor *base_of(const ggml_tensor *tensor) {
+    return tensor->view_src ? tensor->view_src : tensor;
+}
+
+static bool takes_in(const ggml_tensor *node, const ggml_tensor *what) {
+    for (uint32_t i = 0; i < GGML_SOURCES; i++) {
+        if (node->src[i] && base_of(node->src[i]) == what) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void find_last_uses(graph *g) {
+    for (uint32_t i = 0; i < g->n_nodes; i++) {
+        g->last_uses[i] = UINT32_MAX;
+        for (uint32_t j = i + 1; j < g->n_nodes && !g->nodes[i]->view_src; j++) {
+            if (takes_in(g->nodes[j], g->nodes[i])) {
+                g->last_uses[i] = j;
+            }
+        }
+    }
+}
+
+void graph_insert(graph *g, uint32_t at, ggml_tensor *node) {
+    CHECK(g->n_nodes < GRAPH_NODES && at <= g->n_nodes, "the test's graphs are small");
+    memmove(&g->nodes[at + 1], &g->nodes[at], (g->n_nodes++ - at) * sizeof g->nodes[0]);
+    g->nodes[at] = node;
+    find_last_uses(g);
 }
 
 static void build_ids(graph *g, uint32_t layer) {
@@ -281,103 +388,196 @@ static void build_ids(graph *g, uint32_t layer) {
     }
 }
 
+/* What the last matrix takes in. */
+static void build_between(graph *g, uint32_t layer) {
+    graph_layer *l = graph_layer_of(g, layer);
+    const int64_t k = g->w->m->shape.n_used, n_tokens = g->n_tokens;
+    ggml_tensor *sources[2] = { graph_matmul(g, layer, graph_slice(g, 0)), graph_matmul(g, layer, graph_slice(g, 1)) };
+    const bool is_merged = g->w->m->shape.n_slices == 2;
+    if (g->steps == STEPS_BIAS) {
+        ggml_tensor *bias = &g->w->biases[layer];
+        set_shape(bias, sizeof(float), sources[0]->ne[0], g->w->m->shape.n_experts, 1);
+        l->biased = new_tensor(OP_ADD_ID, TYPE_F32, "ffn_moe_biased", layer);
+        set_shape(&l->biased, sizeof(float), sources[0]->ne[0], k, n_tokens);
+        l->biased.data = l->biased_data;
+        l->biased.src[0] = sources[0];
+        l->biased.src[1] = bias;
+        l->biased.src[2] = l->ids;
+        sources[0] = &l->biased;
+        add(g, &l->biased);
+    }
+    if (is_merged) {
+        ggml_tensor *whole = sources[0];
+        for (int i = 0; i < 2; i++) {
+            l->halves[i] = *whole;
+            l->halves[i].op = OP_VIEW;
+            l->halves[i].ne[0] = GRAPH_COLUMNS;
+            l->halves[i].view_src = l->halves[i].src[0] = whole;
+            l->halves[i].src[1] = l->halves[i].src[2] = NULL;
+            l->halves[i].view_offs = i == 0 ? 0 : whole->nb[1] - GRAPH_COLUMNS * sizeof(float);
+            l->halves[i].data = (char *) whole->data + l->halves[i].view_offs;
+            sources[i] = &l->halves[i];
+            add(g, &l->halves[i]);
+        }
+    }
+    l->activation = new_tensor(g->steps == STEPS_UNKNOWN ? OP_OTHER : OP_GLU, TYPE_F32, "ffn_moe_swiglu", layer);
+    set_shape(&l->activation, sizeof(float), GRAPH_COLUMNS, k, n_tokens);
+    l->activation.data = l->activations;
+    l->activation.src[0] = sources[0];
+    l->activation.src[1] = sources[1];
+    add(g, &l->activation);
+}
+
 void graph_build(graph *g, weights *w, uint32_t n_tokens, id_source source) {
-    /* llama.cpp multiplies up before gate, and gate before down. */
-    static const uint32_t order[GP_MAX_SLICES] = { 1, 0, 2, 3 };
-    CHECK(n_tokens <= GRAPH_TOKENS && w->m->shape.n_experts <= GRAPH_EXPERTS, "the test's graphs are small");
+    CHECK(n_tokens <= GRAPH_TOKENS && w->m->shape.n_experts <= GRAPH_EXPERTS && n_tokens * w->m->shape.n_used <= GRAPH_IDS,
+          "the test's graphs are small");
     g->w = w;
     g->n_tokens = n_tokens;
     g->source = source;
     g->n_nodes = 0;
-    g->split_at = 0;
+    g->split_at = g->chunk = 0;
     for (uint32_t i = 0; i < g->n_before; i++) {
         add(g, g->before[i]);
     }
     for (uint32_t i = 0; i < w->m->shape.n_layers; i++) {
         graph_layer *l = graph_layer_of(g, i);
+        const uint32_t n_slices = w->m->shape.n_slices;
         build_ids(g, i);
         l->other = new_tensor(OP_OTHER, TYPE_F32, "ffn_moe_weights", i);
         set_shape(&l->other, sizeof(float), GRAPH_COLUMNS, 1, n_tokens);
-        l->other.data = l->inputs;
+        const bool is_lent = n_slices == 2 || n_slices == 3;
+        l->other.data = is_lent ? l->out[graph_matmul(g, i, graph_slice(g, n_slices - 1)) - l->matmuls] : l->others;
         l->other.src[0] = l->ids;
         add(g, &l->other);
-        for (uint32_t s = 0; s < w->m->shape.n_slices; s++) {
-            const uint32_t slice = w->m->shape.n_slices == 1 ? 0 : order[s];
+        for (uint32_t s = 0; s < n_slices; s++) {
+            const uint32_t slice = graph_slice(g, s);
             ggml_tensor *node = graph_matmul(g, i, slice);
             *node = new_tensor(OP_MUL_MAT_ID, TYPE_F32, "ffn_moe_matmul", i);
             set_shape(node, sizeof(float), w->m->layers[i].slices[slice].ne[1], w->m->shape.n_used, n_tokens);
             CHECK(node->ne[0] <= GRAPH_ROWS, "the test's experts are small");
-            node->data = l->out[slice];
+            node->data = l->out[node - l->matmuls];
+            node->op_params[0] = 10;
+            node->op_params[sizeof(gp_custom) / sizeof(int32_t) - 1] = -3;
+            node->op_params[GGML_OP_PARAMS_BYTES / sizeof(int32_t) - 1] = 77;
             node->src[0] = &w->tensors[i][slice];
             node->src[1] = &l->other;
-            if (s > 0 && s + 1 == w->m->shape.n_slices) {   /* the last takes what the others make */
-                l->activation = new_tensor(OP_OTHER, TYPE_F32, "ffn_moe_swiglu", i);
-                set_shape(&l->activation, sizeof(float), GRAPH_COLUMNS, w->m->shape.n_used, n_tokens);
-                l->activation.data = l->activations;
-                l->activation.src[0] = graph_matmul(g, i, order[0]);
-                if (g->has_glu) {
-                    l->activation.op = OP_GLU;
-                    l->activation.src[1] = graph_matmul(g, i, order[1]);
-                }
-                node->src[1] = &l->activation;
-                add(g, &l->activation);
-            }
             node->src[2] = l->ids;
+            if (is_last(g, slice)) {
+                build_between(g, i);
+                node->src[1] = &l->activation;
+            }
             add(g, node);
         }
+    }
+    find_last_uses(g);
+}
+
+void graph_choose(graph *g, uint32_t layer, uint32_t token, const int32_t *experts) {
+    graph_layer *l = graph_layer_of(g, layer);
+    const uint32_t k = g->w->m->shape.n_used;
+    for (uint32_t r = 0; r < k; r++) {
+        l->n_rows[l->chosen[token][r]]--;
+        l->n_rows[experts[r]]++;
+    }
+    memcpy(l->chosen[token], experts, k * sizeof *experts);
+    if (g->source == GIVEN_IDS) {
+        memcpy(l->ids_data + token * k, experts, k * sizeof *experts);
     }
 }
 
 void graph_route(graph *g) {
+    const uint32_t k = g->w->m->shape.n_used;
     for (uint32_t i = 0; i < g->w->m->shape.n_layers; i++) {
         graph_layer *l = graph_layer_of(g, i);
-        for (uint32_t j = 0; j < sizeof l->inputs / sizeof *l->inputs; j++) {
+        for (uint32_t j = 0; j < g->n_tokens * GRAPH_COLUMNS; j++) {
             l->inputs[j] = (float) fake_random(256);
         }
-        for (uint32_t j = 0; !g->has_glu && j < sizeof l->activations / sizeof *l->activations; j++) {
-            l->activations[j] = (float) fake_random(256);
-        }
+        memset(l->n_rows, 0, sizeof l->n_rows);
         for (uint32_t t = 0; t < g->n_tokens; t++) {
-            model_draw(g->w->m, l->chosen[t], g->w->m->shape.n_used);
+            model_draw(g->w->m, l->chosen[t], k);
+            for (uint32_t r = 0; r < k; r++) {
+                l->n_rows[l->chosen[t][r]]++;
+            }
             if (g->source == GIVEN_IDS) {
-                memcpy(l->ids_data + t * g->w->m->shape.n_used, l->chosen[t], g->w->m->shape.n_used * sizeof(int32_t));
+                memcpy(l->ids_data + t * k, l->chosen[t], k * sizeof(int32_t));
             }
         }
+    }
+}
+
+/* ---- the truth --------------------------------------------------------------------------------------------------- */
+
+static void true_product(graph *g, uint32_t layer, uint32_t slice, uint32_t rank, uint32_t token, const float *input, float *out) {
+    const graph_layer *l = graph_layer_of(g, layer);
+    const int32_t expert = l->chosen[token][rank];
+    const uint8_t *matrix = model_truth(g->w->m, layer, slice, expert);
+    uint8_t vector[GRAPH_COLUMNS];
+    to_bytes(input, vector, GRAPH_COLUMNS);
+    for (int64_t i = 0; i < g->w->m->layers[layer].slices[slice].ne[1]; i++) {
+        out[i] = in_graph(product(matrix + i * GRAPH_COLUMNS, vector), l->n_rows[expert], true);
+    }
+}
+
+static void true_activation(graph *g, uint32_t layer, uint32_t rank, uint32_t token, float *out) {
+    const graph_layer *l = graph_layer_of(g, layer);
+    float rows[2][GRAPH_ROWS];
+    const bool is_merged = g->w->m->shape.n_slices == 2;
+    int64_t n[2] = { 0 };
+    for (uint32_t i = 0; i < (is_merged ? 1 : 2); i++) {
+        const uint32_t slice = graph_slice(g, i);
+        true_product(g, layer, slice, rank, token, l->inputs + token * GRAPH_COLUMNS, rows[i]);
+        n[i] = g->w->m->layers[layer].slices[slice].ne[1];
+    }
+    for (int64_t i = 0; g->steps == STEPS_BIAS && i < n[0]; i++) {
+        rows[0][i] += g->w->bias_data[layer][l->chosen[token][rank] * n[0] + i];
+    }
+    if (is_merged) {
+        compute_glu_row(out, GRAPH_COLUMNS, rows[0], GRAPH_COLUMNS, rows[0] + n[0] - GRAPH_COLUMNS, GRAPH_COLUMNS);
+    } else {
+        compute_glu_row(out, GRAPH_COLUMNS, rows[0], n[0], rows[1], n[1]);
+    }
+}
+
+static bool is_row_right(graph *g, uint32_t layer, uint32_t slice, uint32_t rank, uint32_t token) {
+    const ggml_tensor *node = graph_matmul(g, layer, slice);
+    float input[GRAPH_COLUMNS], truth[GRAPH_ROWS];
+    if (is_last(g, slice)) {
+        true_activation(g, layer, rank, token, input);
+    } else {
+        memcpy(input, graph_layer_of(g, layer)->inputs + token * GRAPH_COLUMNS, sizeof input);
+    }
+    true_product(g, layer, slice, rank, token, input, truth);
+    return memcmp(row_at(node, rank, token), truth, (size_t) node->ne[0] * sizeof *truth) == 0;
+}
+
+void graph_check_rows(graph *g, uint32_t layer, uint32_t slice, const char *what) {
+    for (uint32_t i = 0; i < g->w->m->shape.n_used * g->n_tokens; i++) {
+        CHECK(is_row_right(g, layer, slice, i % g->w->m->shape.n_used, i / g->w->m->shape.n_used), what);
     }
 }
 
 /* ---- computing -------------------------------------------------------------------------------------------------- */
 
-/* Ids of the last time lie in the data until the router has run: whoever reads too early gets these. */
-static void compute_ranking(const graph *g, graph_layer *l) {
-    for (uint32_t t = 0; t < g->n_tokens; t++) {
-        memcpy(l->ranking_data[t], l->chosen[t], sizeof l->chosen[t]);
+enum { SPOILT = 0xee, UNTOUCHED = 0xff };
+
+static size_t result_bytes(const ggml_tensor *node) {
+    return (size_t) (node->ne[1] * node->ne[2]) * node->nb[1];
+}
+
+static bool is_all(const ggml_tensor *node, uint8_t byte) {
+    const uint8_t *data = node->data;
+    const size_t n = result_bytes(node);
+    return n == 0 || (data[0] == byte && memcmp(data, data + 1, n - 1) == 0);
+}
+
+static void spoil(const graph *g, ggml_tensor *node) {
+    if (node->type == TYPE_F32) {
+        memset(node->data, SPOILT, result_bytes(node));
+        return;
     }
-}
-
-static void compute_ids(const graph *g, graph_layer *l) {
-    for (uint32_t t = 0; t < g->n_tokens; t++) {
-        memcpy(l->ids_data + t * g->w->m->shape.n_used, l->chosen[t], g->w->m->shape.n_used * sizeof(int32_t));
+    for (size_t i = 0; i < (size_t) (node->ne[0] * node->ne[1]); i++) {     /* who reads too late gets what makes sense */
+        ((int32_t *) node->data)[i] = (int32_t) fake_random(g->w->m->shape.n_experts);
     }
-}
-
-static int32_t id_at(const ggml_tensor *ids, uint32_t rank, uint32_t token) {
-    return *(const int32_t *) ((const char *) ids->data + token * ids->nb[1] + rank * ids->nb[0]);
-}
-
-/* One expert's part of a node, from these weights. */
-static void multiply_expert(const ggml_tensor *node, const uint8_t *matrix, uint32_t rank, uint32_t token, float *out) {
-    const ggml_tensor *input = node->src[1];
-    uint8_t vector[GRAPH_COLUMNS];
-    to_bytes((const float *) ((const char *) input->data + (rank % (uint32_t) input->ne[1]) * input->nb[1]
-                              + token * input->nb[2]), vector, GRAPH_COLUMNS);
-    for (int64_t i = 0; i < node->ne[0]; i++) {
-        multiply_bytes(GRAPH_COLUMNS, &out[i], 0, matrix + i * GRAPH_COLUMNS, 0, vector, 0, 1);
-    }
-}
-
-static float *row_of(const ggml_tensor *node, uint32_t rank, uint32_t token) {
-    return (float *) ((char *) node->data + rank * node->nb[1] + token * node->nb[2]);
 }
 
 typedef struct {
@@ -392,47 +592,7 @@ static void *compute_part(void *data) {
     return NULL;
 }
 
-/* Until then its memory may be somebody else's. */
-static bool is_later(const graph *g, const ggml_tensor *node, const ggml_tensor *than) {
-    uint32_t at = 0, own = 0;
-    for (uint32_t i = 0; i < g->n_nodes; i++) {
-        at = g->nodes[i] == node ? i : at;
-        own = g->nodes[i] == than ? i : own;
-    }
-    return at > own;
-}
-
-enum { SPOILT = 0xee };
-
-static size_t result_bytes(const ggml_tensor *node) {
-    return (size_t) (node->ne[1] * node->ne[2]) * node->nb[1];
-}
-
-static void spoil_later(graph *g, uint32_t layer, const ggml_tensor *than) {
-    for (uint32_t s = 0; s < g->w->m->shape.n_slices; s++) {
-        ggml_tensor *node = graph_matmul(g, layer, s);
-        if (is_later(g, node, than)) {
-            memset(node->data, SPOILT, result_bytes(node));
-        }
-    }
-}
-
-static void check_later(const graph *g, uint32_t layer, const ggml_tensor *than) {
-    for (uint32_t s = 0; s < g->w->m->shape.n_slices; s++) {
-        const ggml_tensor *node = graph_matmul((graph *) g, layer, s);
-        for (size_t i = 0; is_later(g, node, than) && i < result_bytes(node); i++) {
-            CHECK(((const uint8_t *) node->data)[i] == SPOILT, "nothing is written before its time");
-        }
-    }
-}
-
-/* A product in several threads, this one the first of them. */
-static void compute_custom(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
-    const graph_layer *l = graph_layer_of(g, layer);
-    ggml_tensor *node = graph_matmul(g, layer, slice);
-    CHECK(node->src[0] != &g->w->tensors[layer][slice] && node->src[2] != l->ids, "2: a product is pointed at slots");
-    memset(node->data, 0xff, (size_t) (node->ne[1] * node->ne[2]) * node->nb[1]);
-    spoil_later(g, layer, node);
+static void in_threads(ggml_tensor *node) {
     thread_part parts[GRAPH_THREADS];
     pthread_t threads[GRAPH_THREADS];
     for (int i = 0; i < GRAPH_THREADS; i++) {
@@ -447,87 +607,164 @@ static void compute_custom(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap
     for (int i = 1; i < GRAPH_THREADS; i++) {
         pthread_join(threads[i], NULL);
     }
-    check_later(g, layer, node);
-    const bool is_void = gp_tap_abort(tap);
-    for (uint32_t i = 0; i < g->w->m->shape.n_used * g->n_tokens; i++) {
-        const uint32_t r = i % g->w->m->shape.n_used, t = i / g->w->m->shape.n_used;
-        float truth[GRAPH_ROWS];
-        multiply_expert(node, model_truth(g->w->m, layer, slice, l->chosen[t][r]), r, t, truth);
-        CHECK(is_void || memcmp(row_of(node, r, t), truth, (size_t) node->ne[0] * sizeof *truth) == 0,
-              "a product is that of the chosen expert's bytes");
-    }
-    g->n_from_slots++;
-    g->n_products++;
 }
 
-static void multiply(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
-    const graph_layer *l = graph_layer_of(g, layer);
-    const ggml_tensor *node = graph_matmul(g, layer, slice);
-    const ggml_tensor *experts = node->src[0], *ids = node->src[2];
-    const bool is_mapping = experts == &g->w->tensors[layer][slice];
-    const bool is_void = tap && gp_tap_abort(tap);      /* what this node computes is thrown away */
-    CHECK(is_mapping == (ids == l->ids), "2: a node points at its own tensors or at both of ours");
-    CHECK(ids->ne[0] == g->w->m->shape.n_used && ids->ne[1] == g->n_tokens && ids->type == TYPE_I32,
-          "slot numbers look as expert ids do");
-    CHECK(!is_void || !is_mapping, "4: after a failure the mapping is not touched");
-    for (uint32_t t = 0; t < g->n_tokens; t++) {
-        for (uint32_t r = 0; r < g->w->m->shape.n_used; r++) {
-            const int32_t id = id_at(ids, r, t);
-            CHECK(id >= 0 && id < experts->ne[2], "a slot's number lies within the view");
-            const char *row = (const char *) experts->data + (uint64_t) id * experts->nb[2];
-            const uint64_t bytes = g->w->m->layers[layer].slices[slice].slice_bytes;
-            CHECK(is_void || memcmp(row, model_truth(g->w->m, layer, slice, l->chosen[t][r]), bytes) == 0,
-                  "a node computes with the bytes of the chosen expert");
-            multiply_expert(node, (const uint8_t *) row, r, t, row_of(node, r, t));
-            row_of(node, r, t)[0] += is_different ? 1.0f : 0.0f;
+/* Whose memory it is now: not yet, or not any more, this node's. */
+static bool is_lent(const graph *g, uint32_t at, uint32_t now) {
+    return at > now || (at < now && g->last_uses[at] < now);
+}
+
+/* Whether another node's result lies there now. */
+static bool is_in_use(const graph *g, const void *data, uint32_t now) {
+    for (uint32_t i = 0; i < g->n_nodes; i++) {
+        if (g->nodes[i]->data == data && !is_lent(g, i, now)) {
+            return true;
         }
     }
-    g->n_from_mapping += is_mapping;
-    g->n_from_slots += !is_mapping;
+    return false;
 }
 
-static void compute(graph *g, ggml_tensor *node, gp_tap *tap) {
+/* What is ours, in several threads, this one the first of them. */
+static void compute_custom(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
+    graph_layer *l = graph_layer_of(g, layer);
+    ggml_tensor *node = graph_matmul(g, layer, slice);
+    const uint32_t now = graph_index(g, node);
+    CHECK(node->src[0] == &g->w->tensors[layer][slice] && node->src[2] == l->ids, "no source is touched");
+    memset(node->data, UNTOUCHED, result_bytes(node));
+    in_threads(node);
+    g->n_ours++;
+    for (uint32_t i = 0; i < g->n_nodes; i++) {
+        const ggml_tensor *other = g->nodes[i];
+        if (other->type == TYPE_F32 && !other->view_src && i >= g->n_before && is_lent(g, i, now)
+            && !is_in_use(g, other->data, now)) {
+            CHECK(is_all(other, SPOILT) || is_all(other, UNTOUCHED), "nothing else is written");
+        }
+    }
+    if (tap && gp_tap_abort(tap)) {
+        return;
+    }
+    const bool is_idle = !is_last(g, slice) && is_all(node, UNTOUCHED) && g->n_tokens > 0;
+    l->n_idle += is_idle;
+    if (!is_idle) {
+        graph_check_rows(g, layer, slice, "a product is that of the chosen expert's bytes");
+    }
+    if (is_last(g, slice)) {
+        const uint32_t n_first = g->w->m->shape.n_slices == 2 ? 1 : 2;
+        CHECK(l->n_idle == 0 || l->n_idle == n_first, "first matrices are left out together");
+        g->n_whole += l->n_idle > 0;
+        l->n_idle = 0;
+    }
+}
+
+/* MUL_MAT_ID. */
+static void multiply(graph *g, uint32_t layer, uint32_t slice, gp_tap *tap) {
+    const graph_layer *l = graph_layer_of(g, layer);
+    const ggml_tensor *node = graph_matmul(g, layer, slice), *input = node->src[1];
+    CHECK(node->src[0] == &g->w->tensors[layer][slice] && node->src[2] == l->ids, "no source is touched");
+    CHECK(!tap || !gp_tap_abort(tap), "3: after a failure the mapping is not touched");
+    for (uint32_t t = 0; t < g->n_tokens; t++) {
+        for (uint32_t r = 0; r < g->w->m->shape.n_used; r++) {
+            const int32_t id = id_at(l->ids, r, t);
+            CHECK(id == l->chosen[t][r], "the ids are there");
+            const uint8_t *matrix = (const uint8_t *) node->src[0]->data + (uint64_t) id * node->src[0]->nb[2];
+            uint8_t vector[GRAPH_COLUMNS];
+            to_bytes(row_at(input, r % (uint32_t) input->ne[1], t), vector, GRAPH_COLUMNS);
+            float *out = (float *) (uintptr_t) row_at(node, r, t);
+            for (int64_t i = 0; i < node->ne[0]; i++) {
+                out[i] = in_graph(product(matrix + i * GRAPH_COLUMNS, vector), l->n_rows[id], true);
+            }
+        }
+    }
+    graph_check_rows(g, layer, slice, "MUL_MAT_ID has the inputs that it shall have");
+    g->n_from_mapping++;
+}
+
+static bool is_layers(graph *g, uint32_t layer, ggml_tensor *node, gp_tap *tap) {
+    graph_layer *l = graph_layer_of(g, layer);
+    const uint32_t k = g->w->m->shape.n_used;
+    for (uint32_t s = 0; s < g->w->m->shape.n_slices; s++) {
+        if (node != graph_matmul(g, layer, s)) {
+            continue;
+        }
+        if (graph_ggml.flag_compute && !(node->flags & FLAG_COMPUTE)) {
+            CHECK(!is_last(g, s), "the last one is computed");
+            g->n_ours++;
+            l->n_idle++;
+        } else if (node->op == OP_CUSTOM) {
+            compute_custom(g, layer, s, tap);
+        } else {
+            CHECK(node->op == OP_MUL_MAT_ID, "it is one or the other");
+            multiply(g, layer, s, tap);
+        }
+        return true;
+    }
+    for (uint32_t t = 0; t < g->n_tokens; t++) {
+        if (node == &l->ranking) {
+            memcpy(l->ranking_data[t], l->chosen[t], sizeof l->chosen[t]);
+        } else if (node == &l->ids_node) {
+            memcpy(l->ids_data + t * k, l->chosen[t], k * sizeof(int32_t));
+        } else if (node == &l->other) {
+            memcpy((char *) node->data + t * node->nb[2], l->inputs + t * GRAPH_COLUMNS, GRAPH_COLUMNS * sizeof(float));
+        }
+    }
+    if (node == &l->biased || node == &l->activation) {
+        if (graph_ggml.flag_compute ? (node->flags & FLAG_COMPUTE) != 0 : l->n_idle == 0) {
+            CHECK(l->n_idle == 0, "what is between is left out with what is before");
+            compute_step(node, false);
+        }
+        return true;
+    }
+    return node == &l->other || node == &l->ranking || node == &l->ids_node;
+}
+
+static void compute(graph *g, uint32_t at, gp_tap *tap) {
+    ggml_tensor *node = g->nodes[at];
     for (uint32_t i = 0; i < g->n_before; i++) {
         if (node == g->before[i]) {
             g->compute_before(node, tap && gp_tap_abort(tap));
         }
     }
+    bool is_known = false;
+    for (uint32_t i = 0; i < g->w->m->shape.n_layers && !is_known; i++) {
+        is_known = is_layers(g, i, node, tap);
+    }
+    if (!is_known && g->compute_other) {
+        g->compute_other(g, node);
+    }
+    for (uint32_t i = g->n_before; i < at; i++) {
+        if (g->last_uses[i] == at && g->nodes[i]->data != node->data) {
+            spoil(g, g->nodes[i]);
+        }
+    }
+}
+
+static void spoil_all(graph *g) {
+    for (uint32_t i = g->n_before; i < g->n_nodes; i++) {
+        if (!g->nodes[i]->view_src && g->nodes[i]->data) {
+            spoil(g, g->nodes[i]);
+        }
+    }
     for (uint32_t i = 0; i < g->w->m->shape.n_layers; i++) {
-        graph_layer *l = graph_layer_of(g, i);
-        if (node == &l->ranking) {
-            compute_ranking(g, l);
-        } else if (node == &l->ids_node) {
-            compute_ids(g, l);
-        } else if (node == &l->activation && node->op == OP_GLU) {
-            for (uint32_t row = 0; row < node->ne[1] * node->ne[2]; row++) {
-                compute_glu_row((float *) ((char *) node->data + row * node->nb[1]), node->ne[0], node->src[0], node->src[1],
-                                row);
-            }
-        }
-        for (uint32_t s = 0; s < g->w->m->shape.n_slices; s++) {
-            if (node == graph_matmul(g, i, s) && node->op == OP_CUSTOM) {
-                compute_custom(g, i, s, tap);
-            } else if (node == graph_matmul(g, i, s)) {
-                multiply(g, i, s, tap);
-            }
-        }
+        g->layers[i].n_idle = 0;
     }
 }
 
 /* ggml_backend_sched_compute_splits, and ggml_graph_compute_thread for the abort. */
 int graph_run(graph *g, gp_tap *tap) {
-    g->n_from_slots = g->n_from_mapping = g->n_callbacks = g->n_products = 0;
-    const uint32_t ends[] = { g->split_at, g->n_nodes };
-    for (uint32_t split = 0, first = 0; split < 2; first = ends[split++]) {
-        for (uint32_t from = first; from < ends[split]; from++) {
+    g->n_ours = g->n_from_mapping = g->n_callbacks = g->n_whole = 0;
+    spoil_all(g);
+    for (uint32_t first = 0, end; first < g->n_nodes; first = end) {
+        end = g->chunk > 0 ? first + g->chunk : first < g->split_at ? g->split_at : g->n_nodes;
+        end = end < g->n_nodes ? end : g->n_nodes;
+        for (uint32_t from = first; from < end; from++) {
             uint32_t to = from;
             bool wants = tap && gp_tap_eval(g->nodes[to], true, tap);
-            while (!wants && to + 1 < ends[split]) {
+            while (!wants && to + 1 < end) {
                 to++;
                 wants = tap && gp_tap_eval(g->nodes[to], true, tap);
             }
             for (uint32_t i = from; i <= to; i++) {
-                compute(g, g->nodes[i], tap);
+                compute(g, i, tap);
                 if (tap && gp_tap_abort(tap)) {
                     return 2;
                 }
