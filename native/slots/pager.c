@@ -36,10 +36,12 @@ int gp_pager_accept(gp_pager *p, const gp_file_times *times) {
     pthread_mutex_lock(&p->lock);
     for (uint32_t i = 0; i < p->n_slots; i++) {
         gp_slot *s = &p->slots[i];
-        if (s->is_checked || s->users) {    /* the context that uses it looks itself */
+        if (s->is_checked) {
             continue;
         }
-        if (s->state == READY && !s->is_pinned) {
+        if (s->users || s->is_pinned) {
+            s->is_doubtful = true;          /* whoever computes with it compares the bytes */
+        } else if (s->state == READY) {
             gp_slot_empty(p, s);
         } else if (s->state == READING) {
             s->has_failed = true;           /* it may have begun before */

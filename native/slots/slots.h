@@ -21,6 +21,7 @@ typedef struct {
     bool       is_withdrawing;  /* LEAVING, and its reads may not be forgotten yet */
     bool       has_failed;
     bool       is_checked;      /* the file was still the same one after these bytes were read */
+    bool       is_doubtful;     /* if it was not checked: its file's new times were accepted, so that they tell nothing any more */
     int32_t    expert;
     uint32_t   layer;
     uint64_t   users;           /* a bit per hold */

@@ -57,6 +57,7 @@ static void give_back(gp_pager *p, gp_hold *hold, uint32_t i) {
     }
     s->users &= ~(UINT64_C(1) << hold->bit);
     hold->n_pending -= p->missing[s - p->slots] != 0;
+    s->has_failed |= s->is_doubtful && !s->is_checked && !s->users;     /* nobody will compare it: better to read it anew */
     if (s->has_failed && s->state == READY && !s->users) {
         gp_slot_empty(p, s);
     }
@@ -100,6 +101,7 @@ static uint32_t take_more(gp_pager *p, gp_hold *hold, gp_read **reads, uint32_t 
         int32_t index = l->slot_of[expert];
         if (index >= 0) {       /* another context has read it meanwhile */
             take_hit(p, hold, hold->next++, (uint32_t) index);
+            gp_hold_tell(hold);     /* it may be there already, and then nothing arrives */
             continue;
         }
         const bool is_transient = hold->is_large && !is_worth_keeping(l, c, hold, hold->next);
@@ -358,6 +360,7 @@ void gp_wave_done(gp_pager *p, gp_hold *hold, uint32_t i) {
         pthread_mutex_unlock(&p->lock);
         const int error = check_files(p, &layer_of(p, hold)->spec, &failure, &is_touched);
         pthread_mutex_lock(&p->lock);
+        is_touched |= s->is_doubtful;
         if (error != 0 || !is_touched) {
             judge(p, hold, i, error, &failure);
         } else if (!atomic_load(&hold->has_failed)) {
