@@ -338,6 +338,11 @@ static void judge(gp_pager *p, gp_hold *hold, uint32_t i, int error, const gp_fa
     }
 }
 
+/* Invariant 5. */
+static bool may_go_on(const gp_hold *hold) {
+    return !atomic_load(&hold->has_failed) && !gp_hold_has_stopped(hold);
+}
+
 static uint32_t go_on(gp_pager *p, gp_hold *hold, uint32_t i, gp_read **reads) {
     give_back(p, hold, i);
     uint32_t n_reads = take_more(p, hold, reads, AT_ONCE);
@@ -368,7 +373,7 @@ void gp_wave_done(gp_pager *p, gp_hold *hold, uint32_t i) {
             gp_hold_tell(hold);
         }
     }
-    const bool goes_on = !is_touched && !atomic_load(&hold->has_failed);
+    const bool goes_on = !is_touched && may_go_on(hold);
     const uint32_t n_reads = goes_on ? go_on(p, hold, i, reads) : 0;
     pthread_mutex_unlock(&p->lock);
     submit(p, reads, n_reads);
@@ -383,7 +388,7 @@ void gp_wave_tell(gp_pager *p, gp_hold *hold) {
 /* In the thread that decodes: compares what the others have left to it. */
 static void settle(gp_pager *p, gp_hold *hold) {
     gp_read *reads[AT_ONCE * GP_MAX_SLICES];
-    while (atomic_load(&hold->n_touched) > 0 && !atomic_load(&hold->has_failed)) {
+    while (atomic_load(&hold->n_touched) > 0 && may_go_on(hold)) {
         pthread_mutex_lock(&p->lock);
         const uint32_t i = hold->touched[atomic_fetch_sub(&hold->n_touched, 1) - 1];
         pthread_mutex_unlock(&p->lock);

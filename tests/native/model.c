@@ -1,6 +1,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "model.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -224,7 +225,11 @@ int model_acquire(gp_pager *p, gp_hold *hold, uint32_t layer, const int32_t *exp
     }
     error = error == 0 ? gp_wave_end(p, hold, failure) : error;
     for (uint32_t i = 0; error == 0 && i < n_experts; i++) {
-        slots[hold->wanted[i].at] = atomic_load(&hold->wanted[i].slot);
+        const int32_t slot = atomic_load(&hold->wanted[i].slot);
+        slots[hold->wanted[i].at] = slot;
+        if (slot == GP_NO_SLOT) {
+            error = -EBUSY;
+        }
     }
     if (error != 0) {
         gp_hold_release(p, hold);
@@ -239,8 +244,9 @@ static bool do_what_has_come(const model *m, gp_pager *p, gp_hold *hold, bool *i
         if (is_done[i] || !has_all(p, hold, i)) {
             continue;
         }
-        const uint32_t slot = (uint32_t) atomic_load(&hold->wanted[i].slot);
-        CHECK(model_slot_holds(m, p, slot, hold->layer, hold->wanted[i].expert), "a slot holds its expert's bytes");
+        const int32_t slot = atomic_load(&hold->wanted[i].slot);
+        CHECK(slot >= 0, "a slot comes in time");
+        CHECK(model_slot_holds(m, p, (uint32_t) slot, hold->layer, hold->wanted[i].expert), "a slot holds its expert's bytes");
         gp_wave_done(p, hold, i);
         is_done[i] = is_any = true;
         ++*n_done;
@@ -361,7 +367,7 @@ static void check_layer(const gp_pager *p, uint32_t index) {
 
 static void check_hold(const gp_pager *p, uint32_t bit) {
     const gp_hold *hold = p->holds[bit];
-    uint32_t n_used = 0, n_open = 0, n_pending = 0;
+    uint32_t n_used = 0, n_open = 0, n_held = 0, n_pending = 0;
     for (uint32_t i = 0; i < p->n_slots; i++) {
         n_used += p->slots[i].users >> bit & 1;
     }
@@ -373,22 +379,26 @@ static void check_hold(const gp_pager *p, uint32_t bit) {
     for (uint32_t i = 0; i < hold->n_wanted; i++) {
         const gp_wanted *w = &hold->wanted[i];
         const int32_t slot = atomic_load(&w->slot);
-        CHECK((slot >= 0) == (i < hold->next), "2: slots are taken in the order in which experts are wanted");
-        if (slot < 0 || w->is_done) {
-            CHECK(!w->is_done || slot >= 0, "what is done had a slot");
+        CHECK((slot != GP_NO_SLOT_YET) == (i < hold->next), "2: slots are taken in the order in which experts are wanted");
+        if (slot == GP_NO_SLOT_YET || w->is_done) {
+            CHECK(!w->is_done || slot != GP_NO_SLOT_YET, "what is done had a slot, or did without");
             continue;
         }
+        n_open++;
+        if (slot == GP_NO_SLOT) {
+            continue;
+        }
+        n_held++;
         const uint32_t index = p->classes[p->layers[hold->layer].spec.shape_class].first + (uint32_t) slot;
         const gp_slot *s = &p->slots[index];
-        n_open++;
         n_pending += atomic_load(&p->missing[index]) != 0;
         CHECK(s->users >> bit & 1, "1: what is held bears the hold's bit");
         CHECK((s->state == READING || s->state == READY) && s->layer == hold->layer && s->expert == w->expert,
               "and holds what is wanted");
     }
-    CHECK(hold->n_open == n_open, "1: n_open is the number of those that have a slot and are not done");
+    CHECK(hold->n_open == n_open, "1: n_open is the number of those that have a slot, or do without, and are not done");
     CHECK(hold->n_pending == n_pending, "1: n_pending is the number of those whose slot lacks a slice");
-    CHECK(n_used == n_open, "1: nothing else bears the hold's bit");
+    CHECK(n_used == n_held, "1: nothing else bears the hold's bit");
     CHECK(atomic_load(&hold->has_failed) == (hold->failure.error != 0), "what has failed has a failure");
 }
 

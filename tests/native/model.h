@@ -61,7 +61,7 @@ bool model_slot_holds(const model *m, const gp_pager *pager, uint32_t slot, uint
 
 /* Begins a wave of distinct experts that were named once each, and waits until all are in slots: slots[i], numbered within its
  * class, holds experts[i] until gp_hold_release. There must be slots for all of them at once, as soon as others let theirs
- * go. On failure nothing is held. Their files are not looked at: that is gp_wave_done's. */
+ * go; -EBUSY: they did not. On failure nothing is held. Their files are not looked at: that is gp_wave_done's. */
 int  model_acquire(gp_pager *pager, gp_hold *hold, uint32_t layer, const int32_t *experts, uint32_t n_experts,
                    uint32_t n_tokens, int32_t *slots, gp_failure *failure);
 /* A whole wave in one thread, with any number of slots: checks the bytes of each expert as it comes, and is done with it. counts
