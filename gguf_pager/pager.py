@@ -164,7 +164,8 @@ class Stats:
     def __repr__(self) -> str:
         """Say the most important of it; `layers` and the other fields tell the rest."""
         hits = "no token yet" if self.hit_rate is None else f"{self.tokens:,} tokens, {self.hit_rate:.1%} hits"
-        return (f"<Stats: {hits}, {self.bytes_read / 1e9:.2f} GB read, {self.stall_ns / 1e9:.1f} s waited for reads, "
+        vain = f" ({self.bytes_wasted / 1e9:.2f} in vain)" if self.bytes_wasted else ""
+        return (f"<Stats: {hits}, {self.bytes_read / 1e9:.2f} GB read{vain}, {self.stall_ns / 1e9:.1f} s waited for reads, "
                 f"{budget.format_bytes(self.resident_bytes)} of experts in {budget.format_bytes(self.arena_bytes)}>")
 
 

@@ -43,7 +43,7 @@ Keys of the JSON object: `gguf_pager_version`, `llama_cpp_python_version`, `mode
 `n_batch`, `n_ubatch`, `seed`, `load_s`, `arena_bytes`,
 `resident_expert_bytes`, `peak_memory_bytes`, and `prompt` and `decode`, each with `tokens`, `seconds`, `tokens_per_s`,
 `hits`, `misses`, `hit_rate`, `bytes_read`,
-`bytes_read_per_token`, `stall_ns`, `stall_bytes`, `stall_share`, `evictions`, `left_alone`. What is not known is null.
+`bytes_read_per_token`, `bytes_wasted` (read ahead in vain), `stall_ns`, `stall_bytes`, `stall_share`, `evictions`, `left_alone`. What is not known is null.
 """,
     "bench": """\
 A run loads the model in a process of its own, computes `-d` tokens, then the prompt, then the tokens after it, and ends;
