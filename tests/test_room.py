@@ -124,13 +124,18 @@ def test_named_least_works_in_a_group_of_that_size(model: Path) -> None:
     assert told.returncode == 0 and told.arena_bytes and told.oom_kills == 0
 
 
-def test_least_is_that_of_small_batches_whatever_was_asked(wide: Path) -> None:
-    """It was refused for the buffers of 2,048 tokens at once, which a small budget has no slots for."""
+@pytest.mark.parametrize("budget", ("min", "2%", "auto"))
+def test_buffers_of_large_batches_that_do_not_fit_are_refused_with_what_to_lower(wide: Path, budget: str) -> None:
+    """With 2,048 tokens at once they take far more than the experts of one token."""
     large = {"n_ctx": 2048, "n_batch": 2048, "n_ubatch": 2048}
-    limit = next(n for n in range(60 * MIB, 400 * MIB, 10 * MIB) if open_in_group(wide, n, budget="min").error is None)
-    for budget in ("min", "2%"):
-        told = open_in_group(wide, limit + 20 * MIB, budget=budget, **large)
-        assert told.error is None and told.returncode == 0 and told.oom_kills == 0
+    limit = next(n for n in range(60 * MIB, 400 * MIB, 10 * MIB) if open_in_group(wide, n, budget=budget).error is None)
+    told = open_in_group(wide, limit + 20 * MIB, budget=budget, **large)
+    assert told.error is not None and (told.returncode, told.oom_kills) == (0, 0)
+    assert "of them for this context" in told.error and "Lower n_ubatch or n_ctx, or " in told.error
+    assert open_in_group(wide, limit + 20 * MIB, budget=budget, **large | {"n_ubatch": 64}).error is None
+    if budget == "min":
+        told = open_in_group(wide, stated_minimum(told.error), budget=budget, **large)
+        assert told.error is None and (told.returncode, told.oom_kills) == (0, 0)
 
 
 def test_share_that_does_not_fit_names_the_largest_that_does(model: Path) -> None:

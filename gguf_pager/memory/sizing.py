@@ -70,15 +70,21 @@ def _with_drift(n_bytes: int) -> int:
     return n_bytes + _DRIFT_BYTES + int(n_bytes * _DRIFT_SHARE)
 
 
+def _way_out(is_the_contexts: bool, otherwise: str) -> str:
+    """Return the sentence that says what to do: `otherwise`, or first to ask for a smaller context."""
+    said = f"lower n_ubatch or n_ctx, or {otherwise}" if is_the_contexts else otherwise
+    return f"{said[0].upper()}{said[1:]}."
+
+
 def _too_small(wanted: int, least: int, context_bytes: int) -> BudgetError:
     """Say what a budget in bytes must be. Of `least`, `context_bytes` are the context's, which can be made smaller."""
     is_the_contexts = least - context_bytes <= wanted
     least = _with_drift(least)
     whose = f", of which this context takes {format_bytes(context_bytes)}" if is_the_contexts else ""
-    way_out = "Lower n_ubatch or n_ctx, or raise it" if is_the_contexts else "Raise it"
+    way_out = _way_out(is_the_contexts, "raise it, or say budget='min'")
     return BudgetError(
         f"A budget of {format_bytes(wanted)} is too small: this model needs at least "
-        f"{format_bytes(least)} ({least} bytes){whose}. {way_out}, or say budget='min'."
+        f"{format_bytes(least)} ({least} bytes){whose}. {way_out}"
     )
 
 
@@ -133,8 +139,11 @@ def check_cache(pager: Pager, request: Request, n_cells: int, kept: Residency, n
                           "Lower n_ctx, free memory, or raise the limit of the container.")
 
 
-def _check_room(needs: Sequence[ClassNeed], request: Request, arena_bytes: int, other_bytes: int) -> None:
-    """Refuse an arena (the least one, if that is larger) that does not fit beside what else will become resident."""
+def _check_room(needs: Sequence[ClassNeed], request: Request, arena_bytes: int, other_bytes: int, context_bytes: int = 0) -> None:
+    """Refuse an arena (the least one, if that is larger) that does not fit beside what else will become resident.
+
+    `context_bytes` are those of a context, which can be made smaller.
+    """
     is_auto = request.budget.kind == "auto"
     if request.options.overcommit and not is_auto:
         return
@@ -144,13 +153,17 @@ def _check_room(needs: Sequence[ClassNeed], request: Request, arena_bytes: int, 
         return
     n_bytes = _with_drift(probe.process_memory().resident_bytes + other_bytes + least)
     needed = f"this model needs at least {format_bytes(n_bytes)} ({n_bytes} bytes) for the whole process"
+    is_the_contexts = context_bytes > 0 and least + other_bytes - context_bytes <= spare
+    if is_the_contexts:
+        needed += f", {format_bytes(context_bytes)} of them for this context"
     if least + other_bytes > memory.available_bytes:
         insist = "" if is_auto else f" or {_INSIST}"
-        raise BudgetError(f"The memory here is too small: {needed}, and {_has(memory)}. Free memory, raise the limit of the "
-                          f"container{insist}.")
+        way_out = _way_out(is_the_contexts, f"free memory, raise the limit of the container{insist}")
+        raise BudgetError(f"The memory here is too small: {needed}, and {_has(memory)}. {way_out}")
     if is_auto:
         raise BudgetError(f"The memory that budget='auto' may take is too small: {needed}, {_has(memory)}, and 'auto' leaves "
-                          f"{format_bytes(memory.available_bytes - spare)} to others. Say budget='min' or a size.")
+                          f"{format_bytes(memory.available_bytes - spare)} to others. "
+                          + _way_out(is_the_contexts, "say budget='min' or a size"))
     most = int((memory.available_bytes - other_bytes) / budget.full_arena_bytes(needs) * 1000) / 10
     raise BudgetError(f"There is no room for {(request.budget.value or 0) * 100:g}% of the experts, {format_bytes(arena_bytes)}: "
                       f"{needed}, and {_has(memory)}. The largest share that fits is {most:g}%; lower it, or {_INSIST}.")
@@ -202,9 +215,9 @@ def _arena_bytes(
                 f"{(request.budget.value or 0) * 100:g}% of the experts are too few: this model needs at least "
                 f"{math.ceil(least / full * 10_000) / 100:.2f}% ({least} bytes) to compute one token."
             )
-        _check_room(needs, request, wanted, other)
+        _check_room(needs, request, wanted, other, taken.context_bytes)
         return wanted, 0
-    _check_room(needs, request, least, other)
+    _check_room(needs, request, least, other, taken.context_bytes)
     if request.budget.kind == "min":
         return least, 0
     memory = probe.memory()
