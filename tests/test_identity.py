@@ -133,7 +133,7 @@ def open_by(name: str, path: Path) -> Any:
 @pytest.mark.parametrize("free", FREES)
 def test_every_name_pages(zoo_model: Model, load: str, make: str, free: str) -> None:
     path = zoo_model("qwen3moe")
-    expected = stock_logits(path, n_ubatch=1)
+    expected = stock_logits(path)
     with gguf_pager.install(budget="min") as installed:
         model = open_by(load, path)
         params = low.llama_context_default_params()
@@ -151,7 +151,7 @@ def test_every_name_pages(zoo_model: Model, load: str, make: str, free: str) -> 
 def test_extended_batches_are_seen(zoo_model: Model) -> None:
     """llama_process is llama_decode by another name: a failed read must not come back as its number."""
     path = zoo_model("qwen3moe")
-    expected = stock_logits(path, n_ubatch=1)
+    expected = stock_logits(path)
     with gguf_pager.install(budget="min") as installed:
         model = low.llama_model_load_from_file(os.fsencode(path), plain_params())
         with context_of(model) as context:

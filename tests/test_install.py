@@ -64,13 +64,13 @@ def decode(model: Any, context: Any, tokens: list[int], first: int = 0) -> Logit
     return np.ctypeslib.as_array(low.llama_get_logits(context), shape=(len(tokens), n_vocab)).copy()
 
 
-def run(path: Path, **settings: Any) -> tuple[Logits, int]:
-    """Return the logits of a batch and three single tokens, and the n_ubatch in force."""
+def run(path: Path, **settings: Any) -> Logits:
+    """Return the logits of a batch and three single tokens."""
     tokens = some_tokens(13)
     with low_level(path, **settings) as (model, context):
         rows = [decode(model, context, tokens[:10])]
         rows += [decode(model, context, [tokens[i]], i) for i in range(10, 13)]
-        return np.concatenate(rows), low.llama_n_ubatch(context)
+        return np.concatenate(rows)
 
 
 def wrapped() -> set[str]:
@@ -86,8 +86,8 @@ def test_low_level_decoding_is_paged_and_equals_stock(zoo_model: Model, budget: 
         seen = []
         with low_level(path):
             seen += installed.pagers
-        ours, n_ubatch = run(path)
-    theirs, _ = run(path, n_ubatch=n_ubatch)
+        ours = run(path)
+    theirs = run(path)
     assert len(seen) == 1
     assert (ours == theirs).all() and theirs.std() > 0
 
@@ -99,10 +99,9 @@ def test_llama_cpps_own_class_is_paged_while_installed(zoo_model: Model, stock: 
         (pager,) = installed.pagers
         assert pager.options.policy == "lru"
         ours = evaluate(llm, tokens, (12,))
-        n_ubatch = low.llama_n_ubatch(llm.ctx)
         assert pager.stats().evictions > 0 and pager.stats().left_alone == 0
         llm.close()
-    assert (ours == evaluate(stock(path, logits_all=True, n_ubatch=n_ubatch), tokens, (12,))).all()
+    assert (ours == evaluate(stock(path, logits_all=True), tokens, (12,))).all()
 
 
 def test_models_of_all_threads_are_paged(zoo_model: Model) -> None:
@@ -294,8 +293,7 @@ def test_users_eval_callback_sees_the_graph_as_llama_cpp_made_it(zoo_model: Mode
         with contextlib.ExitStack() as stack:
             if budget:
                 stack.enter_context(gguf_pager.install(budget=budget))
-            logits, n_ubatch = run(path, n_ubatch=2, cb_eval=watcher.callback, cb_eval_user_data=77)
-            assert n_ubatch == 2
+            logits = run(path, n_ubatch=2, cb_eval=watcher.callback, cb_eval_user_data=77)
         seen.append((watcher, logits))
     (ours, our_logits), (theirs, their_logits) = seen
     assert {name for name, _ in ours.weights} == {
@@ -354,7 +352,7 @@ def test_users_abort_callback_ends_a_decode_and_the_next_one_is_right(zoo_model:
         assert decode_status(context, tokens[3:], 3) == 2
         is_aborting = False
         ours.append(decode(model, context, tokens[3:], 3))
-    with low_level(path, n_ubatch=1) as (model, context):
+    with low_level(path) as (model, context):
         theirs = [decode(model, context, tokens[:3]), decode(model, context, tokens[3:], 3)]
     assert (np.concatenate(ours) == np.concatenate(theirs)).all()
 
@@ -412,8 +410,8 @@ def test_handles_may_be_pointers_as_in_stock(zoo_model: Model) -> None:
 def test_batches_of_several_sequences_equal_stock(zoo_model: Model, kv_unified: bool) -> None:
     path, tokens = zoo_model("qwen3moe"), some_tokens(24)
 
-    def logits(**settings: Any) -> tuple[Logits, int]:
-        with low_level(path, n_seq_max=4, kv_unified=kv_unified, **settings) as (model, context):
+    def logits() -> Logits:
+        with low_level(path, n_seq_max=4, kv_unified=kv_unified) as (model, context):
             batch = low.llama_batch_init(24, 0, 4)
             batch.n_tokens = 24
             for i, token in enumerate(tokens):
@@ -424,19 +422,19 @@ def test_batches_of_several_sequences_equal_stock(zoo_model: Model, kv_unified: 
             found = np.array([np.ctypeslib.as_array(low.llama_get_logits_ith(context, i), shape=(n_vocab,)).copy()
                               for i in range(24)])
             low.llama_batch_free(batch)
-            return found, low.llama_n_ubatch(context)
+            return found
 
-    for budget in ("60%", "100%"):
+    expected = logits()
+    for budget in ("min", "60%", "100%"):
         with gguf_pager.install(budget=budget):
-            ours, n_ubatch = logits()
-        assert (ours == logits(n_ubatch=n_ubatch)[0]).all()
+            assert (logits() == expected).all()
 
 
 def test_adapters_put_on_and_taken_off_equal_stock(zoo_model: Model, lora: Path) -> None:
     path, tokens = zoo_model("qwen3moe"), some_tokens(30)
 
-    def logits(n_ubatch: int) -> tuple[Logits, int]:
-        with low_level(path, n_ubatch=n_ubatch) as (model, context):
+    def logits() -> Logits:
+        with low_level(path) as (model, context):
             adapter = low.llama_adapter_lora_init(model, os.fsencode(lora))
             rows = []
             for step, scale in enumerate((0.0, 1.0, 0.0, 0.5, 1.0, 0.0)):
@@ -446,19 +444,20 @@ def test_adapters_put_on_and_taken_off_equal_stock(zoo_model: Model, lora: Path)
                 first = step * 5
                 rows += [decode(model, context, tokens[first : first + 3], first)]
                 rows += [decode(model, context, [tokens[first + i]], first + i) for i in (3, 4)]
-            return np.concatenate(rows), low.llama_n_ubatch(context)
+            return np.concatenate(rows)
 
-    with gguf_pager.install(budget="60%") as installed:
-        ours, n_ubatch = logits(64)
-        assert installed.pagers == []
-    assert (ours == logits(n_ubatch)[0]).all()
+    expected = logits()
+    for budget in ("min", "60%"):
+        with gguf_pager.install(budget=budget) as installed:
+            assert (logits() == expected).all()
+            assert installed.pagers == []
 
 
 def test_block_for_multi_token_prediction_may_be_loaded(zoo_model: Model) -> None:
     """Its experts are in the file and not in the layout: llama.cpp computes them from its mapping."""
     path, tokens = zoo_model("glm4moe"), some_tokens(8)
 
-    def logits(n_ubatch: int) -> tuple[Logits, int]:
+    def logits() -> Logits:
         load = low.llama_model_load_from_file
 
         def with_mtp(path_model: bytes, params: Any, /) -> Any:
@@ -467,20 +466,19 @@ def test_block_for_multi_token_prediction_may_be_loaded(zoo_model: Model) -> Non
 
         low.llama_model_load_from_file = with_mtp
         try:
-            with low_level(path, n_ubatch=n_ubatch) as (model, context):
-                return decode(model, context, tokens), low.llama_n_ubatch(context)
+            with low_level(path) as (model, context):
+                return decode(model, context, tokens)
         finally:
             low.llama_model_load_from_file = load
 
     with gguf_pager.install(budget="min"):
-        ours, n_ubatch = logits(64)
-    assert (ours == logits(n_ubatch)[0]).all()
+        ours = logits()
+    assert (ours == logits()).all()
 
 
 def test_contexts_made_and_freed_beside_a_working_one_change_no_bit(zoo_model: Model) -> None:
     path, tokens = zoo_model("qwen3moe"), some_tokens(40)
     with gguf_pager.install(budget="60%"), low_level(path) as (model, context):
-        n_ubatch = low.llama_n_ubatch(context)
         params = low.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_threads, params.n_threads_batch = 64, 16, 1, 1
         is_done = threading.Event()
@@ -503,7 +501,7 @@ def test_contexts_made_and_freed_beside_a_working_one_change_no_bit(zoo_model: M
         is_done.set()
         thread.join(60)
         assert not thread.is_alive()
-    with low_level(path, n_ubatch=n_ubatch) as (model, context):
+    with low_level(path) as (model, context):
         theirs = np.concatenate([decode(model, context, [token], i) for i, token in enumerate(tokens)])
     assert n_made >= 5
     assert all((rows == theirs).all() for rows in ours)
@@ -550,27 +548,40 @@ def test_tap_survives_as_many_graphs_as_come(zoo_model: Model) -> None:
     path, tokens = zoo_model("qwen3moe"), some_tokens(120)
     lengths = [1, 5, 1, 1, 3, 2, 7, 1, 4, 4, 1, 6, 2, 2, 8, 1, 1, 1, 3, 5]
 
-    def rows(n_ubatch: int) -> tuple[Logits, int]:
-        with low_level(path, n_ubatch=n_ubatch) as (model, context):
+    def rows() -> Logits:
+        with low_level(path) as (model, context):
             at, found = 0, []
             for length in lengths:
                 found.append(decode(model, context, tokens[at : at + length], at))
                 at += length
-            return np.concatenate(found), low.llama_n_ubatch(context)
+            return np.concatenate(found)
 
-    with gguf_pager.install(budget="100%"):
-        ours, n_ubatch = rows(64)
-    assert n_ubatch == 64
-    assert (ours == rows(n_ubatch)[0]).all()
+    expected = rows()
+    for budget in ("min", "100%"):
+        with gguf_pager.install(budget=budget):
+            assert (rows() == expected).all()
 
 
-def test_non_causal_attention_on_cut_batches_is_refused_instead_of_aborting(zoo_model: Model) -> None:
-    with gguf_pager.install("min"), low_level(zoo_model("qwen3moe"), n_ubatch=16) as (_, context):
-        assert low.llama_n_ubatch(context) < 16
-        low.llama_set_causal_attn(context, True)
-        with pytest.raises(gguf_pager.EngineError, match="raise the budget"):
+def test_non_causal_attention_is_paged_at_every_budget(zoo_model: Model) -> None:
+    """It needs the whole batch in one piece."""
+    path, tokens = zoo_model("qwen3moe"), some_tokens(16)
+
+    def logits() -> Logits:
+        with low_level(path, n_ubatch=16) as (model, context):
             low.llama_set_causal_attn(context, False)
-        assert decode_status(context, some_tokens(10)) == 0
-    with gguf_pager.install("100%"), low_level(zoo_model("qwen3moe"), n_ubatch=16) as (_, context):
-        low.llama_set_causal_attn(context, False)
+            return decode(model, context, tokens)
+
+    expected = logits()
+    for budget in ("min", "100%"):
+        with gguf_pager.install(budget):
+            assert (logits() == expected).all()
+
+
+def test_non_causal_attention_on_shorter_batches_than_asked_for_is_refused_instead_of_aborting(zoo_model: Model) -> None:
+    several = {"n_seq_max": 3, "kv_unified": False, "n_ubatch": 16}
+    with gguf_pager.install("min"), low_level(zoo_model("kimi-linear"), **several) as (_, context):
+        assert low.llama_n_ubatch(context) == 15
+        low.llama_set_causal_attn(context, True)
+        with pytest.raises(gguf_pager.EngineError, match="ask for such an n_ubatch"):
+            low.llama_set_causal_attn(context, False)
         assert decode_status(context, some_tokens(10)) == 0
