@@ -44,7 +44,7 @@ int gp_pager_accept(gp_pager *p, const gp_file_times *times) {
         } else if (s->state == READY) {
             gp_slot_empty(p, s);
         } else if (s->state == READING) {
-            s->has_failed = true;           /* it may have begun before */
+            gp_slot_let_go(p, s);           /* it may have begun before */
         }
     }
     pthread_cond_broadcast(&p->released);

@@ -47,6 +47,7 @@ typedef struct {
     uint32_t        n_pending;  /* lock; those whose slots are still being read */
     uint32_t       *touched;    /* lock; computed, and their files must be compared before their slots may go */
     atomic_uint     n_touched;  /* written with the lock */
+    gp_failure      touched_at; /* lock; the file whose times are others */
     gp_failure      failure;    /* lock; the first */
     atomic_bool     has_failed; /* written with the lock */
 

@@ -143,12 +143,16 @@ void gp_slot_empty(gp_pager *p, gp_slot *s) {
     *s = (gp_slot) { .state = FREE };
 }
 
-uint32_t gp_slot_withdraw(gp_pager *p, uint32_t index, gp_read **reads) {
-    gp_slot *s = &p->slots[index];
+void gp_slot_let_go(gp_pager *p, gp_slot *s) {
     assert(s->state == READING && !s->users && !s->is_pinned);
     forget_expert(p, s);
     s->state = LEAVING;
     s->is_transient = false;
+}
+
+uint32_t gp_slot_withdraw(gp_pager *p, uint32_t index, gp_read **reads) {
+    gp_slot *s = &p->slots[index];
+    gp_slot_let_go(p, s);
     s->is_withdrawing = true;
     const uint32_t n_slices = p->layers[s->layer].spec.n_slices;
     for (uint32_t i = 0; i < n_slices; i++) {

@@ -108,7 +108,9 @@ void     gp_slot_assign(gp_pager *pager, uint32_t index, uint32_t layer, int32_t
 /* The same for a free slot and an expert that nobody has asked for; -1: there is none. */
 int32_t  gp_slot_warm(gp_pager *pager, uint32_t layer, int32_t expert);
 void     gp_slot_empty(gp_pager *pager, gp_slot *slot);
-/* What is READING and used by nobody leaves. Returns the number of its reads, for gp_copies_withdraw, after which
+/* What is READING and used by nobody leaves: its slot is free once its reads, submitted or not yet, are done. */
+void     gp_slot_let_go(gp_pager *pager, gp_slot *slot);
+/* The same, and it shall be withdrawn. Returns the number of its reads, for gp_copies_withdraw, after which
  * gp_ahead_withdrawn must be called with them. */
 uint32_t gp_slot_withdraw(gp_pager *pager, uint32_t index, gp_read **reads);
 void     gp_slot_want(gp_slot *slot);  /* what was read ahead is used */

@@ -361,7 +361,8 @@ void gp_wave_done(gp_pager *p, gp_hold *hold, uint32_t i) {
     bool is_touched = false;
     const gp_slot *s = slot_of(p, hold, i);
     if (s && !s->is_checked) {
-        gp_failure failure = { 0 };
+        const gp_slice_spec *first = &layer_of(p, hold)->spec.slices[0];
+        gp_failure failure = { 0, first->file, first->offset_bytes };
         pthread_mutex_unlock(&p->lock);
         const int error = check_files(p, &layer_of(p, hold)->spec, &failure, &is_touched);
         pthread_mutex_lock(&p->lock);
@@ -369,6 +370,7 @@ void gp_wave_done(gp_pager *p, gp_hold *hold, uint32_t i) {
         if (error != 0 || !is_touched) {
             judge(p, hold, i, error, &failure);
         } else if (!atomic_load(&hold->has_failed)) {
+            hold->touched_at = failure;
             hold->touched[atomic_fetch_add(&hold->n_touched, 1)] = i;
             gp_hold_tell(hold);
         }
@@ -391,10 +393,9 @@ static void settle(gp_pager *p, gp_hold *hold) {
     while (atomic_load(&hold->n_touched) > 0 && may_go_on(hold)) {
         pthread_mutex_lock(&p->lock);
         const uint32_t i = hold->touched[atomic_fetch_sub(&hold->n_touched, 1) - 1];
+        gp_failure failure = hold->touched_at;
         pthread_mutex_unlock(&p->lock);
-        const gp_layer_spec *spec = &layer_of(p, hold)->spec;
-        const int error = compare(p, hold, i);
-        const gp_failure failure = { error, spec->slices[0].file, spec->slices[0].offset_bytes };
+        const int error = failure.error = compare(p, hold, i);
         pthread_mutex_lock(&p->lock);
         judge(p, hold, i, error, &failure);
         const uint32_t n_reads = error == 0 ? go_on(p, hold, i, reads) : 0;
@@ -455,6 +456,16 @@ bool gp_wave_wait(gp_pager *p, gp_hold *hold, unsigned n_arrived, bool is_decodi
 
 /* ---- ending --------------------------------------------------------------------------------------------------------- */
 
+/* Bytes that did not come are missing because the file has changed, if it has: that it cannot be read is not what is wrong. */
+static void explain(gp_pager *p, const gp_hold *hold, gp_failure *failure) {
+    gp_failure changed;
+    bool is_touched = false;
+    if (failure->error != 0 && failure->error != -EINTR
+        && check_files(p, &layer_of(p, hold)->spec, &changed, &is_touched) == -ESTALE) {
+        *failure = changed;
+    }
+}
+
 int gp_wave_end(gp_pager *p, gp_hold *hold, gp_failure *failure) {
     settle(p, hold);
     pthread_mutex_lock(&p->lock);
@@ -466,6 +477,7 @@ int gp_wave_end(gp_pager *p, gp_hold *hold, gp_failure *failure) {
     }
     pthread_mutex_unlock(&p->lock);
     gp_warm_up_submit(p, n_next);
+    explain(p, hold, failure);
     return failure->error;
 }
 

@@ -12,10 +12,12 @@ static model m;
 static gp_pager *pager;
 static gp_hold hold, other;
 
+static const int32_t all[] = { 0, 1, 2, 3, 4, 5, 6, 7, 8 };
+
 static void begin(model_shape shape) {
     model_make(&m, shape);
     pager = model_open(&m);
-    CHECK(gp_hold_open(&hold, pager, 2) == 0 && gp_hold_open(&other, pager, 2) == 0, "two holds open");
+    CHECK(gp_hold_open(&hold, pager) == 0 && gp_hold_open(&other, pager) == 0, "two holds open");
 }
 
 static void end(void) {
@@ -39,11 +41,15 @@ static void rewrite_file(uint32_t file, uint32_t layer, int32_t expert) {
     fake_file_touch(m.paths[file]);
 }
 
+static int use(gp_hold *by, uint32_t layer, const int32_t *experts, uint32_t n_experts, uint32_t n_tokens, gp_failure *failure) {
+    const gp_demand demand = { .layer = layer, .experts = experts, .n_experts = n_experts, .n_tokens = n_tokens };
+    return model_wave(&m, pager, by, &demand, failure);
+}
+
 static gp_failure is_refused(gp_hold *by, uint32_t layer, int32_t expert, int error) {
-    int32_t slot;
     gp_failure failure;
-    CHECK(model_acquire(pager, by, layer, &expert, 1, 1, &slot, &failure) == error, "a changed file is refused");
-    CHECK(failure.error == error && by->n_slots == 0, "the failure says so, and nothing is held");
+    CHECK(use(by, layer, &expert, 1, 1, &failure) == error, "a changed file is refused");
+    CHECK(failure.error == error && by->n_open == 0, "the failure says so, and nothing is held");
     CHECK(!model_is_resident(pager, &m, layer, expert), "and what was read of it is not kept");
     return failure;
 }
@@ -73,10 +79,10 @@ static void failing_read_does_not_hide_the_change(void) {
     begin((model_shape) { 0 });
     rewrite_file(0, 1, 3);
     fake_fail_at(m.paths[0], model_offset(&m, 1, 0, 4), -EIO);
-    int32_t slots[2];
     gp_failure failure;
-    CHECK(model_acquire(pager, &hold, 1, (int32_t[]) { 4, 3 }, 2, 1, slots, &failure) < 0, "the demand fails");
-    CHECK(!model_is_resident(pager, &m, 1, 3), "bytes of a changed file are not kept");
+    CHECK(use(&hold, 1, (int32_t[]) { 4, 3 }, 2, 1, &failure) < 0, "the demand fails");
+    fake_fail_at(m.paths[0], 0, 0);
+    is_refused(&hold, 1, 3, -ESTALE);       /* and nobody is served what came of it */
     end();
 }
 
@@ -96,9 +102,7 @@ typedef struct {
 
 static void *wait_for_3(void *data) {
     waiter *w = data;
-    int32_t slot;
-    w->error = model_acquire(pager, w->hold, 1, (int32_t[]) { 3 }, 1, 1, &slot, &w->failure);
-    gp_pager_release(pager, w->hold);
+    w->error = use(w->hold, 1, (int32_t[]) { 3 }, 1, 1, &w->failure);
     return NULL;
 }
 
@@ -120,20 +124,18 @@ static void change_during_the_read_is_refused(void) {
 
 /* Nobody waits for read-ahead, so nobody looked at the file for it. */
 static void read_ahead_of_a_changed_file_is_refused(void) {
-    begin((model_shape) { .n_slots = 24, .piece_bytes = 64 << 10, .read_ahead = true });
-    const int32_t all[] = { 0, 1, 2, 3, 4, 5, 6, 7, 8 };
-    int32_t slots[9];
+    begin((model_shape) { .n_slots = 24, .n_readers = 1, .piece_bytes = 64 << 10, .read_ahead = true });
     gp_failure failure;
     fake_hold_reads();
     fake_let_some_go(9 * 3);        /* the slices of layer 0 */
     model_use(&m, pager, &hold, 0, all, 9, 9);
-    fake_wait_for_reads(3);         /* every reader, before the file changes under them */
+    fake_wait_for_reads(1);         /* the only reader, before the file changes under it */
     rewrite_file(0, 1, 3);
     fake_let_reads_go();
     model_settle(pager);
     CHECK(model_is_resident(pager, &m, 1, 3), "the next layer was read ahead");
-    CHECK(model_acquire(pager, &hold, 1, all, 9, 9, slots, &failure) == -ESTALE, "what was read ahead is refused");
-    CHECK(!model_is_resident(pager, &m, 1, 3), "and not kept");
+    CHECK(use(&hold, 1, all, 9, 9, &failure) == -ESTALE, "what was read ahead is refused");
+    is_refused(&hold, 1, 3, -ESTALE);       /* and never served */
     end();
 }
 
@@ -147,7 +149,7 @@ static void both_wait_and_come_to(int error, const char *claim) {
     }
     for (uint32_t n_waiting = 0; n_waiting < 2;) {
         pthread_mutex_lock(&pager->lock);
-        n_waiting = hold.pending + other.pending;
+        n_waiting = hold.n_pending + other.n_pending;
         pthread_mutex_unlock(&pager->lock);
     }
     fake_wait_for_reads(3);
@@ -250,6 +252,144 @@ static void what_nobody_has_looked_at_is_dropped_when_times_are_taken_over(void)
     end();
 }
 
+static gp_hold *decoding;       /* in this thread */
+static pthread_t decoding_thread;
+
+static int compare_here(void *data, uint32_t file, uint64_t offset_bytes, const void *memory, uint64_t bytes) {
+    CHECK(pthread_equal(pthread_self(), decoding_thread), "only the thread that decodes compares");
+    model_check_invariants(pager);      /* and holds no lock meanwhile */
+    CHECK(decoding->n_open > 0, "while the slot is held");
+    return compare(data, file, offset_bytes, memory, bytes);
+}
+
+typedef struct {
+    uint32_t    first, step;
+    atomic_uint n_done;
+} share;
+
+static void *be_done(void *data) {
+    share *s = data;
+    const uint32_t slices = (1u << m.shape.n_slices) - 1;
+    for (uint32_t i = s->first; i < 9; i += s->step) {
+        while (!gp_wave_has(pager, decoding, i, slices) && !gp_wave_stops(decoding, false)) {
+            const unsigned n_arrived = gp_wave_n_arrived(decoding);
+            if (!gp_wave_has(pager, decoding, i, slices) && !gp_wave_stops(decoding, false)) {
+                (void) gp_wave_wait(pager, decoding, n_arrived, false);
+            }
+        }
+        if (gp_wave_stops(decoding, false)) {
+            break;
+        }
+        gp_wave_done(pager, decoding, i);
+    }
+    atomic_store(&s->n_done, 1);
+    gp_wave_tell(pager, decoding);
+    return NULL;
+}
+
+/* All experts of a layer, through few slots, computed by two threads neither of which decodes. */
+static int use_with_helpers(uint32_t layer, gp_failure *failure) {
+    static const uint32_t counts[] = { 9, 8, 7, 6, 5, 4, 3, 2, 1 };
+    const gp_demand demand = { .layer = layer, .experts = all, .counts = counts, .n_experts = 9, .n_tokens = 9 };
+    decoding = &hold;
+    decoding_thread = pthread_self();
+    CHECK(gp_wave_begin(pager, &hold, &demand, failure) == 0, "a wave begins");
+    share shares[] = { { .first = 0, .step = 2 }, { .first = 1, .step = 2 } };
+    pthread_t threads[2];
+    for (int i = 0; i < 2; i++) {
+        CHECK(pthread_create(&threads[i], NULL, be_done, &shares[i]) == 0, "the test has threads");
+    }
+    for (bool is_over = false; !is_over;) {
+        const unsigned n_arrived = gp_wave_n_arrived(&hold);
+        is_over = (atomic_load(&shares[0].n_done) && atomic_load(&shares[1].n_done)) || gp_wave_stops(&hold, true)
+            || !gp_wave_wait(pager, &hold, n_arrived, true);
+    }
+    for (int i = 0; i < 2; i++) {
+        pthread_join(threads[i], NULL);
+    }
+    const int error = gp_wave_end(pager, &hold, failure);
+    gp_hold_release(pager, &hold);
+    model_check_invariants(pager);
+    return error;
+}
+
+static void the_thread_that_decodes_compares(void) {
+    for (uint32_t n_slots = 3; n_slots <= 27; n_slots += 6) {
+        begin((model_shape) { .n_slots = n_slots });
+        gp_pager_compare_with(pager, compare_here, &asked);
+        fake_file_touch(m.paths[0]);
+        asked.answer = GP_SAME;
+        asked.is_same = true;
+        asked.n_asked = 0;
+        gp_failure failure;
+        CHECK(use_with_helpers(0, &failure) == 0 && failure.error == 0, "what is the same serves");
+        CHECK(asked.n_asked >= m.shape.n_slices && asked.n_asked % m.shape.n_slices == 0 && asked.is_same, "it was compared");
+        asked.n_asked = 0;
+        CHECK(use_with_helpers(1, &failure) == 0 && asked.n_asked == 0, "and is as good as any from then on");
+        end();
+    }
+}
+
+static void the_thread_that_decodes_refuses(int answer, int error) {
+    begin((model_shape) { .n_slots = 4 });
+    if (answer != 0) {
+        gp_pager_compare_with(pager, compare_here, &asked);
+    }
+    rewrite_file(0, 0, 3);
+    asked.answer = answer;
+    gp_failure failure;
+    CHECK(use_with_helpers(0, &failure) == error && failure.error == error && failure.file == 0, "what is not is refused");
+    CHECK(hold.n_open == 0, "and nothing of it is held");
+    end();
+}
+
+/* All that a wave has read before the times were taken over is compared, not only what the first comparison was about. */
+static void each_expert_that_was_read_before_is_compared(void) {
+    begin((model_shape) { .n_slots = 27 });
+    gp_pager_compare_with(pager, compare, &asked);
+    fake_file_touch(m.paths[0]);
+    int32_t slots[9];
+    gp_failure failure;
+    CHECK(model_acquire(pager, &hold, 0, all, 9, 9, slots, &failure) == 0, "the experts come");
+    asked.answer = GP_SAME;
+    asked.is_same = true;
+    asked.n_asked = 0;
+    for (uint32_t i = 0; i < 9; i++) {
+        gp_wave_done(pager, &hold, i);
+        (void) gp_wave_wait(pager, &hold, gp_wave_n_arrived(&hold) - 1, true);
+    }
+    CHECK(gp_wave_end(pager, &hold, &failure) == 0, "the wave ends well");
+    CHECK(asked.n_asked == 9 * m.shape.n_slices && asked.is_same, "each was compared");
+    gp_hold_release(pager, &hold);
+    end();
+}
+
+/* What is being read ahead when times are taken over may have begun before: it is read anew when it is wanted, and nobody fails. */
+static void what_is_being_read_ahead_meanwhile_is_read_anew(void) {
+    begin((model_shape) { .n_slots = 27, .n_readers = 1, .piece_bytes = 64 << 10, .read_ahead = true });
+    fake_hold_reads();
+    fake_let_some_go(9 * 3);        /* the slices of layer 0 */
+    model_use(&m, pager, &hold, 0, all, 9, 9);
+    fake_wait_for_reads(1);
+    fake_file_touch(m.paths[0]);
+    const gp_file_times times = { fake_file_time(m.paths[0]), 0 };
+    CHECK(gp_pager_accept(pager, &times) == 0, "the times are taken over");
+    model_check_invariants(pager);
+    CHECK(!model_is_resident(pager, &m, 1, 3), "what is being read is nobody's any more");
+    fake_let_reads_go();
+    model_use(&m, pager, &hold, 1, all, 9, 9);
+    model_settle(pager);
+    gp_counters counters[MODEL_LAYERS];
+    gp_pager_counters(pager, counters);
+    uint64_t expert_bytes = 0;
+    for (uint32_t s = 0; s < m.shape.n_slices; s++) {
+        expert_bytes += m.layers[1].slices[s].slice_bytes;
+    }
+    CHECK(counters[1].bytes_read == 2 * 9 * expert_bytes && counters[1].bytes_wasted == 9 * expert_bytes,
+          "it was read in vain, and again");
+    end();
+}
+
 int main(void) {
     check_begin();
     touched_file_serves_if_its_bytes_are_the_same();
@@ -265,5 +405,12 @@ int main(void) {
     change_during_the_read_is_refused();
     read_ahead_of_a_changed_file_is_refused();
     both_who_wait_are_refused();
+    the_thread_that_decodes_compares();
+    the_thread_that_decodes_refuses(0, -ESTALE);
+    the_thread_that_decodes_refuses(-ESTALE, -ESTALE);
+    the_thread_that_decodes_refuses(-EIO, -EIO);
+    the_thread_that_decodes_refuses(-EINTR, -EINTR);
+    each_expert_that_was_read_before_is_compared();
+    what_is_being_read_ahead_meanwhile_is_read_anew();
     return 0;
 }

@@ -237,26 +237,32 @@ int model_acquire(gp_pager *p, gp_hold *hold, uint32_t layer, const int32_t *exp
     return error;
 }
 
+typedef struct {
+    bool     is_done[MODEL_MOST_EXPERTS];
+    uint32_t n_done;
+    bool     is_wrong;      /* some bytes were not the expert's */
+} work;
+
 /* Does what there is to do; whether that was anything. */
-static bool do_what_has_come(const model *m, gp_pager *p, gp_hold *hold, bool *is_done, uint32_t *n_done) {
+static bool do_what_has_come(const model *m, gp_pager *p, gp_hold *hold, work *w) {
     bool is_any = false;
     for (uint32_t i = 0; i < hold->n_wanted && !gp_wave_stops(hold, true); i++) {
-        if (is_done[i] || !has_all(p, hold, i)) {
+        if (w->is_done[i] || !has_all(p, hold, i)) {
             continue;
         }
         const int32_t slot = atomic_load(&hold->wanted[i].slot);
         CHECK(slot >= 0, "a slot comes in time");
-        CHECK(model_slot_holds(m, p, (uint32_t) slot, hold->layer, hold->wanted[i].expert), "a slot holds its expert's bytes");
+        w->is_wrong |= !model_slot_holds(m, p, (uint32_t) slot, hold->layer, hold->wanted[i].expert);
         gp_wave_done(p, hold, i);
-        is_done[i] = is_any = true;
-        ++*n_done;
+        w->is_done[i] = is_any = true;
+        w->n_done++;
     }
     return is_any;
 }
 
 int model_wave(const model *m, gp_pager *p, gp_hold *hold, const gp_demand *wanted, gp_failure *failure) {
-    bool is_done[MODEL_MOST_EXPERTS] = { false };
-    uint32_t once[MODEL_MOST_EXPERTS], n_done = 0;
+    work w = { .n_done = 0 };
+    uint32_t once[MODEL_MOST_EXPERTS];
     for (uint32_t i = 0; i < MODEL_MOST_EXPERTS; i++) {
         once[i] = 1;
     }
@@ -264,15 +270,16 @@ int model_wave(const model *m, gp_pager *p, gp_hold *hold, const gp_demand *want
     demand.counts = demand.counts ? demand.counts : once;
     int error = gp_wave_begin(p, hold, &demand, failure);
     if (error == 0) {
-        while (n_done < demand.n_experts && !gp_wave_stops(hold, true)) {
+        while (w.n_done < demand.n_experts && !gp_wave_stops(hold, true)) {
             const unsigned n_arrived = gp_wave_n_arrived(hold);
-            if (!do_what_has_come(m, p, hold, is_done, &n_done) && !gp_wave_wait(p, hold, n_arrived, true)) {
+            if (!do_what_has_come(m, p, hold, &w) && !gp_wave_wait(p, hold, n_arrived, true)) {
                 break;
             }
         }
         error = gp_wave_end(p, hold, failure);
     }
-    CHECK(error != 0 || n_done == demand.n_experts, "a wave that ends well has brought every expert");
+    CHECK(error != 0 || w.n_done == demand.n_experts, "a wave that ends well has brought every expert");
+    CHECK(error != 0 || !w.is_wrong, "and its own bytes");   /* of a changed file others may come, but then the wave fails */
     gp_hold_release(p, hold);
     return error;
 }

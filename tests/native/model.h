@@ -64,7 +64,7 @@ bool model_slot_holds(const model *m, const gp_pager *pager, uint32_t slot, uint
  * go; -EBUSY: they did not. On failure nothing is held. Their files are not looked at: that is gp_wave_done's. */
 int  model_acquire(gp_pager *pager, gp_hold *hold, uint32_t layer, const int32_t *experts, uint32_t n_experts,
                    uint32_t n_tokens, int32_t *slots, gp_failure *failure);
-/* A whole wave in one thread, with any number of slots: checks the bytes of each expert as it comes, and is done with it. counts
+/* A whole wave in one thread, with any number of slots: looks at the bytes of each expert as it comes, and is done with it. counts
  * NULL: each was named once. On failure nothing is held. */
 int  model_wave(const model *m, gp_pager *pager, gp_hold *hold, const gp_demand *demand, gp_failure *failure);
 /* The same of experts that were named once each, which must come. */
