@@ -17,7 +17,7 @@ static gp_hold hold, other;
 static void begin(model_shape shape) {
     model_make(&m, shape);
     pager = model_open(&m);
-    CHECK(gp_hold_open(&hold, pager, 2) == 0 && gp_hold_open(&other, pager, 2) == 0, "two holds open");
+    CHECK(gp_hold_open(&hold, pager) == 0 && gp_hold_open(&other, pager) == 0, "two holds open");
 }
 
 static void end(void) {
@@ -116,7 +116,7 @@ static void copies_are_read_each_in_its_way(bool is_mirror_direct) {
         fake_file_refuse_direct(is_mirror_direct ? m.paths[f] : m.mirror_paths[0][f]);
     }
     pager = model_open(&m);
-    CHECK(gp_hold_open(&hold, pager, 2) == 0 && gp_hold_open(&other, pager, 2) == 0, "two holds open");
+    CHECK(gp_hold_open(&hold, pager) == 0 && gp_hold_open(&other, pager) == 0, "two holds open");
     use_all(3);
     CHECK(percent_of(0) > 0 && percent_of(1) > 0, "both were read");
     end();
@@ -124,12 +124,16 @@ static void copies_are_read_each_in_its_way(bool is_mirror_direct) {
 
 /* ---- failures ---------------------------------------------------------------------------------------------------- */
 
+static int use(gp_hold *by, int32_t expert, gp_failure *failure) {
+    const gp_demand demand = { .layer = 1, .experts = &expert, .n_experts = 1, .n_tokens = 1 };
+    return model_wave(&m, pager, by, &demand, failure);
+}
+
 static gp_failure fails(int32_t expert, int error) {
-    int32_t slot;
     gp_failure failure;
-    CHECK(model_acquire(pager, &hold, 1, &expert, 1, 1, &slot, &failure) == error && failure.error == error,
+    CHECK(use(&hold, expert, &failure) == error && failure.error == error,
           "the demand fails with what went wrong");
-    CHECK(hold.n_slots == 0 && !model_is_resident(pager, &m, 1, expert), "and nothing of it is kept");
+    CHECK(hold.n_open == 0 && !model_is_resident(pager, &m, 1, expert), "and nothing of it is kept");
     return failure;
 }
 
@@ -165,9 +169,7 @@ typedef struct {
 
 static void *wait_for_3(void *data) {
     waiter *w = data;
-    int32_t slot;
-    w->error = model_acquire(pager, w->hold, 1, (int32_t[]) { 3 }, 1, 1, &slot, &w->failure);
-    gp_pager_release(pager, w->hold);
+    w->error = use(w->hold, 3, &w->failure);
     return NULL;
 }
 
@@ -184,7 +186,7 @@ static void both_who_wait_hear_of_the_mirror(void) {
         }
         for (uint32_t n_waiting = 0; n_waiting < 2;) {
             pthread_mutex_lock(&pager->lock);
-            n_waiting = hold.pending + other.pending;
+            n_waiting = hold.n_pending + other.n_pending;
             pthread_mutex_unlock(&pager->lock);
         }
         fake_wait_for_reads(3);
@@ -197,21 +199,19 @@ static void both_who_wait_hear_of_the_mirror(void) {
     }
 }
 
-/* It waits after another has found what is wrong, and finds nothing by itself. */
-static void who_waits_later_hears_of_the_mirror(void) {
+/* It comes when another has found what is wrong, who still holds the slot. */
+static void who_comes_later_hears_of_the_mirror(void) {
     begin((model_shape) { .n_mirrors = 1 });
-    const gp_demand demand = { .layer = 1, .experts = (int32_t[]) { 3 }, .counts = (uint32_t[]) { 1 }, .n_experts = 1,
-                               .n_tokens = 1, .later = 7 };
     int32_t slot;
     gp_failure failure;
-    fake_hold_reads();
-    CHECK(gp_pager_acquire(pager, &other, &demand, &slot, &failure) == 0, "what is not waited for cannot fail yet");
-    fake_let_reads_go();
+    CHECK(model_acquire(pager, &other, 1, (int32_t[]) { 3 }, 1, 1, &slot, &failure) == 0, "the expert comes");
     fake_fail(FAKE_FILE_IDENTIFY, 2, -EIO);     /* the first is the model's own */
-    CHECK(model_acquire(pager, &hold, 1, (int32_t[]) { 3 }, 1, 1, &slot, &failure) == -EIO && failure.file == 1,
-          "a mirror that cannot be identified is refused");
-    CHECK(gp_pager_wait(pager, &other, 1, 7, &failure) == -ESTALE && failure.file == 1, "also to who waits later, by name");
-    gp_pager_release(pager, &other);
+    gp_wave_done(pager, &other, 0);
+    CHECK(use(&hold, 3, &failure) == -ESTALE && failure.file == 1, "who comes later hears of it, by name");
+    CHECK(gp_wave_end(pager, &other, &failure) == -EIO && failure.file == 1, "a mirror that cannot be identified is refused");
+    gp_hold_release(pager, &other);
+    CHECK(!model_is_resident(pager, &m, 1, 3), "and nothing of it is kept");
+    model_use(&m, pager, &hold, 1, (int32_t[]) { 3 }, 1, 1);
     end();
 }
 
@@ -363,7 +363,7 @@ int main(void) {
     error_of_a_mirror_names_its_file();
     changed_mirror_is_refused();
     both_who_wait_hear_of_the_mirror();
-    who_waits_later_hears_of_the_mirror();
+    who_comes_later_hears_of_the_mirror();
     order_is_kept();
     closing_waits_for_all_copies();
     reads_are_taken_back_from_all_copies();
