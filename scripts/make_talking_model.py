@@ -135,7 +135,9 @@ def hidden_states(source: Path, texts: Sequence[str], n_blocks: int) -> list[Flo
         return True
 
     set_verbose(False)
-    model = low.llama_model_load_from_file(os.fsencode(source), low.llama_model_default_params())
+    load_params = low.llama_model_default_params()
+    load_params.use_extra_bufts = False  # with AMX repacked weights end the process: llama.cpp issue 20824
+    model = low.llama_model_load_from_file(os.fsencode(source), load_params)
     if not model:
         raise ValueError(f"llama.cpp cannot load {source}")
     n_embd = low.llama_model_n_embd(model)
