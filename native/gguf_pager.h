@@ -165,8 +165,9 @@ int  gp_pager_resident(gp_pager *pager, uint32_t layer, uint8_t *resident);
 /* chosen: n_experts numbers for `layer`; how many tokens have chosen each expert since the pager was opened. */
 int  gp_pager_chosen(gp_pager *pager, uint32_t layer, uint64_t *chosen);
 
-/* Reads the experts and keeps them until unpinned. -ENOSPC when too few slots would be left to compute with. `shall_stop`, which
- * may be NULL, is asked as gp_tap_watch does: -EINTR. */
+/* Reads the experts and keeps them until unpinned; on failure none of them that was not pinned before. -ENOSPC when too few slots
+ * would be left to compute with; -EBUSY when others compute with them for long. `shall_stop`, which may be NULL, is asked as
+ * gp_tap_watch does: -EINTR. */
 int  gp_pager_pin(gp_pager *pager, uint32_t layer, const int32_t *experts, uint32_t n_experts,
                   gp_abort_callback shall_stop, void *data, gp_failure *failure);
 void gp_pager_unpin_all(gp_pager *pager);

@@ -30,16 +30,22 @@ static void set_pinned(gp_pager *p, uint32_t layer, const gp_wanted *w, bool is_
 static int pin_all(gp_pager *p, gp_hold *hold, uint32_t layer, const bool *was_pinned, gp_failure *failure) {
     const uint32_t all = (1u << p->layers[layer].spec.n_slices) - 1;
     uint32_t n = 0;
-    while (n < hold->n_wanted && !gp_wave_stops(hold, true)) {
+    bool is_busy = false;       /* others hold what slots there are, and have not given any back */
+    while (n < hold->n_wanted && !is_busy && !gp_wave_stops(hold, true)) {
         const unsigned n_arrived = gp_wave_n_arrived(hold);
-        if (gp_wave_has(p, hold, n, all)) {
+        if (hold->wanted[n].slot == GP_NO_SLOT) {
+            is_busy = true;
+        } else if (gp_wave_has(p, hold, n, all)) {
             set_pinned(p, layer, &hold->wanted[n], true);
             gp_wave_done(p, hold, n++);
         } else if (!gp_wave_wait(p, hold, n_arrived, true)) {
             break;
         }
     }
-    const int error = gp_wave_end(p, hold, failure);
+    int error = gp_wave_end(p, hold, failure);
+    if (error == 0 && is_busy) {
+        error = failure->error = -EBUSY;
+    }
     for (uint32_t i = 0; error != 0 && i < n; i++) {
         if (!was_pinned[hold->wanted[i].at]) {
             set_pinned(p, layer, &hold->wanted[i], false);
@@ -48,16 +54,33 @@ static int pin_all(gp_pager *p, gp_hold *hold, uint32_t layer, const bool *was_p
     return error;
 }
 
-int gp_pager_pin(gp_pager *p, uint32_t layer, const int32_t *experts, uint32_t n_experts,
+/* A list may name an expert twice, a wave may not. */
+static uint32_t keep_distinct(const int32_t *named, uint32_t n_named, int32_t *experts) {
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < n_named; i++) {
+        bool is_new = true;
+        for (uint32_t j = 0; j < n; j++) {
+            is_new &= experts[j] != named[i];
+        }
+        if (is_new) {
+            experts[n++] = named[i];
+        }
+    }
+    return n;
+}
+
+int gp_pager_pin(gp_pager *p, uint32_t layer, const int32_t *named, uint32_t n_named,
                  gp_abort_callback shall_stop, void *data, gp_failure *failure) {
     const gp_layer *l = &p->layers[layer];
     gp_watch watch = { .os = p->os, .ask = shall_stop, .data = data };
     gp_hold hold;
-    uint32_t *counts = calloc(n_experts + 1, sizeof *counts);
-    bool *was_pinned = calloc(n_experts + 1, sizeof *was_pinned);
+    int32_t *experts = calloc(n_named + 1, sizeof *experts);
+    uint32_t *counts = calloc(n_named + 1, sizeof *counts);
+    bool *was_pinned = calloc(n_named + 1, sizeof *was_pinned);
     *failure = (gp_failure) { 0 };
-    int error = getpid() != p->pid ? -ECHILD : counts && was_pinned ? gp_hold_open(&hold, p) : -ENOMEM;
+    int error = getpid() != p->pid ? -ECHILD : experts && counts && was_pinned ? gp_hold_open(&hold, p) : -ENOMEM;
     if (error == 0) {
+        const uint32_t n_experts = keep_distinct(named, n_named, experts);
         hold.watch = &watch;
         pthread_mutex_lock(&p->lock);
         for (uint32_t i = 0; i < n_experts; i++) {
@@ -75,6 +98,7 @@ int gp_pager_pin(gp_pager *p, uint32_t layer, const int32_t *experts, uint32_t n
     }
     free(was_pinned);
     free(counts);
+    free(experts);
     return error;
 }
 

@@ -27,7 +27,7 @@ int main(int argc, char **argv) {
     model_make(&m, shape);
     gp_pager *pager = model_open(&m);
     gp_hold hold;
-    CHECK(gp_hold_open(&hold, pager, shape.n_used) == 0, "a hold opens");
+    CHECK(gp_hold_open(&hold, pager) == 0, "a hold opens");
     for (uint32_t token = 0; token < n_tokens; token++) {
         for (uint32_t l = 0; l < shape.n_layers; l++) {
             int32_t experts[16];

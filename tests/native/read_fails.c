@@ -13,7 +13,7 @@ static gp_hold hold, other;
 static void begin(model_shape shape) {
     model_make(&m, shape);
     pager = model_open(&m);
-    CHECK(gp_hold_open(&hold, pager, 2) == 0 && gp_hold_open(&other, pager, 2) == 0, "two holds open");
+    CHECK(gp_hold_open(&hold, pager) == 0 && gp_hold_open(&other, pager) == 0, "two holds open");
 }
 
 static void end(void) {
@@ -31,7 +31,7 @@ static gp_failure fails(uint32_t layer, int error) {
     gp_failure failure;
     CHECK(model_acquire(pager, &hold, layer, wanted, 2, 1, slots, &failure) == error, "the error is the read's own");
     CHECK(failure.error == error, "and stands in the failure");
-    CHECK(hold.n_slots == 0 && hold.pending == 0, "on failure nothing is held");
+    CHECK(hold.n_open == 0 && hold.n_pending == 0, "on failure nothing is held");
     model_check_invariants(pager);
     return failure;
 }
@@ -67,7 +67,7 @@ static void any_read_fails(model_shape shape) {
         gp_failure failure;
         fake_fail(FAKE_FILE_READ, k, -ENXIO);
         const int error = model_acquire(pager, &hold, layer, experts, 2, 1, slots, &failure);
-        gp_pager_release(pager, &hold);
+        gp_hold_release(pager, &hold);
         if (fake_is_armed()) {
             fake_fail(FAKE_FILE_READ, 0, 0);
             if (error == 0 && k > 30) {
@@ -91,7 +91,7 @@ static void file_too_short(model_shape shape) {
     const uint64_t from = model_offset(&m, 2, 0, 7);
     fake_file_truncate(m.paths[0], from + 100);
     pager = model_open(&m);
-    CHECK(gp_hold_open(&hold, pager, 2) == 0 && gp_hold_open(&other, pager, 2) == 0, "two holds open");
+    CHECK(gp_hold_open(&hold, pager) == 0 && gp_hold_open(&other, pager) == 0, "two holds open");
     for (int again = 0; again < 2; again++) {
         const gp_failure failure = fails(2, -ENODATA);
         CHECK(failure.file == 0 && failure.offset_bytes + m.config.offset_align > from + 100,
@@ -126,7 +126,7 @@ static void both_who_wait_hear_of_it(void) {
     CHECK(pthread_create(&threads[1], NULL, wait_for_7, &waiters[1]) == 0, "the test has threads");
     for (bool has_joined = false; !has_joined;) {
         pthread_mutex_lock(&pager->lock);
-        has_joined = other.pending == 1;
+        has_joined = other.n_pending == 1;
         pthread_mutex_unlock(&pager->lock);
     }
     fake_let_reads_go();
@@ -157,13 +157,13 @@ static void late_comer_hears_of_it(void) {
     fake_let_some_go(1);
     for (bool has_failed = false; !has_failed;) {
         pthread_mutex_lock(&pager->lock);
-        has_failed = pager->slots[index].missing != (1 << m.shape.n_slices) - 1;
+        has_failed = atomic_load(&pager->missing[index]) != (1u << m.shape.n_slices) - 1;
         pthread_mutex_unlock(&pager->lock);
     }
     CHECK(pthread_create(&threads[1], NULL, wait_for_7, &waiters[1]) == 0, "the test has threads");
     for (bool has_joined = false; !has_joined;) {
         pthread_mutex_lock(&pager->lock);
-        has_joined = other.n_slots == 1;
+        has_joined = other.n_open == 1;
         pthread_mutex_unlock(&pager->lock);
     }
     fake_let_reads_go();

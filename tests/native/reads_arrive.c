@@ -19,7 +19,7 @@ static void read_all(model_shape shape, fake_weather weather, placement wanted) 
     fake_set_weather(weather);
     gp_pager *pager = model_open(&m);
     gp_hold hold;
-    CHECK(gp_hold_open(&hold, pager, 2) == 0, "a hold opens");
+    CHECK(gp_hold_open(&hold, pager) == 0, "a hold opens");
     for (int round = 0; round < 2; round++) {
         for (uint32_t l = 0; l < m.shape.n_layers; l++) {
             for (int32_t e = 0; e < (int32_t) m.shape.n_experts; e++) {
@@ -31,7 +31,7 @@ static void read_all(model_shape shape, fake_weather weather, placement wanted) 
                     CHECK(wanted == EITHER || was_in_place(pager, (uint32_t) slot, s) == (wanted == IN_PLACE),
                           "reads go in place exactly when they can");
                 }
-                gp_pager_release(pager, &hold);
+                gp_hold_release(pager, &hold);
             }
         }
     }
@@ -73,7 +73,7 @@ static void last_slice_ends_the_file(void) {
     fake_file_truncate(m.paths[0], end);
     gp_pager *pager = model_open(&m);
     gp_hold hold;
-    CHECK(gp_hold_open(&hold, pager, 2) == 0, "a hold opens");
+    CHECK(gp_hold_open(&hold, pager) == 0, "a hold opens");
     model_use(&m, pager, &hold, l, &e, 1, 1);
     gp_hold_close(&hold, pager);
     gp_pager_close(pager);
@@ -86,14 +86,14 @@ static void some_covers_are_moved(void) {
     model_make(&m, (model_shape) { RAGGED, .offset_align = 512, .memory_align = 512, .piece_bytes = 512 });
     gp_pager *pager = model_open(&m);
     gp_hold hold;
-    CHECK(gp_hold_open(&hold, pager, 2) == 0, "a hold opens");
+    CHECK(gp_hold_open(&hold, pager) == 0, "a hold opens");
     int n_moved = 0;
     for (int32_t e = 0; e < (int32_t) m.shape.n_experts; e++) {
         int32_t slot;
         gp_failure failure;
         CHECK(model_acquire(pager, &hold, 0, &e, 1, 1, &slot, &failure) == 0, "the expert comes");
         n_moved += !was_in_place(pager, (uint32_t) slot, 0);
-        gp_pager_release(pager, &hold);
+        gp_hold_release(pager, &hold);
     }
     CHECK(n_moved > 0, "a cover that does not fit in place is moved");
     gp_hold_close(&hold, pager);
@@ -118,7 +118,7 @@ static void pieces_are_read_at_once(void) {
     model m;
     model_make(&m, (model_shape) { .n_readers = 4, .n_slices = 1, .slice_bytes = { 4096 }, .piece_bytes = 1024 });
     reader_task task = { .m = &m, .pager = model_open(&m) };
-    CHECK(gp_hold_open(&task.hold, task.pager, 2) == 0, "a hold opens");
+    CHECK(gp_hold_open(&task.hold, task.pager) == 0, "a hold opens");
     fake_hold_reads();
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, use_expert_1, &task) == 0, "the test has threads");

@@ -13,7 +13,7 @@ static void begin(uint32_t n_slots) {
     model_make(&m, (model_shape) { .n_slots = n_slots });
     pager = model_open(&m);
     gp_pager_wait_present(pager);
-    CHECK(gp_hold_open(&hold, pager, 2) == 0, "a hold opens");
+    CHECK(gp_hold_open(&hold, pager) == 0, "a hold opens");
 }
 
 static void end(void) {
@@ -68,12 +68,10 @@ static void slots_in_use_stay(void) {
     const int32_t experts[] = { 1, 2 };
     int32_t slots[2];
     gp_failure failure;
-    const uint32_t counts[] = { 1, 1 };
-    const gp_demand demand = { .layer = 0, .experts = experts, .counts = counts, .n_experts = 2, .n_tokens = 1 };
-    CHECK(gp_pager_acquire(pager, &hold, &demand, slots, &failure) == 0, "two experts come");
+    CHECK(model_acquire(pager, &hold, 0, experts, 2, 1, slots, &failure) == 0, "two experts come");
     const uint32_t most = (uint32_t) (slots[0] > slots[1] ? slots[0] : slots[1]);
     CHECK(most == 0 || gp_pager_shrink(pager, 0, most) == -EBUSY, "they are computed with");
-    gp_pager_release(pager, &hold);
+    gp_hold_release(pager, &hold);
     CHECK(most == 0 || gp_pager_shrink(pager, 0, most) == 0, "and then are not");
     end();
 }

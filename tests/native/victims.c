@@ -34,7 +34,7 @@ static void take_turns(model_shape shape) {
     user users[HOLDS];
     for (int i = 0; i < HOLDS; i++) {
         users[i] = (user) { 0 };
-        CHECK(gp_hold_open(&users[i].hold, pager, MOST) == 0, "a hold opens");
+        CHECK(gp_hold_open(&users[i].hold, pager) == 0, "a hold opens");
     }
     const int32_t pinned[] = { 10, 11 };
     gp_failure failure;
@@ -42,7 +42,7 @@ static void take_turns(model_shape shape) {
     uint64_t n_evicted = 0;
     for (int step = 0; step < STEPS; step++) {
         user *u = &users[fake_random(HOLDS)];
-        gp_pager_release(pager, &u->hold);
+        gp_hold_release(pager, &u->hold);
         u->n = 1 + fake_random(MOST);
         u->layer = fake_random(m.shape.n_layers);
         model_draw(&m, u->experts, u->n);
@@ -82,7 +82,7 @@ static void fewest_slots_work(void) {
     model_make(&m, (model_shape) { .n_layers = 5, .n_used = 3, .n_slots = 3 });
     gp_pager *pager = model_open(&m);
     gp_hold hold;
-    CHECK(gp_hold_open(&hold, pager, 3) == 0, "a hold opens");
+    CHECK(gp_hold_open(&hold, pager) == 0, "a hold opens");
     for (int token = 0; token < 50; token++) {
         for (uint32_t l = 0; l < m.shape.n_layers; l++) {
             int32_t experts[3];
@@ -102,7 +102,7 @@ static void enough_slots_read_once(void) {
     model_make(&m, (model_shape) { .n_slots = 27 });
     gp_pager *pager = model_open(&m);
     gp_hold hold;
-    CHECK(gp_hold_open(&hold, pager, 2) == 0, "a hold opens");
+    CHECK(gp_hold_open(&hold, pager) == 0, "a hold opens");
     for (int token = 0; token < 100; token++) {
         for (uint32_t l = 0; l < m.shape.n_layers; l++) {
             int32_t experts[2];
