@@ -186,7 +186,8 @@ static bool wait_for_some(gp_compute *c, uint32_t *n) {
 /* Finds out who can compute these matrices, if it is not known. False: the decode has failed, or it cannot be known now. */
 static bool try_matrices(gp_compute *c, slice *s, const ggml_tensor *node, const ggml_tensor *ids) {
     const bool is_many = ids->ne[1] >= GP_MANY_ROWS;
-    if (s->kind->few != GP_UNTRIED_KERNEL && (!is_many || s->kind->many != GP_UNTRIED_KERNEL)) {
+    const bool is_known = s->kind->few != GP_UNTRIED_KERNEL && (!is_many || s->kind->many != GP_UNTRIED_KERNEL);
+    if (is_known || s->kind->few == GP_BY_NOBODY) {
         return true;
     }
     gp_trial_experts experts = { .row_bytes = node->src[0]->nb[1] };

@@ -43,8 +43,13 @@ static void to_bytes(const float *from, void *to, int64_t n) {
 
 static float product(const uint8_t *row, const uint8_t *vector) {
     uint32_t sum = 0;
-    for (int i = 0; i < GRAPH_COLUMNS; i++) {
-        sum += (uint32_t) row[i] * vector[i];
+    for (int i = 0; i < GRAPH_COLUMNS; i += 8) {    /* eight bytes at a time, for the thread sanitizer's sake */
+        uint64_t a, b;
+        memcpy(&a, row + i, sizeof a);
+        memcpy(&b, vector + i, sizeof b);
+        for (; a != 0; a >>= 8, b >>= 8) {
+            sum += (uint32_t) (a & 255) * (uint32_t) (b & 255);
+        }
     }
     return (float) sum;
 }
