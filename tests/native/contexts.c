@@ -50,14 +50,14 @@ static void *compute(void *data) {
         CHECK(slots_hold(layer, experts, slots, c->n_experts), "the slots hold them");
         sched_yield();
         CHECK(slots_hold(layer, experts, slots, c->n_experts), "also a while later: nobody writes to slots in use");
-        gp_pager_release(pager, &c->hold);
+        gp_hold_release(pager, &c->hold);
     }
     return NULL;
 }
 
 static void run(context *contexts, uint32_t n) {
     for (uint32_t i = 0; i < n; i++) {
-        CHECK(gp_hold_open(&contexts[i].hold, pager, MOST) == 0, "a hold opens");
+        CHECK(gp_hold_open(&contexts[i].hold, pager) == 0, "a hold opens");
     }
     for (uint32_t i = 0; i < n; i++) {
         CHECK(pthread_create(&contexts[i].thread, NULL, compute, &contexts[i]) == 0, "the test has threads");
@@ -89,7 +89,7 @@ static void neither_starves(void) {
     fake_set_weather((fake_weather) { .delay_us = 200 });
     context greedy = { .n_turns = UINT32_MAX, .n_experts = 3, .n_tokens = 1 };
     context modest = { .n_turns = 40, .n_experts = 3, .n_tokens = 1 };
-    CHECK(gp_hold_open(&greedy.hold, pager, 3) == 0 && gp_hold_open(&modest.hold, pager, 3) == 0, "two holds open");
+    CHECK(gp_hold_open(&greedy.hold, pager) == 0 && gp_hold_open(&modest.hold, pager) == 0, "two holds open");
     CHECK(pthread_create(&greedy.thread, NULL, compute, &greedy) == 0, "the test has threads");
     compute(&modest);
     atomic_store(&is_over, true);
@@ -140,7 +140,6 @@ static void *watch(void *data) {
         CHECK(gp_pager_resident(pager, 1, resident) == 0, "the layer exists");
         const int error = gp_pager_pin(pager, 1, (int32_t[]) { 5 }, 1, NULL, NULL, &failure);
         CHECK(error == 0 || error == -EBUSY, "an expert can be pinned beside decoding");
-        (void) gp_pager_n_taps(pager);
         gp_pager_count_left_alone(pager, 0);
         gp_pager_unpin_all(pager);
     }

@@ -15,14 +15,14 @@ static model m;
 static gp_pager *pager;
 static gp_hold hold;
 
-/* 24 slots for 3 layers of 9, no batch needs more than 9 of them: 15 are for guesses, 5 per layer. */
+/* 24 slots for 3 layers of 9, half of which a batch's experts pass through: 12 are for guesses, 4 per layer. */
 static const model_shape roomy = { .n_experts = EXPERTS, .n_slots = 24, .piece_bytes = 64 << 10 };
-enum { GUESSES = 15 };
+enum { GUESSES = 12 };
 
 static void begin(model_shape shape) {
     model_make(&m, shape);
     pager = model_open(&m);
-    CHECK(gp_hold_open(&hold, pager, 2) == 0, "a hold opens");
+    CHECK(gp_hold_open(&hold, pager) == 0, "a hold opens");
 }
 
 static void end(void) {
@@ -63,15 +63,15 @@ static void most_used_come_into_free_slots(void) {
     warm_up_all();
     model_settle(pager);
     model_check_invariants(pager);
-    CHECK(count_resident() == GUESSES, "what a batch needs for the time of a layer stays free");
+    CHECK(count_resident() == GUESSES, "what a batch passes through stays free");
     for (uint32_t l = 0; l < m.shape.n_layers; l++) {
         for (int32_t e = 0; e < EXPERTS; e++) {
-            CHECK(model_is_resident(pager, &m, l, e) == (e > 3), "the first of the list have come, the last have not");
+            CHECK(model_is_resident(pager, &m, l, e) == (e > 4), "the first of the list have come, the last have not");
         }
     }
     const uint64_t bytes_read = fake_bytes_read();
     for (uint32_t l = 0; l < m.shape.n_layers; l++) {
-        model_use(&m, pager, &hold, l, (int32_t[]) { 8, 4 }, 2, 1);
+        model_use(&m, pager, &hold, l, (int32_t[]) { 8, 5 }, 2, 1);
     }
     gp_counters counters[MODEL_LAYERS];
     gp_pager_counters(pager, counters);
@@ -103,8 +103,8 @@ static void each_class_fills_its_own_slots(void) {
     begin(shape);
     warm_up_all();
     model_settle(pager);
-    /* Two layers share 24 slots, of which a batch takes 9: 7 each are left; one has 24 and takes 9. */
-    CHECK(count_resident() == 14 + 9, "and none takes another's");
+    /* Two layers share the 12 slots that a batch leaves of 24; one has 12 for its 9 experts. */
+    CHECK(count_resident() == 12 + 9, "and none takes another's");
     end();
 }
 
@@ -254,10 +254,9 @@ static void a_failed_read_fails_nothing(void) {
     warm_up_all();      /* layer 0, then layer 1, whose read fails */
     model_settle(pager);
     CHECK(count_resident() == 1 && model_is_resident(pager, &m, 0, 8), "it ends with the first failure");
-    int32_t slots[2];
+    const gp_demand demand = { .layer = 1, .experts = (int32_t[]) { 8, 1 }, .n_experts = 2, .n_tokens = 1 };
     gp_failure failure;
-    CHECK(model_acquire(pager, &hold, 1, (int32_t[]) { 8, 1 }, 2, 1, slots, &failure) == -EIO && failure.error == -EIO,
-          "who wants that expert hears of it");
+    CHECK(model_wave(&m, pager, &hold, &demand, &failure) == -EIO && failure.error == -EIO, "who wants that expert hears of it");
     fake_fail_at(m.paths[0], 0, 0);
     model_use(&m, pager, &hold, 1, (int32_t[]) { 8, 1 }, 2, 1);
     end();
@@ -269,9 +268,9 @@ static void a_changed_file_is_noticed(void) {
     warm_up_all();
     model_settle(pager);
     fake_file_touch(m.paths[0]);
-    int32_t slots[2];
+    const gp_demand demand = { .layer = 0, .experts = (int32_t[]) { 8, 7 }, .n_experts = 2, .n_tokens = 1 };
     gp_failure failure;
-    CHECK(model_acquire(pager, &hold, 0, (int32_t[]) { 8, 7 }, 2, 1, slots, &failure) == -ESTALE, "guesses are checked");
+    CHECK(model_wave(&m, pager, &hold, &demand, &failure) == -ESTALE, "guesses are checked");
     end();
 }
 
