@@ -1,6 +1,8 @@
-/* While a batch computes, what the next layer will probably want is read: into slots whose loss costs nothing, and never
- * a second time; and let go again where it is not wanted after all. */
+/* While a batch computes, what the next layer will probably want is read, by the evidence of the batch before: once nothing of its
+ * own layer is left to be read, into slots whose loss costs nothing, and never a second time; and let go again where it is not
+ * wanted after all. What was read in vain is counted, to the byte. */
 #define _POSIX_C_SOURCE 200809L
+#include <string.h>
 #include <time.h>
 
 #include "check.h"
@@ -20,7 +22,7 @@ static void begin(model_shape shape) {
     shape.read_ahead = true;
     model_make(&m, shape);
     pager = model_open(&m);
-    CHECK(gp_hold_open(&hold, pager, EXPERTS) == 0, "a hold opens");
+    CHECK(gp_hold_open(&hold, pager) == 0, "a hold opens");
 }
 
 static void end(void) {
@@ -94,7 +96,7 @@ static void *use_next_layer(void *data) {
 }
 
 static void what_is_still_coming_is_a_miss(void) {
-    begin((model_shape) { .n_slots = 3 * EXPERTS, .piece_bytes = 64 << 10 });
+    begin((model_shape) { .n_slots = 3 * EXPERTS, .n_readers = 1, .piece_bytes = 64 << 10 });
     fake_hold_reads();
     fake_let_some_go(EXPERTS * 3);      /* the slices of layer 0 */
     model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
@@ -102,12 +104,13 @@ static void what_is_still_coming_is_a_miss(void) {
     CHECK(pthread_create(&thread, NULL, use_next_layer, NULL) == 0, "the test has threads");
     for (uint32_t n_pending = 0; n_pending == 0;) {
         pthread_mutex_lock(&pager->lock);
-        n_pending = hold.pending;
+        n_pending = hold.n_pending;
         pthread_mutex_unlock(&pager->lock);
     }
     fake_let_reads_go();
     pthread_join(thread, NULL);
     CHECK(counters_of(1).hits == 0 && counters_of(1).misses == EXPERTS, "an expert that must be waited for is no hit");
+    CHECK(counters_of(1).bytes_wasted == 0, "nor was it read in vain");
     end();
 }
 
@@ -119,34 +122,107 @@ static void nothing_is_read_ahead(const char *why, uint32_t layer, uint32_t n_ex
     end();
 }
 
-static void set_uses(uint32_t layer, int32_t expert, float uses) {
-    pthread_mutex_lock(&pager->lock);
-    pager->layers[layer].uses[expert] = (gp_uses) { .lasting = uses };
-    pthread_mutex_unlock(&pager->lock);
+static void begin_wave(uint32_t layer, const int32_t *experts, const uint32_t *counts, uint32_t n, uint32_t n_tokens) {
+    const gp_demand demand = { .layer = layer, .experts = experts, .counts = counts, .n_experts = n, .n_tokens = n_tokens };
+    gp_failure failure;
+    CHECK(gp_wave_begin(pager, &hold, &demand, &failure) == 0, "a wave begins");
 }
 
-static void most_used_come_first(void) {
-    begin((model_shape) { .n_slots = 3 * EXPERTS });
-    set_uses(1, 3, 3);
-    set_uses(1, 7, 5);
-    model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
-    for (uint32_t i = 0; i < EXPERTS; i++) {
-        const gp_slot *s = &pager->slots[pager->ahead_reads[i * m.shape.n_slices]->tag];
-        const int32_t expected[EXPERTS] = { 7, 3, 0, 1, 2, 4, 5, 6, 8, 9 };
-        CHECK(s->layer == 1 && s->expert == expected[i], "the most used are read first, then in the file's order");
+/* In the place of a batch that chose so at layer 1 and whose experts are gone. */
+static void remember(const uint32_t *counts) {
+    memcpy(hold.routed[1], counts, EXPERTS * sizeof *counts);
+}
+
+static const uint32_t once[EXPERTS] = { 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 };
+
+/* A batch of which nothing is known there: it is taken for one that chooses as much of a layer everywhere. */
+static void a_first_batch_reads_all_or_nothing(void) {
+    for (uint32_t n = 4; n <= 8; n++) {
+        begin((model_shape) { .n_slots = 3 * EXPERTS });
+        model_use(&m, pager, &hold, 0, all, n, 5);
+        model_settle(pager);
+        CHECK(resident(1) == (n >= 6 ? EXPERTS : 0), "from six tenths on the next layer is read, all of it");
+        CHECK(resident(2) == 0, "and no other");
+        end();
     }
+}
+
+static void what_was_chosen_before_is_read(void) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS });
+    remember((uint32_t[EXPERTS]) { 0, 0, 0, 2, 0, 0, 0, 5, 0, 1 });
+    begin_wave(0, all, once, EXPERTS, 5);
+    static const int32_t expected[] = { 7, 3, 9 };
+    CHECK(hold.n_ahead == 3 && memcmp(hold.ahead, expected, sizeof expected) == 0,
+          "what the batch before chose, what most of its rows wanted first");
+    gp_hold_release(pager, &hold);
+    model_settle(pager);
+    CHECK(resident(1) == 3, "and no more, however much of this layer is wanted");
+    for (uint32_t i = 0; i < 3; i++) {
+        CHECK(model_is_resident(pager, &m, 1, expected[i]), "they are read");
+    }
+    end();
+}
+
+static void most_of_a_layer_is_all_of_it(void) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS });
+    remember((uint32_t[EXPERTS]) { 1, 0, 3, 2, 0, 1, 0, 5, 0, 1 });
+    begin_wave(0, all, once, 1, 5);
+    static const int32_t expected[EXPERTS] = { 7, 2, 3, 0, 5, 9, 1, 4, 6, 8 };
+    CHECK(hold.n_ahead == EXPERTS && memcmp(hold.ahead, expected, sizeof expected) == 0,
+          "where it was six tenths the others are read, too, after them");
+    gp_hold_release(pager, &hold);
     model_settle(pager);
     end();
 }
 
-static void improbable_ones_are_not_read(void) {
+/* Batches of another context say nothing of this one's. */
+static void contexts_remember_for_themselves(void) {
     begin((model_shape) { .n_slots = 3 * EXPERTS });
-    set_uses(1, 3, 3);
-    set_uses(1, 7, 5);
-    model_use(&m, pager, &hold, 0, all, EXPERTS / 2, 5);    /* 0.5 * 1 / 1.8 for those never used */
+    gp_hold other;
+    CHECK(gp_hold_open(&other, pager) == 0, "another hold opens");
+    model_use(&m, pager, &other, 1, (int32_t[]) { 3, 4 }, 2, 5);
     model_settle(pager);
-    CHECK(resident(1) == 2 && model_is_resident(pager, &m, 1, 3) && model_is_resident(pager, &m, 1, 7),
-          "of a layer that half is wanted of, only what was used more than others is read");
+    CHECK(hold.routed[1][3] == 0 && other.routed[1][3] == 1 && other.routed[1][5] == 0, "each has its own");
+    model_use(&m, pager, &other, 1, (int32_t[]) { 5 }, 1, 5);
+    CHECK(other.routed[1][3] == 0 && other.routed[1][5] == 1, "of its last batch there");
+    model_use(&m, pager, &other, 1, (int32_t[]) { 6 }, 1, 1);
+    CHECK(other.routed[1][6] == 0 && other.routed[1][5] == 1, "not of a token");
+    gp_hold_close(&other, pager);
+    end();
+}
+
+/* Fewer slots than the layer has experts: its own come first. */
+static void its_own_layer_is_read_first(void) {
+    begin((model_shape) { .n_slots = 4, .n_layers = 2, .n_used = 4 });
+    remember((uint32_t[EXPERTS]) { 1, 1, 1 });
+    begin_wave(0, all, once, EXPERTS, 5);
+    for (uint32_t i = 0; i < EXPERTS; i++) {
+        CHECK(hold.next == EXPERTS || (hold.next_ahead == 0 && resident(1) == 0), "nothing else while own ones are to be read");
+        while (!gp_wave_has(pager, &hold, i, 7)) {
+            const unsigned n_arrived = gp_wave_n_arrived(&hold);
+            if (!gp_wave_has(pager, &hold, i, 7)) {
+                CHECK(gp_wave_wait(pager, &hold, n_arrived, true), "nothing ends the wait");
+            }
+        }
+        gp_wave_done(pager, &hold, i);
+        model_check_invariants(pager);
+        const uint32_t n_idle = 4 - hold.n_open, n_ahead = n_idle < 3 ? n_idle : 3;
+        CHECK(hold.next < EXPERTS || hold.next_ahead == n_ahead, "then into each slot that is done with");
+    }
+    gp_failure failure;
+    CHECK(gp_wave_end(pager, &hold, &failure) == 0, "the wave ends well");
+    model_settle(pager);
+    CHECK(resident(1) == 3, "all of it has come");
+    end();
+}
+
+static void again_plans_nothing(void) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS });
+    gp_failure failure;
+    const gp_demand demand = { .layer = 0, .experts = all, .n_experts = EXPERTS, .n_tokens = 5, .is_again = true };
+    CHECK(model_wave(&m, pager, &hold, &demand, &failure) == 0, "the experts come");
+    model_settle(pager);
+    CHECK(resident(1) == 0 && hold.routed[0][3] == 0, "a demand made again neither reads ahead nor is remembered");
     end();
 }
 
@@ -178,13 +254,13 @@ static void start(visitor *v) {
     CHECK(pthread_create(&v->thread, NULL, visit, v) == 0, "the test has threads");
 }
 
-/* Layer 1 is being read ahead: a slice by each of two readers, all others in the list. */
+/* Layer 1 is being read ahead: a slice by the only reader, all others in the list. */
 static void begin_in_flight_ahead(void) {
-    begin((model_shape) { .n_slots = 3 * EXPERTS, .n_readers = 2, .piece_bytes = 64 << 10 });
+    begin((model_shape) { .n_slots = 3 * EXPERTS, .n_readers = 1, .piece_bytes = 64 << 10 });
     fake_hold_reads();
     fake_let_some_go(EXPERTS * 3);      /* the slices of layer 0 */
     model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
-    fake_wait_for_reads(2);
+    fake_wait_for_reads(1);
     CHECK(resident(1) == EXPERTS, "all of the next layer is being read");
 }
 
@@ -207,8 +283,8 @@ static void unwanted_reads_are_withdrawn(void) {
     fake_let_reads_go();
     pthread_join(mine.thread, NULL);
     model_settle(pager);
-    CHECK(counters_of(1).bytes_read >= 2 * expert_bytes(1) && counters_of(1).bytes_read < 3 * expert_bytes(1),
-          "the others' reads never began");
+    CHECK(counters_of(1).bytes_read == 2 * expert_bytes(1) + m.layers[1].slices[0].slice_bytes, "the others' reads never began");
+    CHECK(counters_of(1).bytes_wasted == m.layers[1].slices[0].slice_bytes, "what came of the one that had was read in vain");
     CHECK(count_leaving(true) + count_leaving(false) == 0 && resident(1) == 2, "and their slots are free");
     CHECK(pager->classes[0].n_free == 3 * EXPERTS - EXPERTS - 2, "for whoever comes");
     model_use(&m, pager, &hold, 1, all, EXPERTS, 5);
@@ -219,7 +295,7 @@ static void unwanted_reads_are_withdrawn(void) {
 static void leaving_expert_is_wanted(void) {
     begin_in_flight_ahead();
     gp_hold other;
-    CHECK(gp_hold_open(&other, pager, EXPERTS) == 0, "another hold opens");
+    CHECK(gp_hold_open(&other, pager) == 0, "another hold opens");
     visitor mine = { .hold = &hold, .experts = { 8, 9 }, .n_experts = 2 };
     visitor another = { .hold = &other, .experts = { 0 }, .n_experts = 1 };
     start(&mine);
@@ -241,12 +317,12 @@ static void leaving_expert_is_wanted(void) {
 static void others_leave_it_alone(void) {
     begin_in_flight_ahead();
     gp_hold other;
-    CHECK(gp_hold_open(&other, pager, EXPERTS) == 0, "another hold opens");
+    CHECK(gp_hold_open(&other, pager) == 0, "another hold opens");
     visitor another = { .hold = &other, .experts = { 9 }, .n_experts = 1 };
     start(&another);
     for (uint32_t n_pending = 0; n_pending == 0;) {
         pthread_mutex_lock(&pager->lock);
-        n_pending = other.pending;
+        n_pending = other.n_pending;
         pthread_mutex_unlock(&pager->lock);
     }
     fake_let_reads_go();
@@ -276,40 +352,37 @@ static void off_is_off(void) {
     gp_pager_close(pager);
     m.config.read_ahead = false;
     pager = model_open(&m);
-    CHECK(gp_hold_open(&hold, pager, EXPERTS) == 0, "a hold opens");
+    CHECK(gp_hold_open(&hold, pager) == 0, "a hold opens");
     model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
     model_settle(pager);
     CHECK(resident(1) == 0, "nothing is read ahead when it is off");
     end();
 }
 
-/* Three layers of ten in 15 slots: what decoding has kept may not go for read-ahead. */
+/* What decoding has kept may not go for read-ahead, even if the whole next layer is wanted. */
 static void kept_experts_are_not_given_up(void) {
-    begin((model_shape) { .n_slots = 15, .policy = "lfru" });
-    for (int token = 0; token < 30; token++) {
-        for (uint32_t l = 0; l < m.shape.n_layers; l++) {
-            model_use(&m, pager, &hold, l, (int32_t[]) { token % 5, 5 }, 2, 1);
-        }
+    begin((model_shape) { .n_slots = 16, .policy = "lfru" });
+    for (int32_t e = 0; e < EXPERTS; e++) {
+        model_use(&m, pager, &hold, 0, &e, 1, 1);
     }
-    for (int round = 0; round < 3; round++) {
-        for (uint32_t l = 0; l < m.shape.n_layers; l++) {
-            int32_t slots[EXPERTS];
-            gp_failure failure;
-            CHECK(model_acquire(pager, &hold, l, all, EXPERTS, 5, slots, &failure) == 0, "the experts come");
-            uint32_t kept[MODEL_LAYERS];
-            pthread_mutex_lock(&pager->lock);
-            for (uint32_t i = 0; i < m.shape.n_layers; i++) {
-                kept[i] = pager->layers[i].kept;
-            }
-            CHECK(pager->classes[0].n_transient <= pager->classes[0].transient_limit, "the limit holds for it too");
-            pthread_mutex_unlock(&pager->lock);
-            model_settle(pager);
-            for (uint32_t i = 0; i < m.shape.n_layers; i++) {
-                CHECK(pager->layers[i].kept == kept[i], "read-ahead gives up no expert that is kept");
-            }
-            gp_pager_release(pager, &hold);
-        }
+    for (int32_t e = 0; e < 3; e++) {
+        model_use(&m, pager, &hold, 1, &e, 1, 1);
+        model_use(&m, pager, &hold, 2, &e, 1, 1);
     }
+    CHECK(pager->classes[0].n_free == 0 && resident(0) == EXPERTS, "all slots are full of what tokens wanted");
+    model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
+    model_settle(pager);
+    CHECK(resident(0) == EXPERTS && resident(1) == 3 && resident(2) == 3, "none goes for what is only likely");
+    /* What a batch has left there can be spared. */
+    pthread_mutex_lock(&pager->lock);
+    gp_slot *s = &pager->slots[pager->layers[2].slot_of[1]];
+    s->is_transient = true;
+    pager->classes[0].n_transient++;
+    pager->layers[2].kept--;
+    pthread_mutex_unlock(&pager->lock);
+    model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
+    model_settle(pager);
+    CHECK(resident(0) == EXPERTS && resident(1) == 4 && resident(2) == 2, "but for what a batch has left");
     end();
 }
 
@@ -327,50 +400,92 @@ static void its_own_layer_is_not_given_up(void) {
     end();
 }
 
-/* Layers are visited whose next ones never are: what was read for these may not fill the arena, free slots or not. */
-static void unused_read_ahead_is_limited(void) {
-    begin((model_shape) { .n_layers = 7, .n_slots = 70 });
-    for (uint32_t l = 0; l < 6; l += 2) {
-        model_use(&m, pager, &hold, l, all, EXPERTS, 5);
-        model_settle(pager);
-    }
-    CHECK(resident(5) == EXPERTS, "the last one's next layer is there");
-    CHECK(resident(1) + resident(3) == EXPERTS && pager->classes[0].n_free == 2 * EXPERTS,
-          "in the place of another's, though there are free slots");
-    end();
-}
-
 static void *use_last_layer(void *data) {
-    int32_t slots[EXPERTS];
-    gp_failure failure;
-    *(int *) data = model_acquire(pager, &hold, 2, all, 4, 1, slots, &failure);
+    model_use(&m, pager, data, 2, all, 4, 1);
     return NULL;
 }
 
 static void slots_being_read_are_not_given_up(void) {
-    begin((model_shape) { .n_layers = 3, .n_slots = 14, .n_used = 4, .n_readers = 2, .piece_bytes = 64 << 10 });
+    begin((model_shape) { .n_layers = 3, .n_slots = 14, .n_used = 4, .n_readers = 1, .piece_bytes = 64 << 10 });
+    gp_hold other;
+    CHECK(gp_hold_open(&other, pager) == 0, "another hold opens");
     fake_hold_reads();
     fake_let_some_go(EXPERTS * 3);      /* the slices of layer 0 */
     int32_t slots[EXPERTS];
     gp_failure failure;
     CHECK(model_acquire(pager, &hold, 0, all, EXPERTS, 5, slots, &failure) == 0, "the experts come");
-    fake_wait_for_reads(2);
+    fake_wait_for_reads(1);
     pthread_mutex_lock(&pager->lock);
     uint32_t n_in_flight = 0;
     for (uint32_t i = 0; i < pager->n_slots; i++) {
         n_in_flight += pager->slots[i].state == READING;
     }
-    CHECK(n_in_flight == 4 && gp_slot_choose(pager, &pager->layers[1], false) < 0,
+    CHECK(n_in_flight == 4 && gp_slot_choose(pager, &pager->layers[1], false, true) < 0,
           "2: all slots are in use or being read: none can be given up");
     pthread_mutex_unlock(&pager->lock);
     pthread_t thread;
-    int error = -1;
-    CHECK(pthread_create(&thread, NULL, use_last_layer, &error) == 0, "the test has threads");
+    CHECK(pthread_create(&thread, NULL, use_last_layer, &other) == 0, "the test has threads");
     nanosleep(&(struct timespec) { .tv_nsec = 20000000 }, NULL);
     fake_let_reads_go();
-    pthread_join(thread, NULL);
-    CHECK(error == 0, "once they are read, they can be: it was worth waiting");
-    gp_pager_release(pager, &hold);
+    pthread_join(thread, NULL);     /* once they are read, they can be: it was worth waiting */
+    CHECK(counters_of(2).left_alone == 0 && counters_of(1).bytes_wasted == 4 * expert_bytes(1), "and were read in vain");
+    gp_hold_release(pager, &hold);
+    gp_hold_close(&other, pager);
+    end();
+}
+
+/* ---- what was read in vain ----------------------------------------------------------------------------------------- */
+
+/* Ten are read ahead, three of them wanted; then others want their slots. */
+static void what_is_given_up_unused_is_counted(void) {
+    begin((model_shape) { .n_slots = 3 * EXPERTS });
+    model_use(&m, pager, &hold, 0, all, EXPERTS, 5);
+    model_settle(pager);
+    CHECK(resident(1) == EXPERTS && counters_of(1).bytes_wasted == 0, "nothing is in vain while it may still be wanted");
+    model_use(&m, pager, &hold, 1, (int32_t[]) { 2, 5, 8 }, 3, 1);
+    CHECK(counters_of(1).bytes_wasted == 0, "also after a token that did not");
+    CHECK(gp_pager_shrink(pager, 0, 2) == 0, "their slots go");
+    const uint64_t n_left = resident(0) + resident(1);
+    CHECK(n_left == 2, "with nearly all that was in them");
+    uint64_t n_unused_left = 0;
+    for (int32_t e = 0; e < EXPERTS; e++) {
+        const int32_t index = pager->layers[1].slot_of[e];
+        n_unused_left += index >= 0 && pager->slots[index].ahead_for != 0;
+    }
+    CHECK(counters_of(1).bytes_wasted == (7 - n_unused_left) * expert_bytes(1), "seven were read in vain");
+    CHECK(counters_of(0).bytes_wasted == 0, "and none of those that were wanted");
+    end();
+}
+
+/* Batches and tokens anywhere, with too few slots for all: what was read is what was used, and what was read in vain, and what
+ * lies there unused. */
+static void the_books_balance(uint32_t n_slots) {
+    begin((model_shape) { .n_slots = n_slots, .n_layers = 4, .policy = "lfru", .piece_bytes = 1024 });
+    uint64_t n_used[4] = { 0 }, n_wasted = 0;
+    for (int step = 0; step < 400; step++) {
+        const uint32_t l = fake_random(4), n = 1 + fake_random(EXPERTS);
+        int32_t experts[EXPERTS];
+        model_draw(&m, experts, n);
+        for (uint32_t i = 0; i < n; i++) {
+            const int32_t index = pager->layers[l].slot_of[experts[i]];
+            n_used[l] += index < 0 || pager->slots[index].ahead_for != 0;
+        }
+        model_use(&m, pager, &hold, l, experts, n, 1 + fake_random(3));
+        model_settle(pager);
+        for (uint32_t k = 0; k < 4; k++) {
+            uint64_t n_unused = 0;
+            for (int32_t e = 0; e < EXPERTS; e++) {
+                const int32_t index = pager->layers[k].slot_of[e];
+                n_unused += index >= 0 && pager->slots[index].ahead_for != 0;
+            }
+            const gp_counters c = counters_of(k);
+            CHECK(c.bytes_read == (n_used[k] + n_unused) * expert_bytes(k) + c.bytes_wasted, "every byte is accounted for");
+        }
+    }
+    for (uint32_t k = 0; k < 4; k++) {
+        n_wasted += counters_of(k).bytes_wasted;
+    }
+    CHECK(n_wasted > 0, "the test reads in vain");
     end();
 }
 
@@ -392,8 +507,12 @@ int main(void) {
     nothing_is_read_ahead("a single token reads nothing ahead", 0, EXPERTS, 1);
     nothing_is_read_ahead("a batch that wants two tenths of a layer reads nothing ahead", 0, 2, 5);
     nothing_is_read_ahead("behind the last layer there is nothing to read", 2, EXPERTS, 5);
-    most_used_come_first();
-    improbable_ones_are_not_read();
+    a_first_batch_reads_all_or_nothing();
+    what_was_chosen_before_is_read();
+    most_of_a_layer_is_all_of_it();
+    contexts_remember_for_themselves();
+    its_own_layer_is_read_first();
+    again_plans_nothing();
     unwanted_reads_are_withdrawn();
     leaving_expert_is_wanted();
     others_leave_it_alone();
@@ -401,8 +520,11 @@ int main(void) {
     off_is_off();
     kept_experts_are_not_given_up();
     its_own_layer_is_not_given_up();
-    unused_read_ahead_is_limited();
     slots_being_read_are_not_given_up();
+    what_is_given_up_unused_is_counted();
+    the_books_balance(3);
+    the_books_balance(12);
+    the_books_balance(25);
     close_while_reading();
     return 0;
 }
