@@ -24,11 +24,14 @@ static context contexts[2];
 
 static void begin(model_shape shape) {
     model_make(&m, shape);
+    for (uint32_t l = 0; l < m.shape.n_layers; l++) {   /* the rest of a token's experts waits for its turn */
+        m.layers[l].n_used = m.layers[l].n_used < m.shape.n_slots ? m.layers[l].n_used : m.shape.n_slots;
+    }
     weights_map(&w, &m);
     pager = model_open(&m);
     for (int i = 0; i < 2; i++) {
         contexts[i].n_from_mapping = 0;
-        CHECK(gp_tap_open(&contexts[i].tap, &graph_ggml, 64, 0, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+        CHECK(gp_tap_open(&contexts[i].tap, &graph_ggml, 256, BATCH_BYTES, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
         CHECK(gp_tap_attach(contexts[i].tap, pager) == 0, "a tap is attached");
     }
 }
@@ -44,7 +47,7 @@ static void end(void) {
 
 static void decode(context *c) {
     if (fake_random(3) == 0) {
-        graph_build(&c->g, &w, c->n_tokens, TOP_K_VIEW);
+        graph_build(&c->g, &w, 1 + fake_random(c->n_tokens), TOP_K_VIEW);
     }
     graph_route(&c->g);
     CHECK(graph_run(&c->g, c->tap) == 0, "the graph is computed");
@@ -54,23 +57,30 @@ static void decode(context *c) {
 static void *decode_many(void *data) {
     context *c = data;
     graph_build(&c->g, &w, c->n_tokens, TOP_K_VIEW);
-    for (int i = 0; i < 40; i++) {
+    for (int i = 0; i < 25; i++) {
         decode(c);
         gp_tap_idle(c->tap);    /* as llama_decode's wrapper does */
     }
     return NULL;
 }
 
-static void side_by_side(model_shape shape) {
+static void side_by_side(model_shape shape, graph_steps steps, uint32_t n_tokens) {
+    shape.piece_bytes = 4096;
     begin(shape);
     fake_set_weather((fake_weather) { .delay_us = 50, .short_one_in = 6 });
     for (uint32_t i = 0; i < 2; i++) {
-        contexts[i].n_tokens = 1 + i;
+        contexts[i].n_tokens = 1 + i * n_tokens;
+        contexts[i].g.steps = steps;
         CHECK(pthread_create(&contexts[i].thread, NULL, decode_many, &contexts[i]) == 0, "the test has threads");
     }
     for (int i = 0; i < 2; i++) {
         pthread_join(contexts[i].thread, NULL);
         CHECK(contexts[i].n_from_mapping == 0, "every node of both was served");
+    }
+    gp_counters counters[MODEL_LAYERS];
+    gp_pager_counters(pager, counters);
+    for (uint32_t l = 0; l < m.shape.n_layers; l++) {
+        CHECK(counters[l].left_alone == 0, "and nobody has waited for a slot in vain");
     }
     end();
 }
@@ -91,45 +101,17 @@ static void resting_context_holds_nothing(void) {
     c->n_tokens = 1;
     graph_build(&c->g, &w, 1, TOP_K_VIEW);
     decode(c);
-    CHECK(gp_pager_n_taps(pager) == 2, "there are two taps");
+    CHECK(n_held() == 0, "nor does one whose graph is done, for the last layer's end ends a piece");
     gp_tap_idle(c->tap);
     CHECK(n_held() == 0, "an idle context holds no slot");
     gp_tap_idle(c->tap);
-    /* Without that call, the stop after a graph's last node does it, once the tap has seen which that is. */
-    for (int i = 0; i < 4; i++) {
-        decode(c);
-    }
-    CHECK(n_held() == 0, "nor does one whose graph is done, when there are others");
-    end();
-}
-
-/* The last layer is not paged, or computes nothing: the last node is another than at first thought. */
-static void graph_that_ends_earlier(void) {
-    begin((model_shape) { .n_slots = 9, .n_used = 3 });
-    context *c = &contexts[0];
-    graph_build(&c->g, &w, 1, TOP_K_VIEW);
+    /* The last layer is not paged, or computes nothing: then that call is what it takes. */
     c->g.n_nodes = c->g.n_nodes / 3 * 2;
     for (int i = 0; i < 3; i++) {
         graph_route(&c->g);
-        CHECK(graph_run(&c->g, c->tap) == 0 && c->g.n_from_slots == 6, "two layers of three are served");
-    }
-    CHECK(n_held() == 0, "the tap has seen where this graph ends");
-    end();
-}
-
-static void alone_a_context_is_not_stopped_at_the_end(void) {
-    begin((model_shape) { .n_slots = 27, .n_used = 3 });    /* all experts: no stop for one that is being read */
-    gp_tap_close(contexts[1].tap);
-    contexts[1].tap = NULL;
-    context *c = &contexts[0];
-    c->n_tokens = 1;
-    graph_build(&c->g, &w, 1, TOP_K_VIEW);
-    for (int i = 0; i < 60; i++) {
-        decode(c);
-    }
-    for (int i = 0; i < 4; i++) {
-        decode(c);
-        CHECK(c->g.n_callbacks == m.shape.n_layers, "one stop per layer and no more");
+        CHECK(graph_run(&c->g, c->tap) == 0 && c->g.n_ours == 6, "two layers of three are served");
+        gp_tap_idle(c->tap);
+        CHECK(n_held() == 0, "an idle context holds no slot");
     }
     end();
 }
@@ -158,55 +140,60 @@ static void closing_one_frees_its_slots(void) {
     end();
 }
 
-/* Slots that never come: the nodes of the layer are computed from the mapping, after one wait and not three. */
+/* Slots that never come: what they were for is computed from the mapping, after a wait, and counted. */
 static void no_slots_to_be_had(void) {
     begin((model_shape) { .n_layers = 1, .n_slots = 3, .n_used = 3 });
-    for (int i = 0; i < 2; i++) {
-        contexts[i].n_tokens = 1;
-        graph_build(&contexts[i].g, &w, 1, TOP_K_VIEW);
-        graph_route(&contexts[i].g);
+    context *c = &contexts[1];
+    graph_build(&c->g, &w, 1, TOP_K_VIEW);
+    for (int i = 0; i < 2; i++) {       /* what is tried at first is trusted by now */
+        graph_route(&c->g);
+        CHECK(graph_run(&c->g, c->tap) == 0, "the graph is computed");
+        gp_tap_idle(c->tap);
     }
-    for (int32_t r = 0; r < 3; r++) {
-        contexts[0].g.layers[0].chosen[0][r] = r;
-        contexts[1].g.layers[0].chosen[0][r] = r + 3;
-    }
-    graph_layer *l = &contexts[0].g.layers[0];
+    graph_route(&c->g);
+    graph_choose(&c->g, 0, 0, (int32_t[]) { 3, 4, 5 });
     gp_hold owner;      /* somebody else who never comes back */
-    CHECK(gp_hold_open(&owner, pager, 3) == 0, "a hold opens");
+    CHECK(gp_hold_open(&owner, pager) == 0, "a hold opens");
     int32_t slots[3];
     gp_failure failure;
-    CHECK(model_acquire(pager, &owner, 0, l->chosen[0], 3, 1, slots, &failure) == 0, "the owner gets all slots");
-    struct timespec before, after;
-    clock_gettime(CLOCK_MONOTONIC, &before);
-    CHECK(graph_run(&contexts[1].g, contexts[1].tap) == 0, "the graph is computed all the same");
-    clock_gettime(CLOCK_MONOTONIC, &after);
-    CHECK(contexts[1].g.n_from_mapping == 3, "from the mapping");
-    gp_counters counters;
-    gp_pager_counters(pager, &counters);
-    CHECK(counters.left_alone == 3, "and counted");
-    CHECK(counters.tokens == 1 + 1 && counters.visits == 2, "as one token");
-    CHECK(after.tv_sec - before.tv_sec < 4, "one layer waits once");
+    CHECK(model_acquire(pager, &owner, 0, (int32_t[]) { 0, 1, 2 }, 3, 1, slots, &failure) == 0, "the owner gets all slots");
+    gp_counters before, after;
+    gp_pager_counters(pager, &before);
+    const uint64_t bytes = before.bytes_read;
+    struct timespec begun, ended;
+    clock_gettime(CLOCK_MONOTONIC, &begun);
+    CHECK(graph_run(&c->g, c->tap) == 0, "the graph is computed all the same");
+    clock_gettime(CLOCK_MONOTONIC, &ended);
+    gp_tap_idle(c->tap);
+    gp_pager_counters(pager, &after);
+    CHECK(after.bytes_read == bytes && after.left_alone > before.left_alone, "from the mapping, which is counted");
+    CHECK(after.tokens == before.tokens + 1, "as one token");
+    const uint32_t n_waves = c->g.steps == STEPS_UNKNOWN ? 3 : 1;
+    CHECK(ended.tv_sec - begun.tv_sec <= 3 * n_waves, "each wave waits once");
     gp_hold_close(&owner, pager);
-    CHECK(graph_run(&contexts[1].g, contexts[1].tap) == 0, "the graph is computed");
-    CHECK(contexts[1].g.n_from_slots == 3, "once there are slots it is served");
+    CHECK(graph_run(&c->g, c->tap) == 0 && c->g.n_ours == 3, "the graph is computed");
+    gp_tap_idle(c->tap);
+    gp_counters last;
+    gp_pager_counters(pager, &last);
+    CHECK(last.left_alone == after.left_alone && last.bytes_read > bytes, "once there are slots it is from slots");
     end();
-}
-
-static void all(void) {
-    side_by_side((model_shape) { .n_slots = 9, .n_used = 3 });
-    side_by_side((model_shape) { .n_slots = 6, .n_used = 3, .n_layers = 4, .n_classes = 2 });
-    side_by_side((model_shape) { .n_slots = 12, .n_used = 3, .n_experts = 12, .read_ahead = true, .policy = "lfru" });
-    resting_context_holds_nothing();
-    graph_that_ends_earlier();
-    alone_a_context_is_not_stopped_at_the_end();
-    closing_one_frees_its_slots();
-    no_slots_to_be_had();
 }
 
 int main(void) {
     check_begin();
-    all();
-    graph_set_kernels(KERNELS);     /* most nodes of single tokens are products then */
-    all();
+    graph_set_kernels(KERNELS);
+    graph_set_small_graphs(true, true);
+    static const uint32_t slots[] = { 1, 2, 3, 5, 9 };
+    for (uint32_t i = 0; i < sizeof slots / sizeof *slots; i++) {
+        for (graph_steps steps = STEPS_UNKNOWN; steps <= STEPS_GLU; steps++) {
+            side_by_side((model_shape) { .n_slots = slots[i], .n_used = 3 }, steps, 1 + 5 * i);
+        }
+    }
+    side_by_side((model_shape) { .n_slots = 4, .n_used = 3, .n_layers = 4, .n_classes = 2 }, STEPS_BIAS, 3);
+    side_by_side((model_shape) { .n_slots = 12, .n_used = 3, .n_experts = 12, .read_ahead = true, .policy = "lfru" }, STEPS_GLU, 8);
+    resting_context_holds_nothing();
+    closing_one_frees_its_slots();
+    contexts[1].g.steps = STEPS_GLU;
+    no_slots_to_be_had();
     return 0;
 }

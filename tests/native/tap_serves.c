@@ -1,4 +1,4 @@
-/* Which nodes the tap points at slots, and which it leaves as llama.cpp made them. The graph checks every byte. */
+/* Which nodes become ours, and which are left as llama.cpp made them. The graph checks every row. */
 #include <string.h>
 
 #include "check.h"
@@ -16,7 +16,7 @@ static void begin_with(model_shape shape, uint32_t max_ids) {
     model_make(&m, shape);
     weights_map(&w, &m);
     pager = model_open(&m);
-    CHECK(gp_tap_open(&tap, &graph_ggml, max_ids, 0, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+    CHECK(gp_tap_open(&tap, &graph_ggml, max_ids, BATCH_BYTES, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
     CHECK(gp_tap_attach(tap, pager) == 0, "a tap is attached");
 }
 
@@ -52,18 +52,9 @@ static void all_served(uint32_t n_tokens, id_source source, int n_runs) {
         graph_build(&g, &w, n_tokens, source);
         graph_route(&g);
         CHECK(graph_run(&g, tap) == 0, "the graph is computed");
-        CHECK(g.n_from_slots == n_matmuls(), "every paged node is served from slots");
+        CHECK(g.n_ours == n_matmuls(), "every paged node is served");
         CHECK(left_alone(0) == 0, "none is left alone");
         model_check_invariants(pager);
-    }
-}
-
-/* Where products are made, the first nodes of single tokens end a piece of graph to be compared. */
-static void pass_trials(void) {
-    if (graph_ggml.cpu_traits) {
-        build(1, TOP_K_VIEW);
-        CHECK(graph_run(&g, tap) == 0, "the first graph is computed");
-        gp_tap_idle(tap);
     }
 }
 
@@ -102,42 +93,30 @@ static void shapes_of_layers(void) {
     end();
 }
 
-static void view_of_slots(void) {
-    begin();
-    graph_build(&g, &w, 1, TOP_K_VIEW);
-    graph_route(&g);
-    CHECK(graph_run(&g, tap) == 0, "the graph is computed");
-    const ggml_tensor *own = &w.tensors[1][2], *view = g.layers[1].matmuls[2].src[0];
-    const ggml_tensor *slots = g.layers[1].matmuls[2].src[2];
-    CHECK(view != own && view->type == own->type && view->ne[0] == own->ne[0] && view->ne[1] == own->ne[1],
-          "the view is of the original's type and shape");
-    CHECK(view->ne[2] == m.classes[0].n_slots && view->nb[2] == m.classes[0].stride_bytes && view->nb[1] == own->nb[1],
-          "with slots in place of experts");
-    CHECK(view->nb[3] == view->nb[2] * m.classes[0].n_slots, "and strides to match");
-    CHECK(view->op == OP_NONE && !view->view_src, "it is a plain tensor");
-    CHECK(slots->nb[0] == 4 && slots->nb[1] == 12 && slots->op == OP_NONE && !slots->view_src && !slots->src[0],
-          "slot numbers lie side by side");
-    CHECK(g.layers[1].matmuls[0].src[2] == slots, "a layer's nodes share them");
-    CHECK(own->data == m.files[0] + m.layers[1].slices[2].offset_bytes && own->ne[2] == m.shape.n_experts,
-          "the model's tensor is not touched");
-    end();
-}
-
 /* What the tap answers decides how a graph is cut into pieces. */
 static void answers(void) {
     begin();
-    pass_trials();
-    graph_build(&g, &w, 1, TOP_K_VIEW);
-    graph_route(&g);
-    CHECK(graph_run(&g, tap) == 0 && g.n_callbacks == m.shape.n_layers, "one stop per layer");
+    build(1, TOP_K_VIEW);
+    CHECK(graph_run(&g, tap) == 0 && g.n_callbacks == m.shape.n_layers + 1, "one stop per layer, and at the end");
+    build(1, TOP_K_VIEW);
     graph_layer *l = &g.layers[0];
+    memcpy(l->ranking_data, l->chosen, sizeof l->chosen);
     CHECK(!gp_tap_eval(&l->ranking, true, tap), "no stop at a ranking, for its view follows");
     CHECK(gp_tap_eval(&l->top_k, true, tap), "a stop at the router's result");
     CHECK(gp_tap_eval(&l->top_k, false, tap), "true after it: false would end the graph in silence");
     CHECK(!gp_tap_eval(&l->other, true, tap), "no stop at any other node");
-    CHECK(!gp_tap_eval(&l->matmuls[0], true, tap), "nor at a served one");
+    CHECK(!gp_tap_eval(&l->matmuls[1], true, tap) && !gp_tap_eval(&l->matmuls[0], true, tap)
+          && !gp_tap_eval(&l->activation, true, tap) && !gp_tap_eval(&l->matmuls[2], true, tap), "nor at a served one");
     CHECK(gp_tap_eval(&l->other, false, tap), "true whatever was computed");
     gp_tap_idle(tap);
+    end();
+}
+
+/* Two graphs with nothing in between: what the first leaves must not be the second's. */
+static void given_ids_end_with_each_layer(void) {
+    begin();
+    build(2, GIVEN_IDS);
+    CHECK(graph_run(&g, tap) == 0 && g.n_callbacks == m.shape.n_layers, "each layer ends a piece");
     end();
 }
 
@@ -147,7 +126,7 @@ static void a_split_may_end_anywhere(void) {
         graph_build(&g, &w, 2, TOP_K_VIEW);
         graph_route(&g);
         g.split_at = at;
-        CHECK(graph_run(&g, tap) == 0 && g.n_from_slots == n_matmuls(), "a split ends without a call back");
+        CHECK(graph_run(&g, tap) == 0 && g.n_ours == n_matmuls(), "a split ends without a call back");
     }
     end();
 }
@@ -157,14 +136,13 @@ static void given_ids_of_one_graph_after_another(void) {
     begin();
     for (int i = 0; i < 20; i++) {
         build(1 + i % 2, GIVEN_IDS);
-        CHECK(graph_run(&g, tap) == 0, "the graph is computed, with the right bytes");
+        CHECK(graph_run(&g, tap) == 0 && g.n_ours == n_matmuls(), "the graph is computed, with the right bytes");
         if (i % 5 == 4) {
             gp_tap_idle(tap);
         }
     }
-    gp_tap_idle(tap);
     build(1, GIVEN_IDS);
-    CHECK(graph_run(&g, tap) == 0 && g.n_from_slots == n_matmuls(), "after a decode the next one is served");
+    CHECK(graph_run(&g, tap) == 0 && g.n_ours == n_matmuls(), "after a decode the next one is served");
     for (int i = 0; i < 5; i++) {       /* the same graph, used again */
         graph_route(&g);
         CHECK(graph_run(&g, tap) == 0, "the graph is computed, with the right bytes");
@@ -179,7 +157,7 @@ static void ids_that_may_not_be_computed(void) {
     build(2, UNNAMED_VIEW);
     all_left_alone("ids that are not known to be computed are not read");
     build(2, TOP_K_VIEW);
-    CHECK(graph_run(&g, tap) == 0 && g.n_from_slots == n_matmuls(), "the next graph is served");
+    CHECK(graph_run(&g, tap) == 0 && g.n_ours == n_matmuls(), "the next graph is served");
     build(2, UNNAMED_VIEW);
     all_left_alone("known ids at the same address in an earlier graph say nothing of these");
     end();
@@ -208,7 +186,7 @@ static void ids_elsewhere(void) {
 static void more_ids_than_foreseen(void) {
     begin_with((model_shape) { .n_slots = 9 }, 6);
     build(2, TOP_K_VIEW);
-    CHECK(graph_run(&g, tap) == 0 && g.n_from_slots == n_matmuls(), "as many ids as foreseen are served");
+    CHECK(graph_run(&g, tap) == 0 && g.n_ours == n_matmuls(), "as many ids as foreseen are served");
     build(3, TOP_K_VIEW);
     all_left_alone("more have no room");
     end();
@@ -221,20 +199,19 @@ static void ids_out_of_range(void) {
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         build(2, TOP_K_VIEW);
         graph_layer *l = &g.layers[0];
-        l->chosen[1][2] = bad[i];
         memcpy(l->ranking_data, l->chosen, sizeof l->ranking_data);
+        l->ranking_data[1][2] = bad[i];
         const uint64_t before = left_alone(0);
         (void) gp_tap_eval(&l->ranking, true, tap);
         (void) gp_tap_eval(&l->top_k, true, tap);
         (void) gp_tap_eval(&l->top_k, false, tap);
         CHECK(!gp_tap_eval(&l->matmuls[0], true, tap), "no stop");
-        CHECK(l->matmuls[0].src[0] == &w.tensors[0][0] && l->matmuls[0].src[2] == &l->top_k,
-              "ids that name no expert are left to llama.cpp");
+        CHECK(l->matmuls[0].op == OP_MUL_MAT_ID, "ids that name no expert are left to llama.cpp");
         CHECK(left_alone(0) == before + 1, "and counted");
         CHECK(!gp_tap_abort(tap), "and are no failure");
     }
     build(2, TOP_K_VIEW);
-    CHECK(graph_run(&g, tap) == 0 && g.n_from_slots == n_matmuls(), "the next graph is served");
+    CHECK(graph_run(&g, tap) == 0 && g.n_ours == n_matmuls(), "the next graph is served");
     end();
 }
 
@@ -248,36 +225,6 @@ static void no_tokens(void) {
     end();
 }
 
-/* Two sets of ids per layer are remembered. A third in the same piece must not take the place of one that is in use. */
-static void three_sets_of_ids_in_one_piece(void) {
-    begin();
-    pass_trials();
-    build(1, GIVEN_IDS);
-    graph_layer *l = &g.layers[0];
-    int32_t data[3][3];
-    ggml_tensor ids[3], nodes[3];
-    for (int i = 0; i < 3; i++) {
-        ids[i] = l->ids_node;
-        ids[i].data = data[i];
-        model_draw(&m, data[i], 3);
-        nodes[i] = l->matmuls[0];
-        nodes[i].src[2] = &ids[i];
-        CHECK(!gp_tap_eval(&nodes[i], true, tap), "no stop");
-    }
-    model_settle(pager);    /* only these nodes' slices were waited for */
-    for (int i = 0; i < 2; i++) {
-        const int32_t *slots = nodes[i].src[2]->data;
-        CHECK(slots != data[i], "two are served");
-        for (int r = 0; r < 3; r++) {
-            CHECK(model_slot_holds(&m, pager, (uint32_t) slots[r], 0, data[i][r]), "with the right slots");
-        }
-    }
-    CHECK(nodes[2].src[2] == &ids[2] && nodes[2].src[0] == &w.tensors[0][0], "the third is left alone");
-    CHECK(left_alone(0) == 1, "and counted");
-    gp_tap_idle(tap);
-    end();
-}
-
 static void another_tensor_with_these_ids(void) {
     begin();
     build(2, TOP_K_VIEW);
@@ -286,13 +233,12 @@ static void another_tensor_with_these_ids(void) {
     graph_layer *l = &g.layers[0];
     l->lora = l->matmuls[1];
     l->lora.src[0] = &low_rank;
-    /* In the graph right before the layer's own. */
-    memmove(&g.nodes[4], &g.nodes[3], (g.n_nodes - 3) * sizeof g.nodes[0]);
-    g.nodes[3] = &l->lora;
-    g.n_nodes++;
+    static float result[GRAPH_IDS * GRAPH_ROWS];
+    l->lora.data = result;
+    graph_insert(&g, 3, &l->lora);      /* right before the layer's own */
     CHECK(graph_run(&g, tap) == 0, "the graph is computed");
-    CHECK(l->lora.src[0] == &low_rank && l->lora.src[2] == &l->top_k, "LoRA's own multiply is not touched");
-    CHECK(g.n_from_slots == n_matmuls() && left_alone(0) == 0, "the layer's is served all the same");
+    CHECK(l->lora.op == OP_MUL_MAT_ID && l->lora.src[0] == &low_rank, "LoRA's own multiply is not touched");
+    CHECK(g.n_ours == n_matmuls() && left_alone(0) == 0, "the layer's is served all the same");
     end();
 }
 
@@ -303,18 +249,18 @@ static void changed_weights(void (*change)(ggml_tensor *), const char *why) {
     }
     build(1, TOP_K_VIEW);
     for (int again = 0; again < 2; again++) {
+        for (uint32_t l = 0; l < m.shape.n_layers; l++) {
+            memcpy(g.layers[l].ranking_data, g.layers[l].chosen, sizeof g.layers[l].chosen);
+        }
         for (uint32_t i = 0; i < g.n_nodes; i++) {
             if (gp_tap_eval(g.nodes[i], true, tap)) {
-                memcpy(g.layers[0].ranking_data, g.layers[0].chosen, sizeof g.layers[0].chosen);
-                memcpy(g.layers[1].ranking_data, g.layers[1].chosen, sizeof g.layers[1].chosen);
-                memcpy(g.layers[2].ranking_data, g.layers[2].chosen, sizeof g.layers[2].chosen);
                 CHECK(gp_tap_eval(g.nodes[i], false, tap), "the graph goes on");
             }
         }
         for (uint32_t s = 0; s < m.shape.n_slices; s++) {
             const ggml_tensor *node = &g.layers[0].matmuls[s];
-            CHECK(node->src[0] == &w.tensors[0][s] && node->src[2] == &g.layers[0].top_k, why);
-            CHECK(g.layers[1].matmuls[s].src[0] != &w.tensors[1][s], "the other layers are served");
+            CHECK(node->op == OP_MUL_MAT_ID, why);
+            CHECK(g.layers[1].matmuls[s].op == OP_CUSTOM, "the other layers are served");
         }
     }
     end();
@@ -333,7 +279,7 @@ static void that_are_computed(ggml_tensor *t)  { t->op = OP_OTHER; }
 static void before_the_pager_is_there(void) {
     model_make(&m, (model_shape) { .n_slots = 9, .n_used = 3 });
     weights_map(&w, &m);
-    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 0, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
+    CHECK(gp_tap_open(&tap, &graph_ggml, 64, BATCH_BYTES, ROW_BYTES, NULL, NULL, NULL, NULL) == 0, "a tap opens");
     build(2, TOP_K_VIEW);
     CHECK(graph_run(&g, tap) == 0 && g.n_from_mapping == n_matmuls(), "without a pager every node is left as it is");
     gp_tap_idle(tap);
@@ -347,8 +293,8 @@ static void before_the_pager_is_there(void) {
 static void all(void) {
     tokens_and_batches();
     shapes_of_layers();
-    view_of_slots();
     answers();
+    given_ids_end_with_each_layer();
     a_split_may_end_anywhere();
     given_ids_of_one_graph_after_another();
     ids_that_may_not_be_computed();
@@ -356,7 +302,6 @@ static void all(void) {
     more_ids_than_foreseen();
     ids_out_of_range();
     no_tokens();
-    three_sets_of_ids_in_one_piece();
     another_tensor_with_these_ids();
     changed_weights(of_another_type, "weights of another type are not ours");
     changed_weights(on_a_device, "weights on a device are not ours");
@@ -372,8 +317,10 @@ static void all(void) {
 
 int main(void) {
     check_begin();
+    graph_set_kernels(KERNELS);
+    graph_set_small_graphs(true, true);
     all();
-    graph_set_kernels(KERNELS);     /* most nodes of single tokens are products then */
+    g.steps = STEPS_GLU;        /* as a whole, mostly */
     all();
     return 0;
 }

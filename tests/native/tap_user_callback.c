@@ -1,9 +1,11 @@
 /* The user's own callbacks are called as llama.cpp would have called them, and see the nodes as llama.cpp made them. */
+#include <string.h>
+
 #include "check.h"
 #include "fake_os.h"
 #include "graph.h"
 
-typedef enum { NOTHING, EVERY_NODE, MATMULS, DOWN_OF_LAYER_1 } interest;
+typedef enum { NOTHING, EVERY_NODE, MATMULS, DOWN_OF_LAYER_1, ACTIVATIONS } interest;
 
 static model m;
 static weights w;
@@ -13,6 +15,7 @@ static gp_tap *tap;
 static interest wanted;
 static unsigned n_asked, n_computed;
 static const ggml_tensor *last_asked, *stop_at;
+static int32_t params[GP_MAX_SLICES][GGML_OP_PARAMS_BYTES / sizeof(int32_t)];    /* of each slice's nodes, as they are built */
 static int tag;     /* its address is the user's data */
 
 static bool is_wanted(const ggml_tensor *node) {
@@ -20,6 +23,7 @@ static bool is_wanted(const ggml_tensor *node) {
         case EVERY_NODE:      return true;
         case MATMULS:         return node->op == OP_MUL_MAT_ID;
         case DOWN_OF_LAYER_1: return node == &g.layers[1].matmuls[2];
+        case ACTIVATIONS:     return node->op == OP_GLU;
         default:              return false;
     }
 }
@@ -30,9 +34,14 @@ static void check_node(const ggml_tensor *node) {
             if (node == &g.layers[l].matmuls[s]) {
                 CHECK(node->src[0] == &w.tensors[l][s], "the user sees the model's own tensor");
                 CHECK(node->src[2] == g.layers[l].ids, "and the expert ids");
+                CHECK(node->op == OP_MUL_MAT_ID, "the operation");
+                for (uint32_t i = 0; i < sizeof node->op_params / sizeof *node->op_params; i++) {
+                    CHECK(node->op_params[i] == params[s][i], "and its parameters");
+                }
             }
         }
     }
+    CHECK(node->flags == FLAG_COMPUTE, "and flags");
 }
 
 static bool eval(void *tensor, bool ask, void *data) {
@@ -62,7 +71,7 @@ static void begin(gp_abort_callback abort) {
     model_make(&m, (model_shape) { .n_slots = 9, .n_used = 3 });
     weights_map(&w, &m);
     pager = model_open(&m);
-    CHECK(gp_tap_open(&tap, &graph_ggml, 64, 0, ROW_BYTES, eval, &tag, abort, abort ? &tag : NULL) == 0, "a tap opens");
+    CHECK(gp_tap_open(&tap, &graph_ggml, 64, BATCH_BYTES, ROW_BYTES, eval, &tag, abort, abort ? &tag : NULL) == 0, "a tap opens");
     CHECK(gp_tap_attach(tap, pager) == 0, "a tap is attached");
     stop_at = NULL;
 }
@@ -74,11 +83,25 @@ static void end(void) {
     model_end(&m);
 }
 
+/* Each slice's nodes have parameters of their own. */
+static void build(void) {
+    g.steps = STEPS_GLU;
+    graph_build(&g, &w, 2, TOP_K_VIEW);
+    for (uint32_t s = 0; s < m.shape.n_slices; s++) {
+        for (uint32_t i = 0; i < sizeof params[s] / sizeof params[s][0]; i++) {
+            params[s][i] = (int32_t) fake_random(1000) - 500;
+        }
+        for (uint32_t l = 0; l < m.shape.n_layers; l++) {
+            memcpy(g.layers[l].matmuls[s].op_params, params[s], sizeof params[s]);
+        }
+    }
+}
+
 static void run(interest i, unsigned n_wanted) {
     wanted = i;
     n_asked = n_computed = 0;
     graph_route(&g);
-    CHECK(graph_run(&g, tap) == 0 && g.n_from_slots == 9, "every node is served, whatever the user looks at");
+    CHECK(graph_run(&g, tap) == 0 && g.n_ours == 9, "every node is served, whatever the user looks at");
     CHECK(n_asked == g.n_nodes, "the user is asked about every node once");
     CHECK(n_computed == n_wanted, "and called back after each that they want");
     gp_counters counters[MODEL_LAYERS];
@@ -90,27 +113,31 @@ static void sees_what_llama_cpp_made(void) {
     begin(NULL);
     for (int i = 0; i < 8; i++) {
         if (i % 4 != 3) {       /* built anew, or used again */
-            graph_build(&g, &w, 2, TOP_K_VIEW);
+            build();
         }
         run(NOTHING, 0);
+        CHECK(i == 0 || g.n_whole == 3, "all are computed as a whole while nobody looks");
         run(EVERY_NODE, g.n_nodes);
+        CHECK(g.n_whole == 0, "and one by one while somebody does");
+        run(ACTIVATIONS, 3);
+        run(NOTHING, 0);
         run(MATMULS, 9);
         run(DOWN_OF_LAYER_1, 1);
     }
     gp_counters counters[MODEL_LAYERS];
     gp_pager_counters(pager, counters);
-    CHECK(counters[0].visits == 8 * 4 && counters[0].tokens == 8 * 4 * 2, "a layer cut into pieces is one visit");
+    CHECK(counters[0].visits == 8 * 6 && counters[0].tokens == 8 * 6 * 2, "a layer cut into pieces is one visit");
     end();
 }
 
 static void may_end_the_graph(void) {
     begin(NULL);
-    graph_build(&g, &w, 2, TOP_K_VIEW);
+    build();
     wanted = EVERY_NODE;
     graph_route(&g);
     stop_at = &g.layers[1].matmuls[0];
     n_computed = 0;
-    CHECK(graph_run(&g, tap) == 0 && g.n_from_slots < 9, "false from the user ends the graph, as without us");
+    CHECK(graph_run(&g, tap) == 0 && g.n_ours < 9, "false from the user ends the graph, as without us");
     stop_at = NULL;
     run(EVERY_NODE, g.n_nodes);
     end();
@@ -118,7 +145,7 @@ static void may_end_the_graph(void) {
 
 static void may_abort(void) {
     begin(abort_callback);
-    graph_build(&g, &w, 2, TOP_K_VIEW);
+    build();
     wants_abort = false;
     n_abort_calls = 0;
     run(NOTHING, 0);
@@ -144,8 +171,8 @@ static void all(void) {
 
 int main(void) {
     check_begin();
-    all();
-    graph_set_kernels(KERNELS);     /* most nodes of single tokens are products then */
+    graph_set_small_graphs(true, true);
+    graph_set_kernels(KERNELS);
     all();
     return 0;
 }
