@@ -48,11 +48,19 @@ __all__ = ["ARCHS", "UNBUILDABLE", "WITHOUT_DECODE", "make", "make_lora", "make_
 # All that Llama.eval can run; `make` takes those of WITHOUT_DECODE too.
 ARCHS: tuple[str, ...] = tuple(arch for arch in ARCHITECTURES if arch not in WITHOUT_DECODE)
 
-# ggml has more, but aborts the process for those it cannot quantise to without further data.
-TYPES = (
-    *("f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl", "iq4_xs", "mxfp4"),
-    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
-)
+# All that ggml's CPU backend multiplies, by name. The gguf package does not know q2_0.
+TYPES = {
+    name: GGMLQuantizationType[name.upper()].value
+    for name in (
+        *("f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4"),
+        *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0", "q1_0"),
+        *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"),
+    )
+} | {"q2_0": 42}
+# Quantising to these takes seconds per million values: of a tensor so many rows are, and the others are the same anew.
+SLOW_TYPES = tuple(kind for name, kind in TYPES.items() if name.startswith(("iq1", "iq2", "iq3")))
+MOST_SLOW_ROWS = 512
+F32, F16, I32 = (GGMLQuantizationType[name].value for name in ("F32", "F16", "I32"))
 
 # A mix gives the down slices of every second layer the larger type, as llama-quantize does on some
 # layers; so one model holds slices of two sizes.
@@ -77,7 +85,7 @@ def make(arch: str, path: Path, *, file_type: str = "", seed: int = 1) -> None:
         raise ValueError(UNBUILDABLE.get(arch, f"unknown architecture {arch!r}"))
     row = ARCHITECTURES[arch]
     types = expert_types(file_type or row.file_type)
-    metadata = model_keys(arch, row, max(gguf.GGML_QUANT_SIZES[kind][0] for kind in types))
+    metadata = model_keys(arch, row, max(block_values(kind) for kind in types))
     shapes = tidy(tensor_shapes(metadata), row)
     check_divisible(shapes, types)
 
@@ -87,12 +95,17 @@ def make(arch: str, path: Path, *, file_type: str = "", seed: int = 1) -> None:
     finish(writer)
 
 
-def expert_types(file_type: str) -> tuple[GGMLQuantizationType, GGMLQuantizationType]:
-    """Return the type of most expert tensors, and that of the down tensors of odd layers."""
+def expert_types(file_type: str) -> tuple[int, int]:
+    """Return ggml's numbers of the type of most expert tensors, and of that of the down tensors of odd layers."""
     if file_type not in TYPES and file_type not in MIXES:
         raise ValueError(f"unknown type {file_type!r}; known are {', '.join((*TYPES, *MIXES))}")
     usual, larger = MIXES.get(file_type, (file_type, file_type))
-    return GGMLQuantizationType[usual.upper()], GGMLQuantizationType[larger.upper()]
+    return TYPES[usual], TYPES[larger]
+
+
+def block_values(kind: int) -> int:
+    """Return the number of values in a block of this type."""
+    return int(native_call("ggml_blck_size", ctypes.c_int64, kind))
 
 
 def model_keys(arch: str, row: Arch, block_size: int) -> Keys:
@@ -152,22 +165,23 @@ def tidy(shapes: Mapping[str, Shape], row: Arch) -> dict[str, Shape]:
     return kept
 
 
-def check_divisible(shapes: Mapping[str, Shape], types: tuple[GGMLQuantizationType, GGMLQuantizationType]) -> None:
+def check_divisible(shapes: Mapping[str, Shape], types: tuple[int, int]) -> None:
     """Raise ValueError if a row of an expert tensor is no whole number of blocks of its type."""
     for name, shape in shapes.items():
         kind = tensor_type(name, types)
-        block = gguf.GGML_QUANT_SIZES[kind][0]
+        block = block_values(kind)
         if shape[0] % block:
-            raise ValueError(f"{name}: rows of {shape[0]} do not divide into {kind.name} blocks of {block}")
+            type_name = native_call("ggml_type_name", ctypes.c_char_p, kind).decode()
+            raise ValueError(f"{name}: rows of {shape[0]} do not divide into {type_name} blocks of {block}")
 
 
-def tensor_type(name: str, types: tuple[GGMLQuantizationType, GGMLQuantizationType]) -> GGMLQuantizationType:
+def tensor_type(name: str, types: tuple[int, int]) -> int:
     """Return the type a tensor is stored in: experts as asked for, ids as integers, the rest f32."""
     if name.endswith("tid2eid.weight"):
-        return GGMLQuantizationType.I32
+        return I32
     match = EXPERTS.fullmatch(name)
     if match is None:
-        return GGMLQuantizationType.F32
+        return F32
     is_larger = match[2] == "down" and int(match[1]) % 2 == 1
     return types[1] if is_larger else types[0]
 
@@ -200,29 +214,34 @@ def random_values(name: str, shape: Shape, row: Arch, seed: int) -> Array:
     return values.astype(np.float32)
 
 
-def add_tensor(writer: gguf.GGUFWriter, name: str, values: Array, kind: GGMLQuantizationType) -> None:
-    """Convert values to this type, with ggml's own quantiser, and add them."""
-    if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.I32):
+def add_tensor(writer: gguf.GGUFWriter, name: str, values: Array, kind: int) -> None:
+    """Convert values to this type, with ggml's own quantiser, and add them. Where that asks which columns matter, all do."""
+    if kind in (F32, I32):
         writer.add_tensor(name, values)
-    elif kind == GGMLQuantizationType.F16:
+    elif kind == F16:
         writer.add_tensor(name, values.astype(np.float16))
     else:
         row_values = values.shape[-1]
-        rows = values.size // row_values
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        blocks = np.empty((*values.shape[:-1], row_values // block * block_bytes), dtype=np.uint8)
+        all_rows = values.size // row_values
+        rows = min(all_rows, MOST_SLOW_ROWS) if kind in SLOW_TYPES else all_rows
+        blocks = np.empty((rows, native_call("ggml_row_size", ctypes.c_size_t, kind, ctypes.c_int64(row_values))), dtype=np.int8)
+        importance = np.ones(row_values, np.float32)
+        needs_it = native_call("ggml_quantize_requires_imatrix", ctypes.c_bool, kind)
         native_call(
             "ggml_quantize_chunk",
             ctypes.c_size_t,
-            kind.value,
+            kind,
             np.ascontiguousarray(values).ctypes.data_as(ctypes.c_void_p),
             blocks.ctypes.data_as(ctypes.c_void_p),
             ctypes.c_int64(0),
             ctypes.c_int64(rows),
             ctypes.c_int64(row_values),
-            None,
+            importance.ctypes.data_as(ctypes.c_void_p) if needs_it else None,
         )
-        writer.add_tensor(name, blocks, raw_dtype=kind)
+        if rows < all_rows:
+            blocks = blocks[np.random.default_rng(zlib.crc32(name.encode())).integers(0, rows, all_rows)]
+        # Of bytes that are signed gguf takes the shape as it is given: it can only work out that of types it knows.
+        writer.add_tensor(name, blocks, raw_shape=values.shape, raw_dtype=kind)
 
 
 def make_split(src: Path, out_dir: Path, parts: int) -> Path:
