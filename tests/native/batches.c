@@ -1,5 +1,5 @@
-/* A large batch wants nearly every expert of a layer. It takes transient slots, not more than one layer's worth, and
- * leaves the experts that decoding lives on. */
+/* A large batch wants nearly every expert of a layer. It takes transient slots, not more than half of them, and leaves the experts
+ * that decoding lives on. */
 #include "check.h"
 #include "fake_os.h"
 #include "model.h"
@@ -17,7 +17,7 @@ static void begin(model_shape shape) {
     shape.n_slots = shape.n_slots ? shape.n_slots : SLOTS;
     model_make(&m, shape);
     pager = model_open(&m);
-    CHECK(gp_hold_open(&hold, pager, EXPERTS) == 0, "a hold opens");
+    CHECK(gp_hold_open(&hold, pager) == 0, "a hold opens");
 }
 
 static void end(void) {
@@ -42,12 +42,14 @@ static void prefill(uint32_t n_tokens) {
     for (int32_t e = 0; e < EXPERTS; e++) {
         all[e] = e;
     }
+    const gp_class *c = &pager->classes[0];
     for (uint32_t l = 0; l < LAYERS; l++) {
+        const uint32_t without_loss = c->n_free + c->n_transient;
         model_use(&m, pager, &hold, l, all, EXPERTS, n_tokens);
         model_settle(pager);
         model_check_invariants(pager);
-        CHECK(pager->classes[0].n_transient <= pager->classes[0].transient_limit,
-              "transient slots are one layer's worth, and one more for reading ahead");
+        CHECK(c->n_transient <= c->transient_limit || c->n_transient <= without_loss,
+              "transient experts take the place of others up to a limit");
     }
 }
 
@@ -76,7 +78,7 @@ static void decode_set_outlives_batches(model_shape shape) {
 /* Most of a batch's experts are transient, or the limit would mean nothing. */
 static void batch_is_transient(void) {
     begin((model_shape) { 0 });
-    CHECK(pager->classes[0].transient_limit == EXPERTS, "without read-ahead the limit is one layer's experts");
+    CHECK(pager->classes[0].transient_limit == SLOTS / 2, "half of the slots is the limit, where the disk could do with more");
     decode_favourites(40);
     prefill(64);
     CHECK(pager->classes[0].n_transient > EXPERTS / 2, "a batch's experts are transient");

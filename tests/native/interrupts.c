@@ -60,7 +60,7 @@ static void end(void) {
 static void works(const char *when) {
     stop_at(0);
     graph_route(&g);
-    CHECK(graph_run(&g, tap) == 0 && g.n_from_slots > 0 && g.n_from_mapping == 0, when);
+    CHECK(graph_run(&g, tap) == 0 && g.n_ours == 9 && g.n_from_mapping == 0, when);
     gp_tap_idle(tap);
     CHECK(gp_tap_take_failure(tap).error == 0, when);
 }
@@ -71,12 +71,11 @@ static void *let_go(void *data) {
     return NULL;
 }
 
-/* Stops while reads hang, whatever waits for them: a piece before its graph, a product, a feed-forward, a batch. */
-static void stops_while_reads_hang(graph_kernels kernels, bool has_small_graphs, uint32_t n_tokens, unsigned n_before) {
-    graph_set_kernels(kernels);
-    graph_set_small_graphs(has_small_graphs, true);
-    begin((model_shape) { .n_slots = 12, .n_used = 3 });
-    g.has_glu = has_small_graphs;
+/* Stops while reads hang, whatever waits for them: a trial, a matrix, a feed-forward, of one token or several, with slots for all
+ * or not. */
+static void stops_while_reads_hang(graph_steps steps, uint32_t n_tokens, uint32_t n_slots, unsigned n_before) {
+    begin((model_shape) { .n_slots = n_slots, .n_used = 3 });
+    g.steps = steps;
     graph_build(&g, &w, n_tokens, TOP_K_VIEW);
     for (unsigned i = 0; i < n_before; i++) {       /* what is tried at first is trusted by now */
         works("a graph runs before");
@@ -117,7 +116,7 @@ static void stops_while_reads_hang(graph_kernels kernels, bool has_small_graphs,
 
 /* Slots that are on their way belong to whoever wants them next; a read among them that fails is his to hear of, or nobody's. */
 static void reads_that_fail_afterwards(void) {
-    graph_set_kernels(NO_KERNELS);
+    g.steps = STEPS_GLU;
     begin((model_shape) { .n_slots = 12, .n_used = 3 });
     graph_build(&g, &w, 1, TOP_K_VIEW);
     graph_route(&g);
@@ -142,7 +141,7 @@ static void reads_that_fail_afterwards(void) {
 
 /* A read failed, and of the same experts another hangs: giving up waits for that, but not for ever. */
 static void stops_while_giving_up(void) {
-    graph_set_kernels(NO_KERNELS);
+    g.steps = STEPS_GLU;
     begin((model_shape) { .n_slots = 12, .n_used = 3, .n_readers = 2 });
     graph_build(&g, &w, 1, TOP_K_VIEW);
     graph_route(&g);
@@ -163,8 +162,6 @@ static void stops_while_giving_up(void) {
 
 /* Nobody asks more often than five times a second, and nothing changes for one who is told to go on. */
 static void asks_seldom(void) {
-    graph_set_kernels(KERNELS);
-    graph_set_small_graphs(true, true);
     begin((model_shape) { .n_slots = 12, .n_used = 3 });
     graph_build(&g, &w, 1, TOP_K_VIEW);
     const double begun_s = now_s();
@@ -180,16 +177,19 @@ static void asks_seldom(void) {
     end();
 }
 
-/* Waiting for slots that another context holds. */
-static void stops_while_others_hold_the_slots(void) {
-    graph_set_kernels(NO_KERNELS);
+/* Waiting for slots that another context holds, of which some are to come before. */
+static void stops_while_others_hold_the_slots(unsigned n_before) {
     begin((model_shape) { .n_slots = 3, .n_used = 3 });
+    g.steps = STEPS_GLU;
+    graph_build(&g, &w, 1, TOP_K_VIEW);
+    for (unsigned i = 0; i < n_before; i++) {
+        works("a graph runs before");
+    }
     gp_hold other;
-    CHECK(gp_hold_open(&other, pager, 3) == 0, "a hold opens");
+    CHECK(gp_hold_open(&other, pager) == 0, "a hold opens");
     int32_t slots[3];
     gp_failure failure;
     CHECK(model_acquire(pager, &other, 1, (int32_t[]) { 0, 1, 2 }, 3, 1, slots, &failure) == 0, "another takes all slots");
-    graph_build(&g, &w, 1, TOP_K_VIEW);
     graph_route(&g);
     stop_at(2);
     const double begun_s = now_s();
@@ -197,7 +197,7 @@ static void stops_while_others_hold_the_slots(void) {
     CHECK(now_s() - begun_s < 1.5, "before the two seconds are over");
     gp_tap_idle(tap);
     CHECK(gp_tap_take_failure(tap).error == -EINTR, "because it was to stop");
-    gp_pager_release(pager, &other);
+    gp_hold_release(pager, &other);
     works("afterwards all is well");
     gp_hold_close(&other, pager);
     end();
@@ -222,7 +222,7 @@ static void pin_stops(void) {
 
 /* Of what is queued for nobody, closing reads only what has begun. */
 static void closing_reads_no_queue(void) {
-    graph_set_kernels(NO_KERNELS);
+    g.steps = STEPS_GLU;
     begin((model_shape) { .n_slots = 16, .n_used = 3, .n_readers = 2, .piece_bytes = 64 << 10 });
     graph_build(&g, &w, 4, TOP_K_VIEW);
     graph_route(&g);
@@ -245,17 +245,20 @@ static void closing_reads_no_queue(void) {
 
 int main(void) {
     check_begin();
-    stops_while_reads_hang(NO_KERNELS, false, 1, 0);
-    stops_while_reads_hang(NO_KERNELS, false, 4, 3);
-    stops_while_reads_hang(KERNELS, false, 1, 3);
-    stops_while_reads_hang(KERNELS, true, 1, 6);
-    stops_while_reads_hang(KERNELS, true, 1, 0);
-    stops_while_reads_hang(KERNELS, true, 4, 6);
-    stops_while_reads_hang(KERNELS, true, 4, 0);
+    graph_set_kernels(KERNELS);
+    graph_set_small_graphs(true, true);
+    for (graph_steps steps = STEPS_UNKNOWN; steps <= STEPS_GLU; steps++) {
+        stops_while_reads_hang(steps, 1, 12, 0);
+        stops_while_reads_hang(steps, 1, 12, 2);
+        stops_while_reads_hang(steps, 10, 12, 2);
+        stops_while_reads_hang(steps, 10, 3, 2);
+        stops_while_reads_hang(steps, 10, 3, 0);
+    }
     reads_that_fail_afterwards();
     stops_while_giving_up();
     asks_seldom();
-    stops_while_others_hold_the_slots();
+    stops_while_others_hold_the_slots(0);
+    stops_while_others_hold_the_slots(2);
     pin_stops();
     closing_reads_no_queue();
     return 0;
