@@ -1,4 +1,8 @@
 /* What is counted: experts wanted, found or not; tokens; bytes; waiting; and nothing twice. */
+#define _POSIX_C_SOURCE 200809L
+#include <pthread.h>
+#include <time.h>
+
 #include "check.h"
 #include "fake_os.h"
 #include "model.h"
@@ -42,7 +46,6 @@ static void hits_and_misses(void) {
     CHECK(c.bytes_read == 4 * expert_bytes, "bytes are those that were wanted, not their cover");
     CHECK(c.resident == 4 && c.evictions == 0, "four experts lie in slots");
     CHECK(c.stall_ns > 0, "waiting for reads is counted");
-    CHECK(c.stall_bytes >= c.bytes_read && c.stall_bytes == gp_copies_arrived_bytes(pager->copies), "and what arrives meanwhile");
     model_use(&m, pager, &hold, 1, (int32_t[]) { 3, 4 }, 2, 1);
     CHECK(counters_of(1).stall_ns == c.stall_ns && counters_of(1).stall_bytes == c.stall_bytes, "a hit waits for nothing");
     CHECK(counters_of(0).hits + counters_of(0).misses + counters_of(0).tokens == 0, "layers count for themselves");
@@ -51,6 +54,26 @@ static void hits_and_misses(void) {
     }
     const gp_counters after = counters_of(1);
     CHECK(after.evictions == 4 - after.resident && after.evictions > 0, "an eviction is counted where the expert was");
+    end();
+}
+
+static void *let_reads_go(void *data) {
+    (void) data;
+    nanosleep(&(struct timespec) { .tv_nsec = 30000000 }, NULL);
+    fake_let_reads_go();
+    return NULL;
+}
+
+static void a_stall_is_what_is_waited_for(void) {
+    begin((model_shape) { .n_slices = 1, .slice_bytes = { 1184 }, .n_readers = 1, .piece_bytes = 64 << 10 });
+    fake_hold_reads();
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, let_reads_go, NULL) == 0, "the test has threads");
+    model_use(&m, pager, &hold, 1, (int32_t[]) { 3 }, 1, 1);
+    pthread_join(thread, NULL);
+    const gp_counters c = counters_of(1);
+    CHECK(c.stall_ns > 10000000 && c.stall_ns < UINT64_C(5000000000), "the time in which nothing could be done");
+    CHECK(c.stall_bytes == 1184 && c.stall_bytes == gp_copies_arrived_bytes(pager->copies), "and what arrived meanwhile");
     end();
 }
 
@@ -146,6 +169,7 @@ static void unknown_layers_are_refused(void) {
 int main(void) {
     check_begin();
     hits_and_misses();
+    a_stall_is_what_is_waited_for();
     again_is_not_counted();
     a_wave_that_is_left_holds_nothing();
     uses_fade();
