@@ -276,6 +276,11 @@ static ggml_tensor new_ids(int32_t op, const char *role, uint32_t layer, void *d
     return t;
 }
 
+/* llama.cpp multiplies up before gate, and gate before down. */
+static uint32_t first_slice(const model *m) {
+    return m->shape.n_slices < 3 ? 0 : 1;
+}
+
 void weights_map(weights *w, const model *m) {
     w->m = m;
     for (uint32_t l = 0; l < m->shape.n_layers; l++) {
@@ -289,6 +294,7 @@ void weights_map(weights *w, const model *m) {
             strcpy(t->name, spec->name);
         }
         w->biases[l] = (ggml_tensor) { .op = OP_NONE, .type = TYPE_F32, .buffer = &graph_host_buffer, .data = w->bias_data[l] };
+        set_shape(&w->biases[l], sizeof(float), m->layers[l].slices[first_slice(m)].ne[1], m->shape.n_experts, 1);
         for (uint32_t i = 0; i < GRAPH_EXPERTS * GRAPH_ROWS; i++) {
             w->bias_data[l][i] = (float) fake_random(1000);
         }
@@ -306,10 +312,8 @@ ggml_tensor *graph_matmul(graph *g, uint32_t layer, uint32_t slice) {
 }
 
 uint32_t graph_slice(const graph *g, uint32_t nth) {
-    /* llama.cpp multiplies up before gate, and gate before down. */
     static const uint32_t order[GP_MAX_SLICES] = { 1, 0, 2, 3 };
-    const uint32_t n_slices = g->w->m->shape.n_slices;
-    return n_slices < 3 ? nth : order[nth];
+    return first_slice(g->w->m) == 0 ? nth : order[nth];
 }
 
 static bool is_last(const graph *g, uint32_t slice) {
@@ -400,13 +404,11 @@ static void build_between(graph *g, uint32_t layer) {
     ggml_tensor *sources[2] = { graph_matmul(g, layer, graph_slice(g, 0)), graph_matmul(g, layer, graph_slice(g, 1)) };
     const bool is_merged = g->w->m->shape.n_slices == 2;
     if (g->steps == STEPS_BIAS) {
-        ggml_tensor *bias = &g->w->biases[layer];
-        set_shape(bias, sizeof(float), sources[0]->ne[0], g->w->m->shape.n_experts, 1);
         l->biased = new_tensor(OP_ADD_ID, TYPE_F32, "ffn_moe_biased", layer);
         set_shape(&l->biased, sizeof(float), sources[0]->ne[0], k, n_tokens);
         l->biased.data = l->biased_data;
         l->biased.src[0] = sources[0];
-        l->biased.src[1] = bias;
+        l->biased.src[1] = &g->w->biases[layer];
         l->biased.src[2] = l->ids;
         sources[0] = &l->biased;
         add(g, &l->biased);

@@ -43,13 +43,13 @@ static void used_again_with_other_ids(void) {
     g.steps = steps;
     for (int n_tokens = 1; n_tokens < 4; n_tokens++) {
         graph_build(&g, &w, (uint32_t) n_tokens, TOP_K_VIEW);
-        for (int i = 0; i < 30; i++) {
+        for (int i = 0; i < 15; i++) {
             serves(&g);
         }
     }
     gp_counters counters[MODEL_LAYERS];
     gp_pager_counters(pager, counters);
-    CHECK(counters[0].visits == 90 && counters[0].tokens == 30 + 60 + 90, "each time is a visit");
+    CHECK(counters[0].visits == 45 && counters[0].tokens == 15 + 30 + 45, "each time is a visit");
     end();
 }
 
@@ -57,7 +57,7 @@ static void built_anew_at_the_same_addresses(void) {
     begin();
     static graph g;
     g.steps = steps;
-    for (int i = 0; i < 60; i++) {
+    for (int i = 0; i < 40; i++) {
         graph_build(&g, &w, 1 + fake_random(3), fake_random(2) ? TOP_K_VIEW : COMPUTED_IDS);
         serves(&g);
         if (fake_random(2)) {
