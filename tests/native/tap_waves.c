@@ -162,7 +162,7 @@ static void decode_set_outlives_batches(model_shape shape) {
     graph_build(&single, &w, 1, TOP_K_VIEW);
     graph_build(&g, &w, 64, TOP_K_VIEW);
     decode_favourites(&single, 20);
-    for (int round = 0; round < 5; round++) {
+    for (int round = 0; round < 3; round++) {
         const uint64_t before = sum_of(bytes_read);
         graph_route(&g);
         for (uint32_t l = 0; l < m.shape.n_layers; l++) {
@@ -186,7 +186,7 @@ static void slow_reads_give_the_same(void) {
         begin((model_shape) { .n_slots = n_slots, .n_used = 3, .n_readers = 1 });
         g.steps = STEPS_GLU;
         get_to_know(9);
-        for (int i = 0; i < 15; i++) {
+        for (int i = 0; i < 8; i++) {
             fake_set_weather((fake_weather) { .delay_us = fake_random(4) * 100, .short_one_in = 5 });
             graph_build(&g, &w, 1 + fake_random(12), TOP_K_VIEW);
             run(m.shape.n_layers);
@@ -225,7 +225,7 @@ static void memory_that_does_not_do(void) {
     run(0);
     end();
     /* Memory for some experts of a batch at a time, round and round. */
-    for (size_t bytes = 4000; bytes < 12000; bytes += 900) {
+    for (size_t bytes = 4000; bytes < 12000; bytes += 1700) {
         begin_with((model_shape) { .n_slots = 27, .n_used = 3 }, bytes);
         get_to_know(8);
         uint32_t n_whole = 0;
