@@ -184,8 +184,8 @@ static bool wait_for_some(gp_compute *c, uint32_t *n) {
 }
 
 /* Finds out who can compute these matrices, if it is not known. False: the decode has failed, or it cannot be known now. */
-static bool try_matrices(gp_compute *c, slice *s, const ggml_tensor *node, const ggml_tensor *ids) {
-    const bool is_many = ids->ne[1] >= GP_MANY_ROWS;
+static bool try_matrices(gp_compute *c, slice *s, const ggml_tensor *node, const ggml_tensor *ids, uint32_t most_rows) {
+    const bool is_many = most_rows >= GP_MANY_ROWS;
     const bool is_known = s->kind->few != GP_UNTRIED_KERNEL && (!is_many || s->kind->many != GP_UNTRIED_KERNEL);
     if (is_known || s->kind->few == GP_BY_NOBODY) {
         return true;
@@ -512,13 +512,12 @@ bool gp_compute_offer(gp_compute *c, uint32_t number, ggml_tensor *node, const g
     if (!gp_crew_has_room(&c->crew, &run, most_rows)) {
         return false;
     }
-    const bool is_known = try_matrices(c, s, node, ids);
+    const bool is_known = try_matrices(c, s, node, ids, most_rows);
     if (c->failure->error != 0) {
         become(c, node, compute_nothing, s, NULL);
         return true;
     }
-    const bool needs_many = most_rows >= GP_MANY_ROWS;
-    if (!is_known || s->kind->few == GP_BY_NOBODY || (needs_many && s->kind->many != GP_BY_GGML)) {
+    if (!is_known || s->kind->few == GP_BY_NOBODY || (most_rows >= GP_MANY_ROWS && s->kind->many != GP_BY_GGML)) {
         return false;
     }
     if (!c->begun_ids && !begin_wave(c, s, ids)) {
