@@ -40,6 +40,13 @@ REQUIRED = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Iterator[None]:
+    """What llama.cpp says of each graph is longer than what it computes here takes."""
+    with make_zoo.quiet():
+        yield
+
+
 # ---- who computes ----
 
 @contextlib.contextmanager
@@ -159,6 +166,15 @@ def test_zoo_holds_every_required_architecture() -> None:
     assert all(make_zoo.UNBUILDABLE.values()), "every architecture left out has its reason"
 
 
+def test_one_other_bit_is_found() -> None:
+    logits = np.ones((3, 4), np.single)
+    other = logits.copy()
+    check_equal(logits, other, "nowhere")
+    other.view(np.uint32)[1, 2] ^= 1
+    with pytest.raises(AssertionError, match=r"positions \[1\] differ"):
+        check_equal(logits, other, "nowhere")
+
+
 @pytest.mark.parametrize("arch", make_zoo.ARCHS)
 def test_logits_equal_stock_bit_for_bit(zoo_model: Callable[..., Path], arch: str) -> None:
     path = zoo_model(arch)
@@ -211,7 +227,7 @@ def test_zoo_makes_every_type_that_ggml_multiplies() -> None:
 
 
 @pytest.mark.parametrize("arch", ("qwen3moe", "gpt-oss", "deepseek2", "glm4moe"))
-@pytest.mark.parametrize("file_type", ("q4_k_m", "q6_k", "mxfp4", "q8_0", "f16", "iq4_xs"))
+@pytest.mark.parametrize("file_type", ("q4_k_m", "mxfp4", "q8_0", "f16"))
 def test_logits_of_other_layers_equal_stock_in_common_types(zoo_model: Callable[..., Path], arch: str, file_type: str) -> None:
     path = zoo_model(arch, file_type)
     assert check_paged(path, "50%", stock_logits(path, (512, 16))).evictions > 0
