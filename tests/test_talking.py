@@ -15,7 +15,6 @@ import make_talking_model
 import numpy as np
 import pytest
 from conftest import Factory, evaluate
-from llama_cpp import llama_cpp as low
 from make_talking_model import Noise, Recipe, router
 
 import gguf_pager
@@ -72,7 +71,7 @@ def test_logits_are_stocks(small: Path, stock: Factory, paged: Factory, budget: 
     tokens = ours.tokenize(b"<|im_start|>user\nWhat is the capital of Germany?<|im_end|>\n<|im_start|>assistant\n", special=True)
     tokens += ours.tokenize(b"The capital of Germany is Berlin, a city on the river Spree with many lakes.", add_bos=False)
     batches = (8, 3, len(tokens) - 20)
-    theirs = stock(small, logits_all=True, n_ctx=256, n_ubatch=low.llama_n_ubatch(ours.ctx))
+    theirs = stock(small, logits_all=True, n_ctx=256)
     assert np.array_equal(evaluate(ours, tokens, batches), evaluate(theirs, tokens, batches))
     stats = ours.pager.stats()
     assert stats.misses > 0 and stats.left_alone == 0

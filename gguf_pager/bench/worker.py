@@ -301,7 +301,7 @@ class Run:
 
     @property
     def n_ubatch(self) -> int:
-        """The batch that is computed at once, which a small budget makes smaller than asked for."""
+        """The batch that is computed at once: what was asked for, and at most a call's and the context's tokens."""
         from llama_cpp import llama_cpp as low
 
         return int(low.llama_n_ubatch(self.llm.ctx))
