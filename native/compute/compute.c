@@ -52,6 +52,7 @@ typedef struct {
     gp_kind     *kind;
     planned_run  whole;
     const slice *leader;        /* the slice that comes first in a graph: with it a batch is counted; NULL: none was seen */
+    const ggml_tensor *counted; /* in this piece: the ids of that batch */
 } layer;
 
 struct gp_compute {
@@ -142,16 +143,19 @@ static bool is_plain(const gp_compute *c, const ggml_tensor *node, const ggml_te
 
 /* ---- waves -------------------------------------------------------------------------------------------------------- */
 
-/* Whether an earlier node of the layer has been computed with the same ids. */
-static bool is_again(const gp_compute *c, const slice *s) {
-    return c->layers[s->layer].leader != s;
+/* Whether these ids have been counted: with an earlier node of the layer, or for a trial that another has driven out since. */
+static bool is_again(gp_compute *c, const slice *s, const ggml_tensor *ids) {
+    layer *l = &c->layers[s->layer];
+    const bool is_again = l->leader != s || l->counted == ids;
+    l->counted = ids;
+    return is_again;
 }
 
 /* In the decoding thread. False: the decode has failed. */
 static bool begin_wave(gp_compute *c, const slice *s, const ggml_tensor *ids) {
     gp_failure failure;
     c->begun_ids = NULL;
-    if (gp_batch_begin(&c->batch, s->layer, ids, is_again(c, s), &failure) != 0) {
+    if (gp_batch_begin(&c->batch, s->layer, ids, is_again(c, s, ids), &failure) != 0) {
         *c->failure = failure;
         return false;
     }
@@ -551,6 +555,9 @@ bool gp_compute_has_closed(const gp_compute *c) {
 
 void gp_compute_reset(gp_compute *c) {
     c->piece++;
+    for (uint32_t i = 0; i < c->n_layers; i++) {
+        c->layers[i].counted = NULL;
+    }
     c->begun_ids = NULL;
     c->collecting = NULL;
     c->sampled = NULL;
