@@ -238,6 +238,23 @@ static void interrupted_comparison_leaves_the_answer_to_the_next(int answer, int
     end();
 }
 
+/* Its slot is still held when another comes, who asks for himself. */
+static void an_interrupted_comparison_says_nothing_to_others(void) {
+    begin((model_shape) { 0 });
+    gp_pager_compare_with(pager, compare, &asked);
+    fake_file_touch(m.paths[0]);
+    int32_t slot;
+    gp_failure failure;
+    CHECK(model_acquire(pager, &other, 1, (int32_t[]) { 3 }, 1, 1, &slot, &failure) == 0, "the expert comes");
+    gp_wave_done(pager, &other, 0);
+    asked.answer = -EINTR;
+    CHECK(gp_wave_end(pager, &other, &failure) == -EINTR, "its comparison is interrupted");
+    asked.answer = GP_SAME;
+    model_use(&m, pager, &hold, 1, (int32_t[]) { 3 }, 1, 1);
+    gp_hold_release(pager, &other);
+    end();
+}
+
 /* It was read before the file was compared, and nobody has looked at it since. */
 static void what_nobody_has_looked_at_is_dropped_when_times_are_taken_over(void) {
     begin((model_shape) { .n_slots = 24 });
@@ -396,6 +413,7 @@ int main(void) {
     touched_file_is_refused_if_the_caller_says_so();
     interrupted_comparison_leaves_the_answer_to_the_next(-EINTR, GP_SAME);
     interrupted_comparison_leaves_the_answer_to_the_next(-EINTR, -ESTALE);
+    an_interrupted_comparison_says_nothing_to_others();
     interrupted_comparison_leaves_the_answer_to_the_next(0, GP_SAME);  /* no answer of ours: it did not come to one */
     what_nobody_has_looked_at_is_dropped_when_times_are_taken_over();
     newer_file_is_refused();

@@ -101,6 +101,7 @@ typedef struct {
     uint32_t    most_us;                /* that it takes to compute one */
     atomic_bool is_taken[EXPERTS];
     atomic_uint n_done;
+    atomic_bool is_wrong;               /* some bytes were not the expert's: those of a read that failed, say */
 } crew;
 
 static bool compute_one(crew *c) {
@@ -111,10 +112,13 @@ static bool compute_one(crew *c) {
         const int32_t in = atomic_load(&c->hold->wanted[i].slot), expert = c->hold->wanted[i].expert;
         CHECK(in >= 0, "a slot comes in time");
         const uint32_t slot = (uint32_t) in;
-        CHECK(model_slot_holds(&m, pager, slot, c->hold->layer, expert), "a slot holds its expert's bytes");
+        bool is_right = model_slot_holds(&m, pager, slot, c->hold->layer, expert);
         if (c->most_us > 0) {
             pause_us(fake_random(c->most_us));
-            CHECK(model_slot_holds(&m, pager, slot, c->hold->layer, expert), "as long as it is computed with");
+            is_right &= model_slot_holds(&m, pager, slot, c->hold->layer, expert);
+        }
+        if (!is_right) {
+            atomic_store(&c->is_wrong, true);
         }
         gp_wave_done(pager, c->hold, i);
         if (atomic_fetch_add(&c->n_done, 1) + 1 == c->n_experts) {
@@ -157,6 +161,7 @@ static int compute_wave(gp_hold *h, const gp_demand *demand, uint32_t n_threads,
         error = gp_wave_end(pager, h, failure);
     }
     CHECK(error != 0 || atomic_load(&c.n_done) == demand->n_experts, "a wave that ends well has brought every expert");
+    CHECK(error != 0 || !atomic_load(&c.is_wrong), "whose bytes lay in its slot as long as it was computed with");
     gp_hold_release(pager, h);
     return error;
 }
@@ -342,6 +347,26 @@ static void the_most_named_are_kept(void) {
     end();
 }
 
+/* They came in no order of worth: read ahead, all of them. */
+static void the_most_named_of_what_is_there_are_kept(void) {
+    begin((model_shape) { .n_slots = 36, .n_layers = 4, .n_used = 2, .read_ahead = true });
+    const gp_class *c = &pager->classes[0];
+    const gp_demand before = demand_of(0, all, EXPERTS, 6);
+    comes(&hold, &before, 1, 0);
+    model_settle(pager);
+    CHECK(pager->layers[1].counters.resident == EXPERTS && pager->layers[1].kept == 0, "the next layer was read ahead");
+    const uint32_t counts[EXPERTS] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 };
+    const gp_demand demand = { .layer = 1, .experts = all, .counts = counts, .n_experts = EXPERTS, .n_tokens = 50 };
+    comes(&hold, &demand, 2, 0);
+    model_settle(pager);
+    CHECK(counters_of(1).hits == EXPERTS && pager->layers[1].kept == c->batch_share, "as many as a layer may keep");
+    for (uint32_t i = 0; i < EXPERTS; i++) {
+        CHECK(pager->slots[pager->layers[1].slot_of[i]].is_transient == (counts[i] <= EXPERTS - c->batch_share),
+              "those that most rows wanted");
+    }
+    end();
+}
+
 static void too_few_slots_keep_nothing_of_a_batch(void) {
     begin((model_shape) { .n_slots = 7, .n_layers = 4, .n_used = 2 });
     CHECK(pager->classes[0].share < 2, "fewer slots than one token wants of all layers");
@@ -508,6 +533,26 @@ static void release_waits_for_what_is_read_after_a_failure(void) {
     end();
 }
 
+/* One of three has failed. Whoever was at another is done with it later, and others may still compute with it. */
+static void nothing_goes_on_after_a_failure(void) {
+    begin((model_shape) { .n_slots = 2, .n_layers = 2, .n_used = 2, .n_readers = 1, .piece_bytes = 64 << 10 });
+    fake_fail_at(m.paths[0], model_offset(&m, 0, 0, 6), -EIO);
+    const gp_demand demand = demand_of(0, (int32_t[]) { 5, 6, 7 }, 3, 6);
+    start(&hold, &demand);
+    wait_for(&hold, 0);
+    while (!gp_wave_stops(&hold, true)) {
+        pause_us(100);
+    }
+    gp_wave_done(pager, &hold, 0);
+    CHECK(hold.n_open == 2 && hold.next == 2, "5: nothing is given back, and nothing more is read");
+    model_check_invariants(pager);
+    gp_failure failure;
+    CHECK(gp_wave_end(pager, &hold, &failure) == -EIO, "the wave fails");
+    gp_hold_release(pager, &hold);
+    CHECK(model_is_resident(pager, &m, 0, 5) && !model_is_resident(pager, &m, 0, 6), "what could be read is kept");
+    end();
+}
+
 static void the_first_failure_wins(void) {
     begin((model_shape) { .n_slots = 4, .n_layers = 1, .n_readers = 1, .piece_bytes = 64 << 10 });
     fake_fail_at(m.paths[0], model_offset(&m, 0, 1, 6), -EIO);
@@ -654,12 +699,14 @@ int main(void) {
     a_batch_leaves_the_kept_ones();
     who_holds_nothing_takes_any_slot();
     the_most_named_are_kept();
+    the_most_named_of_what_is_there_are_kept();
     too_few_slots_keep_nothing_of_a_batch();
     two_contexts_on_few_slots();
     a_slot_that_another_still_uses_is_waited_for();
     what_another_has_read_is_seen();
     who_gets_no_slot_does_without();
     release_waits_for_what_is_read_after_a_failure();
+    nothing_goes_on_after_a_failure();
     the_first_failure_wins();
     a_bad_block_in_a_long_wave();
     reads_that_do_not_come_can_be_stopped();
