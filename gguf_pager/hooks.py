@@ -343,7 +343,7 @@ class _Hooks:
 
     def _make_paged(self, paged: Model, params: Any) -> Any:
         request = _constructing.get() or paged.request
-        asked = int(min(params.n_ubatch or params.n_batch, params.n_batch or params.n_ubatch))
+        asked = _most_tokens(params)
         suitable = suitable_ubatch(paged.pager.layout, asked, 1 if params.kv_unified else max(1, params.n_seq_max))
         is_cut = suitable != asked
         if is_cut:
@@ -398,7 +398,7 @@ class _Hooks:
     def _make_context(self, paged: Model, params: Any) -> tuple[_native.Tap, Any]:
         ours = type(params).from_buffer_copy(params)
         n_used = max(layer.n_used for layer in paged.pager.layout.layers)
-        n_ubatch = params.n_ubatch or params.n_batch
+        n_ubatch = _most_tokens(params)
         try:
             tap = _native.Tap(
                 ggml=engine.ggml_numbers(), max_ids=n_ubatch * n_used,
@@ -586,6 +586,11 @@ atexit.register(hooks.keep_profiles)
 def _at_once(*functions: Callable[[], Any]) -> None:
     """Call functions one after the other. If all are written in C, no interrupt comes between them."""
     deque(map(operator.call, functions), maxlen=0)
+
+
+def _most_tokens(params: Any) -> int:
+    """Return the tokens that a context of these settings computes at once, or a few more: n_ctx limits them as well."""
+    return int(min(params.n_ubatch or params.n_batch, params.n_batch or params.n_ubatch))
 
 
 def _check_opened(paged: Model) -> None:

@@ -92,6 +92,12 @@ def test_low_level_decoding_is_paged_and_equals_stock(zoo_model: Model, budget: 
     assert (ours == theirs).all() and theirs.std() > 0
 
 
+def test_n_ubatch_beyond_all_bounds_is_n_batch_as_in_stock(zoo_model: Model) -> None:
+    with gguf_pager.install("min"), low_level(zoo_model("qwen3moe"), n_ubatch=2**32 - 1) as (model, context):
+        assert low.llama_n_ubatch(context) == 64
+        decode(model, context, some_tokens(20))
+
+
 def test_llama_cpps_own_class_is_paged_while_installed(zoo_model: Model, stock: Factory) -> None:
     path, tokens = zoo_model("qwen3moe"), some_tokens(20)
     with gguf_pager.install(budget="60%", policy="lru") as installed:
