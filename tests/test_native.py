@@ -25,7 +25,7 @@ SUPPORT = ("fake_os", "model", "graph")
 OF_SYSTEM = ("system_os",)
 SYSTEM = ("os/macos",) if platform.system() == "Darwin" else ("os/linux", "os/linux_aio", "os/linux_load")
 WITH_ARGUMENTS = ("policy_replay", "system_os")
-WAITS_FOR_SLOTS = ("tap_contexts", "waiting")  # for seconds, however reads are done
+WAITS_FOR_SLOTS = ("tap_contexts", "waves")  # for seconds, however reads are done
 PROGRAMS = tuple(sorted(path.stem for path in HERE.glob("*.c") if path.stem not in SUPPORT))
 
 WARNINGS = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-pthread")

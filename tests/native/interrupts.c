@@ -2,6 +2,7 @@
  * and what comes later works. */
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
+#include <string.h>
 #include <time.h>
 
 #include "check.h"
@@ -220,6 +221,41 @@ static void pin_stops(void) {
     end();
 }
 
+/* It is seen between two nodes: those that are asked about next compute nothing, from no mapping. */
+static void stops_between_nodes(graph_steps steps) {
+    begin((model_shape) { .n_slots = 12, .n_used = 3 });
+    g.steps = steps;
+    graph_build(&g, &w, 2, TOP_K_VIEW);
+    works("a graph runs before");
+    for (uint32_t nth = 0; nth < 3; nth++) {
+        graph_route(&g);
+        memcpy(g.layers[0].ranking_data, g.layers[0].chosen, sizeof g.layers[0].chosen);
+        const uint32_t up = graph_index(&g, graph_matmul(&g, 0, 1)), stop = graph_index(&g, graph_matmul(&g, 0, graph_slice(&g, nth)));
+        const uint32_t down = graph_index(&g, graph_matmul(&g, 0, 2));
+        for (uint32_t at = 0; at <= down; at++) {
+            if (at == stop) {
+                nanosleep(&(struct timespec) { .tv_nsec = (GP_ASK_MS + 10) * 1000000 }, NULL);
+                stop_at(1);
+            }
+            if (gp_tap_eval(g.nodes[at], true, tap) && at < up) {
+                CHECK(gp_tap_eval(g.nodes[at], false, tap), "the graph goes on");
+            }
+            CHECK(at < stop || g.nodes[at]->type != TYPE_F32 || g.nodes[at]->src[2] == NULL || g.nodes[at]->op == OP_CUSTOM,
+                  "what is asked about after is not left alone");
+        }
+        CHECK(gp_tap_abort(tap), "the graph is aborted");
+        gp_custom custom;
+        memcpy(&custom, g.nodes[down]->op_params, sizeof custom);
+        memset(g.nodes[down]->data, 0xff, sizeof(float));
+        custom.compute(g.nodes[down], 0, 1, custom.data);
+        CHECK(*(uint8_t *) g.nodes[down]->data == 0xff, "and computes nothing any more");
+        gp_tap_idle(tap);
+        CHECK(gp_tap_take_failure(tap).error == -EINTR, "because it was to stop");
+        works("afterwards all is well");
+    }
+    end();
+}
+
 /* Of what is queued for nobody, closing reads only what has begun. */
 static void closing_reads_no_queue(void) {
     g.steps = STEPS_GLU;
@@ -260,6 +296,8 @@ int main(void) {
     stops_while_others_hold_the_slots(0);
     stops_while_others_hold_the_slots(2);
     pin_stops();
+    stops_between_nodes(STEPS_UNKNOWN);
+    stops_between_nodes(STEPS_GLU);
     closing_reads_no_queue();
     return 0;
 }

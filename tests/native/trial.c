@@ -211,13 +211,14 @@ static void with_any_number_of_slots(void) {
     }
 }
 
-/* Rows of an expert that are computed in several parts, of matrices that are. */
+/* Rows of an expert that are computed in several parts, of matrices that are; and few. */
 static void experts_with_many_rows(graph_kernels kernels, uint32_t n_slots) {
     begin_with(kernels, (model_shape) { .n_slots = n_slots, .n_experts = 5, .n_layers = 2, .n_slices = 3,
                                         .slice_bytes = { 4480, 4480, 6112 } });
     g.steps = STEPS_GLU;
-    for (int i = 0; i < 4; i++) {
-        build(i < 3 ? GRAPH_TOKENS : 130);
+    static const uint32_t widths[] = { GRAPH_TOKENS, GRAPH_TOKENS, 130, 1, 2, 9 };
+    for (uint32_t i = 0; i < sizeof widths / sizeof *widths; i++) {
+        build(widths[i]);
         run();
         CHECK(g.n_ours == 6 && (i == 0 || g.n_whole == 2), "every node is ours, and all as a whole");
     }
