@@ -144,8 +144,8 @@ static int open_arena(gp_pager *p) {
     p->slots = calloc(p->n_slots, sizeof *p->slots);
     p->missing = calloc(p->n_slots, sizeof *p->missing);
     p->reads = calloc((size_t) p->n_slots * GP_MAX_SLICES, sizeof *p->reads);
-    p->ahead_reads = calloc((size_t) p->n_slots * GP_MAX_SLICES, sizeof *p->ahead_reads);
-    return p->slots && p->missing && p->reads && p->ahead_reads ? 0 : -ENOMEM;
+    p->leaving = calloc((size_t) p->n_slots * GP_MAX_SLICES, sizeof *p->leaving);
+    return p->slots && p->missing && p->reads && p->leaving ? 0 : -ENOMEM;
 }
 
 /* Huge pages are cheaper to read into and to compute with. They can be dearer to get: on a virtual machine whose host gives it
@@ -325,15 +325,15 @@ static void wait_for_reads(gp_pager *p) {
     uint32_t n_reads = 0;
     for (uint32_t i = 0; p->n_in_flight > 0 && i < p->n_slots; i++) {
         if (p->slots[i].state == READING) {
-            n_reads += gp_slot_withdraw(p, i, p->ahead_reads + n_reads);
+            n_reads += gp_slot_withdraw(p, i, p->leaving + n_reads);
         }
     }
     pthread_mutex_unlock(&p->lock);
     if (n_reads > 0) {
-        gp_copies_withdraw(p->copies, p->ahead_reads, n_reads);
+        gp_copies_withdraw(p->copies, p->leaving, n_reads);
     }
     pthread_mutex_lock(&p->lock);
-    gp_ahead_withdrawn(p, p->ahead_reads, n_reads);
+    gp_ahead_withdrawn(p, p->leaving, n_reads);
     while (p->n_in_flight > 0) {
         pthread_cond_wait(&p->released, &p->lock);
     }
@@ -364,7 +364,7 @@ void gp_pager_close(gp_pager *p) {
     }
     free(p->warm_up);
     free(p->guesses);
-    free(p->ahead_reads);
+    free(p->leaving);
     free(p->reads);
     free(p->missing);
     free(p->slots);

@@ -83,8 +83,7 @@ struct gp_pager {
     _Atomic uint8_t *missing;           /* per slot: slices to be read, a bit each; cleared with the lock, read also without */
     uint32_t         n_slots;
     gp_hold         *holds[GP_MAX_TAPS];
-    gp_read        **ahead_reads;       /* room for one submission of read-ahead */
-    bool             is_reading_ahead;  /* that room is taken */
+    gp_read        **leaving;           /* room for all reads, to withdraw them at the end */
     uint32_t         changed_file;      /* the last one that was found changed */
     gp_guess        *guesses;           /* room for one layer's experts */
     uint32_t         n_in_flight;       /* slots that are READING or LEAVING */
