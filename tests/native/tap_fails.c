@@ -160,7 +160,7 @@ static void closed_after_an_abort(bool is_idle, uint32_t n_tokens, uint32_t n_sl
         fake_fail(FAKE_FILE_READ, nth, -EIO);
         graph_route(&g);
         const int result = graph_run(&g, tap);
-        CHECK((result == 2) == !fake_is_armed(), "a failed read aborts");
+        CHECK(result == 0 || !fake_is_armed(), "nothing but a failed read aborts");
         fake_fail(FAKE_FILE_READ, 0, 0);
         if (is_idle) {
             gp_tap_idle(tap);
