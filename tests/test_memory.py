@@ -20,8 +20,8 @@ SCRIPT = """
 import json, resource, sys
 from pathlib import Path
 from gguf_pager import Llama
-path, budget = sys.argv[1], int(sys.argv[2])
-llm = Llama(path, budget=budget, n_ctx=700, n_batch=512, n_ubatch=512, n_threads=2, n_threads_batch=2, verbose=False)
+path, budget, n_ubatch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+llm = Llama(path, budget=budget, n_ctx=700, n_batch=512, n_ubatch=n_ubatch, n_threads=2, n_threads_batch=2, verbose=False)
 first = int(llm.metadata["gguf_pager.trace.first_token"])
 llm.eval([first + i for i in range(512)])
 for i in range(100):
@@ -45,17 +45,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.unlink()
 
 
-def run(model: Path, cap: Cap) -> dict[str, int]:
+def run(model: Path, cap: Cap, n_ubatch: int = 512) -> dict[str, int]:
     drop_from_page_cache([model])
-    command = cap.command([sys.executable, "-c", SCRIPT, str(model), str(BUDGET_BYTES)])
+    command = cap.command([sys.executable, "-c", SCRIPT, str(model), str(BUDGET_BYTES), str(n_ubatch)])
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def test_process_stays_under_its_budget(model: Path) -> None:
-    result = run(model, Cap("none", None))
+@pytest.mark.parametrize("n_ubatch", (512, 64, 7))
+def test_process_stays_under_its_budget(model: Path, n_ubatch: int) -> None:
+    result = run(model, Cap("none", None), n_ubatch)
     assert result["peak_rss_bytes"] <= BUDGET_BYTES * TOLERANCE
     assert result["evictions"] > 0 and result["left_alone"] == 0
     assert result["resident_bytes"] <= result["arena_bytes"] < BUDGET_BYTES

@@ -3,17 +3,27 @@
 #include <errno.h>
 #include <stdlib.h>
 
-/* Top-k may be a view of the full ranking: rows lie n_expert apart, not k. */
-static int32_t id_at(const ggml_tensor *ids, int64_t rank, int64_t token) {
-    return *(const int32_t *) ((const char *) ids->data + (size_t) token * ids->nb[1] + (size_t) rank * ids->nb[0]);
+int32_t gp_id_in(const ggml_tensor *ids, const gp_row *r) {
+    return *(const int32_t *) ((const char *) ids->data + r->token * ids->nb[1] + r->rank * ids->nb[0]);
+}
+
+float *gp_row_in(const ggml_tensor *tensor, const gp_row *r) {
+    const uint32_t rank = tensor->ne[1] == 1 ? 0 : r->rank;
+    return (float *) (void *) ((char *) tensor->data + rank * tensor->nb[1] + r->token * tensor->nb[2]);
+}
+
+const char *gp_batch_matrix(const gp_batch *b, uint32_t i, uint32_t slice, const ggml_tensor *node) {
+    const char *data = gp_wave_slice(b->pager, b->hold, i, slice);
+    const ggml_tensor *all = node->src[0];
+    return data ? data : (const char *) all->data + (size_t) b->hold->wanted[i].expert * all->nb[2];
 }
 
 /* Returns how many distinct experts there are; 0: the ids make no sense. */
 static uint32_t collect(gp_batch *b, const ggml_tensor *ids, uint32_t n_experts) {
     uint32_t n = 0;
-    for (int64_t token = 0; token < ids->ne[1]; token++) {
-        for (int64_t rank = 0; rank < ids->ne[0]; rank++) {
-            const int32_t expert = id_at(ids, rank, token);
+    for (uint32_t token = 0; token < ids->ne[1]; token++) {
+        for (uint32_t rank = 0; rank < ids->ne[0]; rank++) {
+            const int32_t expert = gp_id_in(ids, &(gp_row) { rank, token });
             if (expert < 0 || (uint32_t) expert >= n_experts) {
                 return 0;
             }
@@ -55,11 +65,12 @@ static void sort_rows(gp_batch *b, const ggml_tensor *ids) {
         b->first_row[i] = n_rows;
         n_rows += hold->wanted[i].count;
     }
-    for (int64_t token = 0; token < ids->ne[1]; token++) {
-        for (int64_t rank = 0; rank < ids->ne[0]; rank++) {
-            const int32_t expert = id_at(ids, rank, token);
+    for (uint32_t token = 0; token < ids->ne[1]; token++) {
+        for (uint32_t rank = 0; rank < ids->ne[0]; rank++) {
+            const gp_row r = { rank, token };
+            const int32_t expert = gp_id_in(ids, &r);
             const uint32_t at = b->first_row[b->place[expert]]++;
-            b->rows[at] = (gp_row) { (uint32_t) rank, (uint32_t) token };
+            b->rows[at] = r;
             b->experts[at] = expert;
         }
     }
@@ -87,7 +98,7 @@ int gp_batch_open(gp_batch *b, gp_pager *pager, gp_hold *hold, uint32_t most_row
     for (uint32_t i = 0; (layer = gp_pager_layer(pager, i)); i++) {
         most_experts = layer->n_experts > most_experts ? layer->n_experts : most_experts;
     }
-    *b = (gp_batch) { .pager = pager, .hold = hold, .most_rows = most_rows };
+    *b = (gp_batch) { .pager = pager, .hold = hold, .most_rows = most_rows, .most_experts = most_experts };
     b->place = malloc(most_experts * sizeof *b->place);
     b->collected = malloc(most_experts * sizeof *b->collected);
     b->counts = malloc(most_experts * sizeof *b->counts);

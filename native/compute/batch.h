@@ -13,7 +13,7 @@ typedef struct {
 typedef struct {
     gp_pager   *pager;
     gp_hold    *hold;
-    uint32_t    most_rows;
+    uint32_t    most_rows, most_experts;
     int32_t    *place;          /* by expert: its place among those that were collected, or -1 */
     int32_t    *collected;      /* distinct experts, in the order in which they are named */
     uint32_t   *counts;         /* of ids that named them */
@@ -24,9 +24,17 @@ typedef struct {
     int32_t    *experts;        /* of each row */
 } gp_batch;
 
+/* The id of a rank and token. Top-k may be a view of the full ranking: rows lie n_expert apart, not k. */
+int32_t gp_id_in(const ggml_tensor *ids, const gp_row *row);
+/* A row of a node's floats, or of its input's, which may be the same for all ranks. */
+float  *gp_row_in(const ggml_tensor *tensor, const gp_row *row);
+
 /* For batches of so many rows, ranks times tokens. To be closed even if it fails. */
 int  gp_batch_open(gp_batch *batch, gp_pager *pager, gp_hold *hold, uint32_t most_rows);
 void gp_batch_close(gp_batch *batch);
+
+/* A node's matrix of the ith expert, which is there: in its slot, or in llama.cpp's mapping. */
+const char *gp_batch_matrix(const gp_batch *batch, uint32_t i, uint32_t slice, const ggml_tensor *node);
 
 /* What a router has chosen, of so many experts: how many ids the most wanted one has; 0: these ids make no sense, or are too
  * many. */

@@ -13,7 +13,6 @@
  */
 #include "compute/compute.h"
 
-#include <assert.h>
 #include <errno.h>
 #include <sched.h>
 #include <stdlib.h>
@@ -199,9 +198,7 @@ static bool try_matrices(gp_compute *c, slice *s, const ggml_tensor *node, const
         return false;
     }
     for (uint32_t i = 0; i < experts.n; i++) {
-        const char *data = gp_wave_slice(c->pager, c->hold, i, s->index);
-        experts.data[i] = data ? data : (const char *) node->src[0]->data
-                                        + (size_t) c->hold->wanted[i].expert * node->src[0]->nb[2];
+        experts.data[i] = gp_batch_matrix(&c->batch, i, s->index, node);
     }
     int error = 0;
     if (s->kind->few == GP_UNTRIED_KERNEL) {
@@ -231,18 +228,13 @@ static void convert_inputs(ggml_tensor *node, int ith, int nth, void *data) {
     gp_crew_convert(&own->compute->crew, &own->run);
 }
 
-static float *row_in(const ggml_tensor *tensor, const gp_row *r) {
-    const uint32_t rank = tensor->ne[1] == 1 ? 0 : r->rank;
-    return (float *) (void *) ((char *) tensor->data + rank * tensor->nb[1] + r->token * tensor->nb[2]);
-}
-
 /* One of the first matrices was computed alone: some of its rows are kept. */
 static void take_samples(gp_compute *c, const ggml_tensor *node) {
     const gp_nodes *nodes = &c->sampled->nodes;
     for (uint32_t i = 0; i < nodes->shape.n_first; i++) {
         if (nodes->first[i] == node) {
             for (uint32_t s = 0; s < c->n_samples; s++) {
-                memcpy(c->samples[i] + s * node->ne[0], row_in(node, &c->sample_rows[s]), (size_t) node->ne[0] * sizeof(float));
+                memcpy(c->samples[i] + s * node->ne[0], gp_row_in(node, &c->sample_rows[s]), (size_t) node->ne[0] * sizeof(float));
             }
             c->n_sampled++;
         }
@@ -261,14 +253,13 @@ static void compare_samples(gp_compute *c) {
         at += SAMPLES * nodes->shape.steps[i].width;
     }
     for (uint32_t s = 0; s < c->n_samples; s++) {
-        const gp_row *r = &c->sample_rows[s];
-        experts[s] = *(const int32_t *) ((const char *) nodes->ids->data + r->token * nodes->ids->nb[1]
-                                         + r->rank * nodes->ids->nb[0]);
+        experts[s] = gp_id_in(nodes->ids, &c->sample_rows[s]);
     }
     bool is_same = nodes->shape.n_steps == 0 || gp_worker_step(c->crew.workers, 0, nodes, &rows) == 0;
     const float *ours = nodes->shape.n_steps > 0 ? rows.steps[nodes->shape.n_steps - 1] : c->samples[0];
     for (uint32_t s = 0; s < c->n_samples; s++) {
-        is_same &= memcmp(ours + s * input->ne[0], row_in(input, &c->sample_rows[s]), (size_t) input->ne[0] * sizeof(float)) == 0;
+        is_same &= memcmp(ours + s * input->ne[0], gp_row_in(input, &c->sample_rows[s]),
+                          (size_t) input->ne[0] * sizeof(float)) == 0;
     }
     c->sampled->kind->is_same = is_same ? GP_SAME_BITS : GP_OTHER_BITS;
 }

@@ -127,17 +127,11 @@ bool gp_crew_has_room(const gp_crew *c, const gp_run *run, uint32_t most_rows) {
 
 /* ---- rows --------------------------------------------------------------------------------------------------------- */
 
-static char *row_in(const ggml_tensor *tensor, const gp_row *r) {
-    const uint32_t rank = tensor->ne[1] == 1 ? 0 : r->rank;
-    return (char *) tensor->data + rank * tensor->nb[1] + r->token * tensor->nb[2];
-}
-
-static void share_out_inputs(gp_crew *c, const gp_run *run) {
+/* Where the inputs of one of the first matrices are converted to. */
+static char *inputs_of(const gp_crew *c, const gp_run *run, uint32_t matrix) {
     const ggml_tensor *input = input_of(run);
-    c->inputs[0] = c->inputs[1] = c->memory;
-    if (takes_another_input(run)) {
-        c->inputs[1] += round_up((size_t) (input->ne[1] * input->ne[2]) * run->first_kinds[0]->matrix.input_bytes);
-    }
+    const size_t n = (size_t) (input->ne[1] * input->ne[2]);
+    return c->memory + (matrix > 0 && takes_another_input(run) ? round_up(n * run->first_kinds[0]->matrix.input_bytes) : 0);
 }
 
 void gp_crew_expect(gp_crew *c) {
@@ -151,11 +145,10 @@ void gp_crew_convert(gp_crew *c, const gp_run *run) {
     uint32_t i;
     while ((i = atomic_fetch_add_explicit(&c->next_input, 1, memory_order_relaxed)) < n) {
         const gp_row r = { i % (uint32_t) input->ne[1], i / (uint32_t) input->ne[1] };
-        const float *row = (const float *) (const void *) row_in(input, &r);
-        gp_matrix_convert(first, row, c->memory + i * first->input_bytes);
+        gp_matrix_convert(first, gp_row_in(input, &r), inputs_of(c, run, 0) + i * first->input_bytes);
         if (takes_another_input(run)) {
             const gp_matrix *second = &run->first_kinds[1]->matrix;
-            gp_matrix_convert(second, row, c->memory + round_up(n * first->input_bytes) + i * second->input_bytes);
+            gp_matrix_convert(second, gp_row_in(input, &r), inputs_of(c, run, 1) + i * second->input_bytes);
         }
     }
 }
@@ -164,7 +157,8 @@ void gp_crew_convert(gp_crew *c, const gp_run *run) {
 static const char *converted_input(const gp_crew *c, uint32_t matrix, const gp_row *r) {
     const ggml_tensor *input = input_of(c->run);
     const size_t rank = input->ne[1] == 1 ? 0 : r->rank;
-    return c->inputs[matrix] + (r->token * (size_t) input->ne[1] + rank) * c->run->first_kinds[matrix]->matrix.input_bytes;
+    const size_t bytes = c->run->first_kinds[matrix]->matrix.input_bytes;
+    return inputs_of(c, c->run, matrix) + (r->token * (size_t) input->ne[1] + rank) * bytes;
 }
 
 static void gather(const gp_crew *c, gp_share *s) {
@@ -172,8 +166,7 @@ static void gather(const gp_crew *c, gp_share *s) {
     for (uint32_t i = 0; i < s->n_rows; i++) {
         if (run->n_first == 0) {
             const gp_matrix *m = &run->last_kind->matrix;
-            gp_matrix_convert(m, (const float *) (const void *) row_in(run->last->src[1], &s->rows[i]),
-                              s->last_inputs + i * m->input_bytes);
+            gp_matrix_convert(m, gp_row_in(run->last->src[1], &s->rows[i]), s->last_inputs + i * m->input_bytes);
         } else if (s->inputs) {
             const size_t bytes = run->first_kinds[0]->matrix.input_bytes;
             memcpy((char *) (uintptr_t) s->inputs + i * bytes, converted_input(c, 0, &s->rows[i]), bytes);
@@ -183,13 +176,6 @@ static void gather(const gp_crew *c, gp_share *s) {
             }
         }
     }
-}
-
-/* An expert's matrix. */
-static const char *data_of(const gp_crew *c, uint32_t share, uint32_t slice, const ggml_tensor *node) {
-    const char *data = gp_wave_slice(c->pager, c->hold, share, slice);
-    const ggml_tensor *all = node->src[0];
-    return data ? data : (const char *) all->data + (size_t) c->hold->wanted[share].expert * all->nb[2];
 }
 
 /* ---- pieces ------------------------------------------------------------------------------------------------------- */
@@ -206,7 +192,7 @@ static uint32_t begin_of(uint32_t n_rows, uint32_t n, uint32_t i) {
 
 static uint32_t n_pieces(const gp_crew *c, const gp_matrices *kind, uint32_t n_rows) {
     return kernel_for(kind, n_rows) == GP_BY_DOT
-        ? divide_up(kind->matrix.n_rows, c->dot_rows) : divide_up(kind->matrix.n_rows, c->ggml_rows) * n_slices_of_rows(n_rows);
+        ? divide_up(kind->matrix.n_rows, DOT_ROWS) : divide_up(kind->matrix.n_rows, c->ggml_rows) * n_slices_of_rows(n_rows);
 }
 
 /* The next piece; n: there is none left. */
@@ -235,12 +221,12 @@ static void multiply_first(gp_crew *c, uint32_t worker, uint32_t share, uint32_t
     gp_share *s = &c->shares[share];
     const gp_matrices *kind = c->run->first_kinds[matrix];
     const ggml_tensor *node = c->run->first[matrix];
-    const char *data = data_of(c, share, c->run->first_slices[matrix], node);
+    const char *data = gp_batch_matrix(c->batch, share, c->run->first_slices[matrix], node);
     const size_t width = (size_t) kind->matrix.n_rows, bytes = kind->matrix.input_bytes;
     const char *gathered = matrix > 0 && s->second_inputs ? s->second_inputs : s->inputs;
     float *results = s->between.first[matrix];
     if (kernel_for(kind, s->n_rows) == GP_BY_DOT) {
-        const gp_matrix_part part = part_of(kind, data, node, c->dot_rows, piece);
+        const gp_matrix_part part = part_of(kind, data, node, DOT_ROWS, piece);
         for (uint32_t i = 0; i < s->n_rows; i++) {
             gp_matrix_dot(&kind->matrix, &part, gathered ? gathered + i * bytes : converted_input(c, matrix, &s->rows[i]),
                           results + i * width);
@@ -259,12 +245,12 @@ static void multiply_last(gp_crew *c, uint32_t worker, uint32_t share, uint32_t 
     gp_share *s = &c->shares[share];
     const gp_matrices *kind = c->run->last_kind;
     ggml_tensor *node = c->run->last;
-    const char *data = data_of(c, share, c->run->last_slice, node);
+    const char *data = gp_batch_matrix(c->batch, share, c->run->last_slice, node);
     const size_t bytes = kind->matrix.input_bytes;
     if (kernel_for(kind, s->n_rows) == GP_BY_DOT) {
-        const gp_matrix_part part = part_of(kind, data, node, c->dot_rows, piece);
+        const gp_matrix_part part = part_of(kind, data, node, DOT_ROWS, piece);
         for (uint32_t i = 0; i < s->n_rows; i++) {
-            gp_matrix_dot(&kind->matrix, &part, s->last_inputs + i * bytes, (float *) (void *) row_in(node, &s->rows[i]));
+            gp_matrix_dot(&kind->matrix, &part, s->last_inputs + i * bytes, gp_row_in(node, &s->rows[i]));
         }
         return;
     }
@@ -276,8 +262,7 @@ static void multiply_last(gp_crew *c, uint32_t worker, uint32_t share, uint32_t 
     note(c, gp_worker_multiply(c->workers, worker, &kind->matrix, &part, s->last_inputs + begin * bytes, end - begin, results,
                                width * sizeof(float)));
     for (uint32_t i = begin; i < end; i++) {
-        memcpy(row_in(node, &s->rows[i]) + (size_t) part.first * sizeof(float), results + (i - begin) * width,
-               width * sizeof(float));
+        memcpy(gp_row_in(node, &s->rows[i]) + part.first, results + (i - begin) * width, width * sizeof(float));
     }
 }
 
@@ -398,7 +383,7 @@ static bool work_on_last(gp_crew *c, uint32_t worker, uint32_t share) {
     return true;
 }
 
-/* Does a piece of an expert's work; false: there is none for now. */
+/* Computes a piece of an expert. False: no piece of it can be taken. */
 static bool work_on(gp_crew *c, uint32_t worker, uint32_t share) {
     switch (atomic_load_explicit(&c->shares[share].phase, memory_order_acquire)) {
     case NOT_BEGUN: return begin_share(c, share);
@@ -474,8 +459,8 @@ void gp_crew_compute(gp_crew *c, uint32_t worker) {
 /* ---- beginning ---------------------------------------------------------------------------------------------------- */
 
 /* Whole products are the least trouble; where there are fewer experts at a time than threads could do with, they are cut. */
-static int64_t height_of_pieces(const gp_crew *c, int64_t n_rows) {
-    const uint32_t wanted = 4 * c->n_threads;
+static int64_t height_of_pieces(const gp_crew *c, int64_t n_rows, uint32_t n_threads) {
+    const uint32_t wanted = 4 * n_threads;
     const uint32_t n = c->n_shares < wanted ? divide_up(wanted, c->n_shares) : 1;
     const int64_t height = (n_rows / n + DOT_ROWS - 1) / DOT_ROWS * DOT_ROWS;
     return height < DOT_ROWS ? DOT_ROWS : height > GGML_ROWS ? GGML_ROWS : height;
@@ -484,11 +469,8 @@ static int64_t height_of_pieces(const gp_crew *c, int64_t n_rows) {
 void gp_crew_begin(gp_crew *c, const gp_run *run, uint32_t n_threads) {
     const size_t converted = converted_bytes(run);
     c->run = run;
-    c->n_threads = n_threads;
     c->n_shares = c->hold->n_wanted;
-    c->dot_rows = DOT_ROWS;
-    c->ggml_rows = height_of_pieces(c, run->last_kind->matrix.n_rows);
-    share_out_inputs(c, run);
+    c->ggml_rows = height_of_pieces(c, run->last_kind->matrix.n_rows, n_threads);
     gp_scratch_begin(&c->scratch, c->memory + converted, c->bytes - converted);
     for (uint32_t i = 0; i < c->n_shares; i++) {
         gp_share *s = &c->shares[i];
@@ -518,14 +500,9 @@ void gp_crew_rest(gp_crew *c) {
 /* ---- opening and closing ---------------------------------------------------------------------------------------- */
 
 int gp_crew_open(gp_crew *c, const gp_ggml *ggml, gp_pager *pager, gp_hold *hold, gp_batch *batch, size_t bytes) {
-    uint32_t most_experts = 0;
-    const gp_layer_spec *layer;
-    for (uint32_t i = 0; (layer = gp_pager_layer(pager, i)); i++) {
-        most_experts = layer->n_experts > most_experts ? layer->n_experts : most_experts;
-    }
     *c = (gp_crew) { .ggml = ggml, .pager = pager, .hold = hold, .batch = batch, .bytes = bytes };
     atomic_flag_clear(&c->scratch.is_busy);
-    c->shares = calloc(most_experts, sizeof *c->shares);
+    c->shares = calloc(batch->most_experts, sizeof *c->shares);
     c->parts = malloc((size_t) GP_WORKERS * GGML_ROWS * AT_ONCE * sizeof *c->parts);
     c->memory = malloc(bytes + 1);
     if (!c->shares || !c->parts || !c->memory) {

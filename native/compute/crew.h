@@ -50,10 +50,9 @@ typedef struct {
 
     /* The run at hand. */
     const gp_run  *run;
-    char          *inputs[GP_FIRST];    /* of the first matrices, converted */
     atomic_uint    next_input;
-    uint32_t       n_shares, n_threads;
-    int64_t        dot_rows, ggml_rows; /* of a matrix, in one piece of work */
+    uint32_t       n_shares;
+    int64_t        ggml_rows;           /* of a matrix, in one piece for MUL_MAT_ID */
     atomic_uint    first_open, n_done;
     atomic_bool    has_failed;          /* ggml could not */
 } gp_crew;

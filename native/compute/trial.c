@@ -52,13 +52,6 @@ static void mix(trial *t, const company *rows) {
     }
 }
 
-static void set_size(ggml_tensor *t, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb0, size_t nb1, size_t nb2) {
-    const int64_t ne[GGML_DIMS] = { ne0, ne1, ne2, 1 };
-    const size_t nb[GGML_DIMS] = { nb0, nb1, nb2, nb2 * (size_t) ne2 };
-    memcpy(t->ne, ne, sizeof ne);
-    memcpy(t->nb, nb, sizeof nb);
-}
-
 /* ggml's own: all experts at once, inputs as they are. By one thread: of a process that was forked from one that has computed with
  * several, libgomp would wait for ever for threads that are not there (12.2 does). How rows are shared out changes none. */
 static int compute_theirs(trial *t) {
@@ -78,10 +71,11 @@ static int compute_theirs(trial *t) {
     }
     weights.data = (void *) (uintptr_t) low;
     const size_t input_bytes = (size_t) t->matrix->n_columns * sizeof(float), output_bytes = (size_t) t->n_rows * sizeof(float);
-    set_size(&weights, t->matrix->n_columns, t->n_rows, experts->n, ggml->type_size(t->matrix->type), experts->row_bytes, distance);
-    set_size(&input, t->matrix->n_columns, 1, t->n, sizeof(float), input_bytes, input_bytes);
-    set_size(&ids, 1, t->n, 1, sizeof *t->ids, sizeof *t->ids, sizeof *t->ids * t->n);
-    set_size(&product, t->n_rows, 1, t->n, sizeof(float), output_bytes, output_bytes);
+    gp_set_size(&weights, t->matrix->n_columns, t->n_rows, experts->n, ggml->type_size(t->matrix->type), experts->row_bytes,
+                distance);
+    gp_set_size(&input, t->matrix->n_columns, 1, t->n, sizeof(float), input_bytes, input_bytes);
+    gp_set_size(&ids, 1, t->n, 1, sizeof *t->ids, sizeof *t->ids, sizeof *t->ids * t->n);
+    gp_set_size(&product, t->n_rows, 1, t->n, sizeof(float), output_bytes, output_bytes);
     const gp_graphs *graphs = &ggml->graphs;
     void *context = graphs->init((gp_graphs_memory) { .bytes = graphs->overhead(GRAPH_NODES, false), .no_alloc = true });
     void *graph = context ? graphs->new_graph(context, GRAPH_NODES, false) : NULL;

@@ -22,7 +22,7 @@ struct gp_workers {
 
 /* ---- tensors ------------------------------------------------------------------------------------------------------ */
 
-static void set_size(ggml_tensor *t, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb0, size_t nb1, size_t nb2) {
+void gp_set_size(ggml_tensor *t, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb0, size_t nb1, size_t nb2) {
     const int64_t ne[GGML_DIMS] = { ne0, ne1, ne2, 1 };
     const size_t nb[GGML_DIMS] = { nb0, nb1, nb2, nb2 * (size_t) ne2 };
     memcpy(t->ne, ne, sizeof ne);
@@ -32,7 +32,7 @@ static void set_size(ggml_tensor *t, int64_t ne0, int64_t ne1, int64_t ne2, size
 /* A row of floats for each of n. */
 static void set_rows(ggml_tensor *t, int64_t width, uint32_t n, void *data) {
     const size_t row_bytes = (size_t) width * sizeof(float);
-    set_size(t, width, 1, n, sizeof(float), row_bytes, row_bytes);
+    gp_set_size(t, width, 1, n, sizeof(float), row_bytes, row_bytes);
     t->data = data;
     t->buffer = NULL;
 }
@@ -41,7 +41,7 @@ static void set_rows(ggml_tensor *t, int64_t width, uint32_t n, void *data) {
 static void set_ids(const gp_workers *all, ggml_tensor *t, uint32_t n, const int32_t *data) {
     t->op = all->ggml->op_none;
     t->type = all->ggml->type_i32;
-    set_size(t, 1, n, 1, sizeof *data, sizeof *data, sizeof *data * n);
+    gp_set_size(t, 1, n, 1, sizeof *data, sizeof *data, sizeof *data * n);
     t->data = (void *) (uintptr_t) data;    /* ggml only reads it */
 }
 
@@ -54,17 +54,17 @@ int gp_worker_multiply(gp_workers *all, uint32_t number, const gp_matrix *m, con
     const int64_t n_rows = part->end - part->first;
     w->weights.op = w->input.op = ggml->op_none;
     w->weights.type = m->type;
-    set_size(&w->weights, m->n_columns, n_rows, 1, ggml->type_size(m->type), part->row_bytes,
+    gp_set_size(&w->weights, m->n_columns, n_rows, 1, ggml->type_size(m->type), part->row_bytes,
              part->row_bytes * (size_t) n_rows);
     w->weights.data = (void *) (uintptr_t) (part->data + (size_t) part->first * part->row_bytes);
     w->input.type = m->input_type;
-    set_size(&w->input, m->n_columns, 1, n, ggml->type_size(m->input_type), m->input_bytes, m->input_bytes);
+    gp_set_size(&w->input, m->n_columns, 1, n, ggml->type_size(m->input_type), m->input_bytes, m->input_bytes);
     w->input.data = (void *) (uintptr_t) inputs;
     set_ids(all, &w->zeros, n, all->zeros);
     w->product.op = ggml->op_mul_mat_id;
     w->product.type = ggml->type_f32;
     w->product.flags = ggml->flag_compute;
-    set_size(&w->product, n_rows, 1, n, sizeof(float), row_bytes, row_bytes);
+    gp_set_size(&w->product, n_rows, 1, n, sizeof(float), row_bytes, row_bytes);
     w->product.data = results;
     return ggml->graphs.compute(w->backend, w->product_graph);
 }

@@ -9,6 +9,9 @@ enum { GP_WORKERS = 64 };       /* threads that compute */
 
 typedef struct gp_workers gp_workers;
 
+/* The elements of a tensor of three dimensions, and the bytes from one to the next. */
+void gp_set_size(ggml_tensor *tensor, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb0, size_t nb1, size_t nb2);
+
 int  gp_workers_open(gp_workers **out, const gp_ggml *ggml);
 void gp_workers_close(gp_workers *workers);
 

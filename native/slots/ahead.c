@@ -70,6 +70,7 @@ uint32_t gp_ahead_take(gp_pager *p, gp_hold *hold, gp_read **reads, uint32_t mos
     }
     return n_reads;
 }
+
 uint32_t gp_ahead_drop(gp_pager *p, const gp_hold *hold, uint32_t layer_index, gp_read **reads) {
     const gp_layer *l = &p->layers[layer_index];
     uint32_t n_reads = 0;

@@ -1,17 +1,11 @@
-/* Serving contexts: experts wanted become slots held, misses become reads waited for. The states of a slot and the
- * invariants are at the head of slots.c. */
+/* What a pager tells of itself, and files that were touched. */
 #include "slots/pager.h"
 
-#include <assert.h>
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#include "slots/ahead.h"
 #include "slots/slots.h"
-#include "slots/waits.h"
-#include "slots/warm.h"
 
 bool gp_pager_enter(gp_pager *p) {
     return getpid() == p->pid && pthread_mutex_lock(&p->lock) == 0;

@@ -99,7 +99,7 @@ static uint32_t take_more(gp_pager *p, gp_hold *hold, gp_read **reads, uint32_t 
     while (hold->next < hold->n_wanted && n_taken < most_experts) {
         const int32_t expert = hold->wanted[hold->next].expert;
         int32_t index = l->slot_of[expert];
-        if (index >= 0) {       /* another context has read it meanwhile */
+        if (index >= 0) {       /* it was there, or another context has read it meanwhile */
             take_hit(p, hold, hold->next++, (uint32_t) index);
             gp_hold_tell(hold);     /* it may be there already, and then nothing arrives */
             continue;
@@ -152,9 +152,9 @@ static void add(gp_hold *hold, const gp_demand *demand, uint32_t at) {
     atomic_store_explicit(&w->slot, GP_NO_SLOT_YET, memory_order_relaxed);
 }
 
-/* What is in slots, and may be computed at once, goes before what is on its way, and that before the rest. Returns how many are
- * in slots or on their way. */
-static uint32_t line_up(gp_pager *p, gp_hold *hold, const gp_demand *demand, uint32_t *n_missed) {
+/* What is in slots, and may be computed at once, goes before what is on its way, and that before the rest: our own misses must not
+ * push them out. Returns how many are not in slots. */
+static uint32_t line_up(const gp_pager *p, gp_hold *hold, const gp_demand *demand) {
     const gp_layer *l = &p->layers[demand->layer];
     hold->layer = demand->layer;
     hold->n_tokens = demand->n_tokens;
@@ -166,7 +166,7 @@ static uint32_t line_up(gp_pager *p, gp_hold *hold, const gp_demand *demand, uin
             add(hold, demand, i);
         }
     }
-    *n_missed = demand->n_experts - hold->n_wanted;
+    const uint32_t n_missed = demand->n_experts - hold->n_wanted;
     for (uint32_t i = 0; i < demand->n_experts; i++) {
         const int32_t index = l->slot_of[demand->experts[i]];
         if (index >= 0 && p->slots[index].state == READING) {
@@ -182,7 +182,7 @@ static uint32_t line_up(gp_pager *p, gp_hold *hold, const gp_demand *demand, uin
     if (demand->n_tokens > 1) {
         qsort(hold->wanted + n_here, hold->n_wanted - n_here, sizeof *hold->wanted, by_count);
     }
-    return n_here;
+    return n_missed;
 }
 
 /* Nothing is held, or an earlier wave that nobody computes with any more. */
@@ -228,12 +228,7 @@ int gp_wave_begin(gp_pager *p, gp_hold *hold, const gp_demand *demand, gp_failur
     if (!demand->is_again) {
         count_use(l, demand);
     }
-    uint32_t n_missed;
-    const uint32_t n_here = line_up(p, hold, demand, &n_missed);
-    while (hold->next < n_here) {       /* before our own misses push them out */
-        const uint32_t i = hold->next++;
-        take_hit(p, hold, i, (uint32_t) l->slot_of[hold->wanted[i].expert]);
-    }
+    const uint32_t n_missed = line_up(p, hold, demand);
     uint32_t n_reads = take_more(p, hold, hold->reads, hold->n_wanted);
     if (!demand->is_again) {
         l->counters.hits += demand->n_experts - n_missed;
