@@ -19,12 +19,13 @@
 #include <string.h>
 
 #include "compute/crew.h"
+#include "compute/samples.h"
 #include "compute/trial.h"
 
 /* A flag that ggml does not have: this node has lost the one that makes ggml compute it. */
 enum { LEFT_OUT = 1 << 30 };
-/* Rows that are compared; nodes that may lie between the matrices, views included. */
-enum { SAMPLES = 8, BETWEEN = 32, SPINS = 1000 };
+/* Nodes that may lie between the matrices, views included. */
+enum { BETWEEN = 32, SPINS = 1000 };
 
 typedef struct slice slice;
 
@@ -80,10 +81,7 @@ struct gp_compute {
     uint32_t       n_between;
     layer         *whole;       /* the one that is computed as a whole */
     bool           has_closed;  /* what was offered last was the last node of a feed-forward */
-    layer         *sampled;     /* its nodes are computed alone, and what lies between is compared: */
-    gp_row         sample_rows[SAMPLES];
-    uint32_t       n_samples, n_sampled;    /* rows, first matrices so far */
-    float         *samples[GP_FIRST];
+    gp_samples     samples;     /* of one whose nodes are computed alone */
 };
 
 /* ---- nodes -------------------------------------------------------------------------------------------------------- */
@@ -228,50 +226,12 @@ static void convert_inputs(ggml_tensor *node, int ith, int nth, void *data) {
     gp_crew_convert(&own->compute->crew, &own->run);
 }
 
-/* One of the first matrices was computed alone: some of its rows are kept. */
-static void take_samples(gp_compute *c, const ggml_tensor *node) {
-    const gp_nodes *nodes = &c->sampled->nodes;
-    for (uint32_t i = 0; i < nodes->shape.n_first; i++) {
-        if (nodes->first[i] == node) {
-            for (uint32_t s = 0; s < c->n_samples; s++) {
-                memcpy(c->samples[i] + s * node->ne[0], gp_row_in(node, &c->sample_rows[s]), (size_t) node->ne[0] * sizeof(float));
-            }
-            c->n_sampled++;
-        }
-    }
-}
-
-/* What lies between was computed by llama.cpp's own nodes: whether it is the same here, on the rows that were kept. */
-static void compare_samples(gp_compute *c) {
-    const gp_nodes *nodes = &c->sampled->nodes;
-    const ggml_tensor *input = nodes->last->src[1];
-    int32_t experts[SAMPLES];
-    gp_step_rows rows = { .n = c->n_samples, .experts = experts, .first = { c->samples[0], c->samples[1] } };
-    float *at = (float *) (void *) c->crew.memory;
-    for (uint32_t i = 0; i < nodes->shape.n_steps; i++) {
-        rows.steps[i] = at;
-        at += SAMPLES * nodes->shape.steps[i].width;
-    }
-    for (uint32_t s = 0; s < c->n_samples; s++) {
-        experts[s] = gp_id_in(nodes->ids, &c->sample_rows[s]);
-    }
-    bool is_same = nodes->shape.n_steps == 0 || gp_worker_step(c->crew.workers, 0, nodes, &rows) == 0;
-    const float *ours = nodes->shape.n_steps > 0 ? rows.steps[nodes->shape.n_steps - 1] : c->samples[0];
-    for (uint32_t s = 0; s < c->n_samples; s++) {
-        is_same &= memcmp(ours + s * input->ne[0], gp_row_in(input, &c->sample_rows[s]),
-                          (size_t) input->ne[0] * sizeof(float)) == 0;
-    }
-    c->sampled->kind->is_same = is_same ? GP_SAME_BITS : GP_OTHER_BITS;
-}
-
 static void start(gp_compute *c, planned_run *own, uint32_t n_threads) {
     const gp_run *run = &own->run;
     c->collecting = c->whole = NULL;
     c->piece++;
-    if (c->sampled && c->sampled->nodes.last == run->last && c->n_sampled == c->sampled->nodes.shape.n_first
-        && c->failure->error == 0) {
-        compare_samples(c);
-        c->sampled = NULL;
+    if (c->failure->error == 0) {
+        gp_samples_compare(&c->samples, run->last, c->crew.workers, c->crew.memory, c->crew.bytes);
     }
     if (c->failure->error == 0 && (has_begun(c, run->layer, run->ids) || begin_wave(c, own->leader, run->ids))) {
         gp_crew_begin(&c->crew, run, n_threads);
@@ -289,8 +249,8 @@ static void finish(gp_compute *c, const planned_run *own) {
     if (c->failure->error == 0 && atomic_load(&c->crew.has_failed)) {
         *c->failure = (gp_failure) { .error = -ENOTRECOVERABLE };
     }
-    if (c->sampled && c->failure->error == 0) {
-        take_samples(c, own->run.last);
+    if (c->failure->error == 0) {
+        gp_samples_keep(&c->samples, own->run.last);
     }
 }
 
@@ -389,24 +349,6 @@ static bool is_private(const gp_compute *c, const gp_nodes *nodes) {
     return is_plain;
 }
 
-static void sample(gp_compute *c, layer *l) {
-    int64_t width = 0;
-    for (uint32_t i = 0; i < l->nodes.shape.n_steps; i++) {
-        width += l->nodes.shape.steps[i].width;
-    }
-    if ((size_t) width * SAMPLES * sizeof(float) > c->crew.bytes) {
-        return;
-    }
-    const uint32_t n_rows = l->nodes.n_ranks * l->nodes.n_tokens;
-    c->sampled = l;
-    c->n_sampled = 0;
-    c->n_samples = n_rows < SAMPLES ? n_rows : SAMPLES;
-    for (uint32_t i = 0; i < c->n_samples; i++) {
-        const uint32_t row = (uint32_t) ((uint64_t) n_rows * i / c->n_samples);
-        c->sample_rows[i] = (gp_row) { row % l->nodes.n_ranks, row / l->nodes.n_ranks };
-    }
-}
-
 /* All nodes of a feed-forward are known, and are computed alone until here. */
 static void become_whole(gp_compute *c, layer *l, uint32_t most_rows) {
     const gp_nodes *nodes = &l->nodes;
@@ -463,8 +405,8 @@ static void end_collecting(gp_compute *c, slice *s, ggml_tensor *node, uint32_t 
     l->kind = gp_kind_find(&c->kinds, &l->nodes.shape);
     if (l->kind && l->kind->is_same == GP_SAME_BITS && !c->whole) {
         become_whole(c, l, most_rows);
-    } else if (l->kind && l->kind->is_same == GP_UNTRIED && !c->sampled) {
-        sample(c, l);
+    } else if (l->kind && l->kind->is_same == GP_UNTRIED && !c->samples.nodes) {
+        gp_samples_begin(&c->samples, &l->nodes, l->kind);
     }
 }
 
@@ -551,7 +493,7 @@ void gp_compute_reset(gp_compute *c) {
     }
     c->begun_ids = NULL;
     c->collecting = NULL;
-    c->sampled = NULL;
+    c->samples.nodes = NULL;
     c->whole = NULL;
     gp_hold_release(c->pager, c->hold);
 }
@@ -608,13 +550,7 @@ static int open_slices(gp_compute *c) {
             widest = spec->slices[i].ne[1] > widest ? spec->slices[i].ne[1] : widest;
         }
     }
-    for (uint32_t i = 0; i < GP_FIRST; i++) {
-        c->samples[i] = malloc(SAMPLES * (size_t) widest * sizeof *c->samples[i]);
-        if (!c->samples[i]) {
-            return -ENOMEM;
-        }
-    }
-    return 0;
+    return gp_samples_open(&c->samples, widest);
 }
 
 static void detach(gp_compute *c) {
@@ -623,9 +559,7 @@ static void detach(gp_compute *c) {
     free(c->slices);
     free(c->matrices);
     free(c->layers);
-    for (uint32_t i = 0; i < GP_FIRST; i++) {
-        free(c->samples[i]);
-    }
+    gp_samples_close(&c->samples);
     *c = (gp_compute) { .ggml = c->ggml, .most_ids = c->most_ids, .bytes = c->bytes };
 }
 
