@@ -19,7 +19,9 @@ from gguf_pager.memory import allocator
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="preloads Linux's libraries")
 
 MIB = 1 << 20
-BUDGET_BYTES, TOLERANCE = 236 * MIB, 1.03
+BUDGET_BYTES, TOLERANCE = 268 * MIB, 1.03
+LEAST_ARENA_BYTES = 24 * MIB
+"""Of what is left, 62 to 79 MiB here: under mimalloc the address space is counted, which it takes 32 MiB at a time."""
 
 PACKAGES = {"libjemalloc.so.2": "libjemalloc2", "libmimalloc.so.2": "libmimalloc2.0", "libtcmalloc_minimal.so.4": "libtcmalloc-minimal4"}
 """Debian's, by what the loader calls them."""
@@ -111,9 +113,9 @@ print(json.dumps([peaks, arena]))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A model with 110 MB of experts whose context takes 116 MiB for batches of 1,024."""
+    """A model with 220 MB of experts whose context takes 116 MiB for batches of 1,024."""
     path = tmp_path_factory.mktemp("allocator") / "wide.gguf"
-    make_trace_model.make(path, "tiny", experts=64, n_ff=1024)
+    make_trace_model.make(path, "tiny", experts=128, n_ff=1024)
     yield path
     path.unlink()
 
@@ -153,7 +155,7 @@ def test_word_is_taken_of_who_counts_what_malloc_gives(preloaded: str) -> None:
 def test_process_keeps_to_its_budget(preloaded: str, model: Path) -> None:
     peaks, arena = json.loads(run(preloaded, OPEN, str(model), str(BUDGET_BYTES)))
     assert max(peaks) <= BUDGET_BYTES * TOLERANCE
-    assert arena > 24 * MIB, "the budget is used, not wasted"
+    assert arena > LEAST_ARENA_BYTES, "the budget is used, not wasted"
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
