@@ -70,7 +70,7 @@ Columns of the table: `t/s` median and range of the runs; `vs stock` the median 
 under the same cap, against stock at the best of the read-aheads that were measured; `limit` the speed that computing with all weights in RAM plus reading
 the missed bytes at the device's best bandwidth would give, and `eff.` how much of it was reached (above 1 where reads and
 computing overlap); `J/token` joules, with `~` where they are modelled. A row whose `status` is not "ok" has a line below
-the table: `invalid` (other logits than stock, a page cache that was not cold, more read while waiting than the device gives, or
+the table: `invalid` (other logits than stock, a page cache that was not cold, more reads counted than the system has seen, or
 than the experts wanted have), `timeout`, `failed`, `interrupted`, or `disturbed`: it cannot be as it was measured. That is a
 resident model, or a case with more memory and otherwise the same, more than 1.25 times slower than one with less (not for our
 prompts); runs of which the fastest is more than 2.5 times as fast as the slowest; ratios to stock that differ by more than 2 from
@@ -103,7 +103,7 @@ generation, as `-p` and `-n` do in llama-bench. Then ours:
 | `read_bytes_per_token`, `io_bytes_per_token` | expert bytes counted by us; storage reads of the process counted by Linux |
 | `wasted_bytes_per_token` | of the first, those that were read ahead and given up before anybody wanted them |
 | `stall_share` | of the time, spent waiting for experts |
-| `stall_bytes_per_s`, `stall_vs_device` | what arrived while computing waited, over that time; the same over `device_bytes_per_s`; null where it waited less than 20 ms in all |
+| `stall_bytes_per_s`, `stall_vs_device` | what arrived while computing waited, over that time; the same over `device_bytes_per_s`, more than 1 where waits are shorter than reads, which count when they end; null where it waited less than 20 ms in all |
 | `left_alone` | graph nodes that llama.cpp computed from its own mapping |
 | `major_faults`, `user_s`, `system_s`, `cpu_s_per_token` | per run, of the phase; medians |
 | `peak_rss_bytes`, `cap_peak_bytes` | most of any run: the process, and all that was charged to the cap |
