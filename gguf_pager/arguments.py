@@ -24,7 +24,7 @@ OBSOLETE_NAMES = ("n_parts", "f16_kv", "low_vram", "mul_mat_q", "n_gqa", "rms_no
 """Arguments of earlier versions of llama_cpp.Llama, without effect today. LangChain's LlamaCpp and ChatLlamaCpp
 (langchain-community) hand over the first two always, llama_cpp.server the last one."""
 
-_KNOWN = {*STOCK_NAMES, *OPTION_NAMES, "budget"}
+_KNOWN = {*STOCK_NAMES, *OPTION_NAMES, "budget", "n_seq_max"}
 
 
 def check_names(kwargs: dict[str, Any]) -> None:
@@ -54,6 +54,7 @@ def take_request(kwargs: dict[str, Any], installed: Request | None = None) -> Re
     given = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
     return replace(
         request,
+        n_sequences=kwargs.pop("n_seq_max", 1),
         options=replace(request.options, **given) if given else request.options,
         has_all_outputs=bool(kwargs.get("logits_all")) or kwargs.get("draft_model") is not None,
         keeps_all_outputs=bool(kwargs.get("logits_all")),

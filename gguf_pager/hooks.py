@@ -334,6 +334,7 @@ class _Hooks:
     def _make(self, name: str, model: Any, params: Any) -> Any:
         if handle_of(model) in self.models:
             self.forget_freed()
+        params = _with_sequences(params, _constructing.get())
         paged = self.models.get(handle_of(model))
         if paged is None:
             if self._request() is None:
@@ -591,6 +592,15 @@ def _at_once(*functions: Callable[[], Any]) -> None:
 def _most_tokens(params: Any) -> int:
     """Return the tokens that a context of these settings computes at once, or a few more: n_ctx limits them as well."""
     return int(min(params.n_ubatch or params.n_batch, params.n_batch or params.n_ubatch))
+
+
+def _with_sequences(params: Any, request: Request | None) -> Any:
+    """Return a context's settings, with as many sequences as somebody wants who constructs a Llama."""
+    if request is None or request.n_sequences == 1:
+        return params
+    ours = type(params).from_buffer_copy(params)
+    ours.n_seq_max, ours.kv_unified = request.n_sequences, True
+    return ours
 
 
 def _check_opened(paged: Model) -> None:

@@ -38,6 +38,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         profile: keep, from one process to the next, how often each expert was chosen, and begin with the most used ones.
         policy, io, n_readers, piece_bytes, read_ahead, lock_dense, mirror, adapt_threads, overcommit: see
             `gguf_pager.Options`.
+        n_seq_max: sequences that the context can hold, in one cache of `n_ctx` tokens for all, for who calls llama_decode himself.
 
     Use it in a `with` block, or `close()` it: its memory is free at once.
 

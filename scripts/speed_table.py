@@ -18,8 +18,8 @@ from gguf_pager.report import number
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed tables: scripts/speed_table.py -->\n", "<!-- end of speed tables -->\n"
-SHOWN = (("epyc-2core-24gb", "qwen3-30b-16l", "Qwen3-30B-A3B's shape, 16 of its 48 layers, Q4_K"),
-         ("epyc-2core-24gb", "gpt-oss-20b-12l", "gpt-oss-20b's shape, 12 of its 24 layers, MXFP4"))
+SHOWN = (("xeon-2core-24gb", "qwen3-30b-16l", "Qwen3-30B-A3B's shape, 16 of its 48 layers, Q4_K"),
+         ("xeon-2core-24gb", "gpt-oss-20b-12l", "gpt-oss-20b's shape, 12 of its 24 layers, MXFP4"))
 """Machine, model, and what it is."""
 
 SHORT_HEAD = ("| model | memory | answer, tok/s | plain llama.cpp | prompt, tok/s | plain llama.cpp |\n"

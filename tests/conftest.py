@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -25,6 +27,7 @@ import gguf_pager
 gguf_pager.Llama  # noqa: B018  before llama_cpp: it sets what libgomp reads once
 
 import llama_cpp
+import make_talking_model
 import make_trace_model
 import make_zoo
 import zoo_metadata
@@ -34,6 +37,8 @@ from gguf_pager import hooks
 
 # One thread: two beside the readers, on a machine with two cores, spin for seconds at ggml's barriers.
 ARGUMENTS: dict[str, Any] = {"n_ctx": 128, "n_batch": 64, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PLACES = [(place.owner, place.name, place.pristine) for place in hooks.hooks._wrapping._places]
 UNWRAPPED = {name: function for owner, name, function in PLACES if owner is low}
@@ -101,6 +106,34 @@ def lora(zoo_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("lora") / "lora.gguf"
     make_zoo.make_lora(zoo_model("qwen3moe"), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kept = ROOT / "models"
+    try:
+        return make_talking_model.fetch_source(kept if kept.is_dir() else tmp_path_factory.mktemp("source"))
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"pip cannot download {make_talking_model.SOURCE}: {error.stderr[-200:]}")
+
+
+def made(path: Path, source: Path, *arguments: str) -> Path:
+    """Make a model as a user would, in a process of its own, and check how much memory that takes."""
+    program = ("import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+               "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+               "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    done = subprocess.run([sys.executable, "-c", program, str(ROOT / "scripts" / "make_talking_model.py"), str(path), "--source",
+                           str(source), *arguments], capture_output=True, text=True, check=False, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")})
+    assert done.returncode == 0, done.stderr
+    assert sys.platform != "linux" or int(done.stdout.split()[-1]) < 1_000_000, "kilobytes"
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 experts, the first six blocks: 0.3 GB."""
+    return made(tmp_path_factory.mktemp("talking") / "small.gguf", source, "--blocks", "6")
 
 
 # ---- who computes ----

@@ -18,18 +18,18 @@ ORDER = (
     "errors", "deferral", "files", "_native", "kernel", "cache",
     "model.engine", "llama_log", "model.metadata", "model.layout", "model.mirror",
     "memory.budget", "memory.allocator", "memory.cgroup", "memory.probe", "aftermath", "memory.cap",
-    "profile", "pager", "disk.bandwidth", "disk.device", "verdict", "memory.residency", "fingerprint", "memory.sizing",
+    "profile", "pager", "environment", "autostart", "disk.bandwidth", "disk.device", "verdict", "memory.residency", "fingerprint", "memory.sizing",
     "loading", "threads", "pace", "contention", "turns", "wrapping", "guard", "arguments", "contexts", "hooks", "llama",
-    "doctor", "energy", "bench", "report", "cli", "__main__",
+    "serve", "doctor", "energy", "bench", "report", "cli", "__main__",
 )
 
 ROOMS = {name.split(".")[0] for name in ORDER if "." in name}  # their files are modules of their own
-FOLDERS = ("energy", "bench", "report", "cli")  # files of one topic, which may import each other
+FOLDERS = ("serve", "energy", "bench", "report", "cli")  # files of one topic, which may import each other
 
 ANY_NAME = ("__version__",)  # of the package itself, which is complete before any module is
 
 OPEN_MODELS = {"bench", "cli"}
-USERS_OF_LLAMA_CPP = {"contexts", "arguments", "guard", "hooks", "llama", "loading"}
+USERS_OF_LLAMA_CPP = {"contexts", "arguments", "guard", "hooks", "llama", "loading", "serve"}
 USERS_OF_NATIVE = {"profile", "model.engine", "pager", "memory.residency", "loading", "turns", "contexts", "hooks",
                    "doctor", "llama_log", "fingerprint"}
 
@@ -179,7 +179,7 @@ def test_importing_the_package_loads_nothing() -> None:
     assert not {"llama_cpp", "numpy", "gguf", "psutil", "ctypes", "click"} & set(loaded)
 
 
-@pytest.mark.parametrize("module", [name for name in ORDER if name not in ("loading", "guard", "arguments", "contexts", "hooks", "llama", "cli", "__main__")])
+@pytest.mark.parametrize("module", [name for name in ORDER if name not in ("loading", "guard", "arguments", "contexts", "hooks", "llama", "serve", "autostart", "cli", "__main__")])
 def test_modules_load_without_llama_cpp(module: str) -> None:
     assert python(f"import sys, gguf_pager.{module}; print('llama_cpp' in sys.modules)") == "False"
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +11,14 @@ import gguf
 import make_talking_model
 import numpy as np
 import pytest
-from conftest import Factory, evaluate
+from conftest import Factory, evaluate, made
 from make_talking_model import Noise, Recipe, router
 
 import gguf_pager
 from gguf_pager import read_layout
 
-ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = json.loads((Path(__file__).parent / "talking_questions.json").read_text())
 """Ten questions that SmolLM2-135M-Instruct itself answers so that the pattern is found."""
-
-
-@pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    kept = ROOT / "models"
-    try:
-        return make_talking_model.fetch_source(kept if kept.is_dir() else tmp_path_factory.mktemp("source"))
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"pip cannot download {make_talking_model.SOURCE}: {error.stderr[-200:]}")
-
-
-def made(path: Path, source: Path, *arguments: str) -> Path:
-    """Make a model as a user would, in a process of its own, and check how much memory that takes."""
-    program = ("import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
-               "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-               "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    done = subprocess.run([sys.executable, "-c", program, str(ROOT / "scripts" / "make_talking_model.py"), str(path), "--source",
-                           str(source), *arguments], capture_output=True, text=True, check=False, timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")})
-    assert done.returncode == 0, done.stderr
-    assert sys.platform != "linux" or int(done.stdout.split()[-1]) < 1_000_000, "kilobytes"
-    return path
-
-
-@pytest.fixture(scope="session")
-def small(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 experts, the first six blocks: 0.3 GB."""
-    return made(tmp_path_factory.mktemp("talking") / "small.gguf", source, "--blocks", "6")
 
 
 def test_header_says_what_it_is(small: Path, source: Path) -> None:

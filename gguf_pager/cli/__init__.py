@@ -14,13 +14,11 @@ from gguf_pager.cli.streams import OutputError, guarded
 from gguf_pager.errors import PagerError
 from gguf_pager.report.words import as_options
 
-_COMMANDS = ("run", "bench", "inspect", "doctor", "energy", "completion")
+_COMMANDS = ("run", "chat", "serve", "bench", "inspect", "doctor", "energy", "completion")
 """In the order of the help. Each is a module of this package with a command of the same name."""
 
 _ELSEWHERE = {
-    "chat": 'There is no chat yet: gguf-pager run MODEL --chat "Why is the sky blue?" answers one question.',
-    "serve": "There is no server of our own yet: README.md shows how llama_cpp.server serves a paged model.",
-    "server": "There is no server of our own yet: README.md shows how llama_cpp.server serves a paged model.",
+    "server": "The server is: gguf-pager serve MODEL",
     "pull": "Models are downloaded with Hugging Face's tool: pip install huggingface_hub, then hf download.",
     "help": "Ask with --help.", "version": "Ask with --version.",
 }
@@ -98,6 +96,8 @@ gguf-pager runs mixture-of-experts models (GGUF) that are larger than your memor
 
   gguf-pager inspect MODEL.gguf          does it run here, and how much memory should it get?
   gguf-pager run MODEL.gguf "Once upon"  let it go on; for a question: --chat "Why is the sky blue?"
+  gguf-pager chat MODEL.gguf             a conversation, which goes on tomorrow where it was
+  gguf-pager serve MODEL.gguf            OpenAI's API at http://127.0.0.1:8000, and a page to chat at
   gguf-pager doctor                      what works on this machine
   gguf-pager bench MODEL.gguf            how fast, beside stock llama-cpp-python
 

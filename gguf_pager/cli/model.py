@@ -27,7 +27,12 @@ def chosen_model(argument: Path | None, option: Path | None) -> Path | None:
     return option if argument is None else argument
 
 
-MODEL_OPTION = click.option("-m", "--model", "model_option", metavar="MODEL", type=click.Path(path_type=Path),
+def is_a_default(context: click.Context, name: str) -> bool:
+    """Return whether an option comes from the environment or from a config file, so that the command line goes before."""
+    return context.get_parameter_source(name) in (click.core.ParameterSource.ENVIRONMENT, click.core.ParameterSource.DEFAULT_MAP)
+
+
+MODEL_OPTION = click.option("-m", "--model", "model_option", metavar="MODEL", type=click.Path(path_type=Path), envvar="GGUF_PAGER_MODEL",
                             help="The model, as in llama.cpp's programs; or simply as the first argument.")
 
 
@@ -46,6 +51,8 @@ def _with_model(function: _Command, *, is_required: bool) -> _Command:
     @MODEL_OPTION
     @functools.wraps(function)
     def taking(*args: Any, model: Path | None, model_option: Path | None, **given: Any) -> Any:
+        if model is not None and is_a_default(click.get_current_context(), "model_option"):
+            model_option = None
         chosen = chosen_model(model, model_option)
         if chosen is None and is_required:
             raise missing_model()

@@ -2,81 +2,53 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import json
-import logging
 import os
 import random
-import re
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gguf_pager import __version__
-from gguf_pager.cli.model import GPU_LAYERS_OPTION, MODEL_OPTION, missing_model, model_named_twice
+from gguf_pager import __version__, environment
+from gguf_pager.cli.model import GPU_LAYERS_OPTION, MODEL_OPTION, is_a_default, missing_model, model_named_twice
+from gguf_pager.cli.opening import CTX_STEP, DEFAULT_CTX, MOST_TOKENS, Opening, open_model, opens_model, take_opening
 from gguf_pager.doctor import physical_cores
-from gguf_pager.errors import PagerError, printable
+from gguf_pager.errors import PagerError
 from gguf_pager.memory import probe
-from gguf_pager.memory.budget import auto_budget_bytes, fits_whole, format_bytes, full_arena_bytes
-from gguf_pager.model.layout import read_layout
+from gguf_pager.memory.budget import parse_budget
 from gguf_pager.pager import Options, Stats
 from gguf_pager.report import generation as shown
 
 if TYPE_CHECKING:
     from gguf_pager.llama import Llama
 
-DEFAULT_CTX = 4096
-"""No larger context without being asked: its KV cache is taken from the budget."""
-
-CTX_STEP = 256
-"""llama.cpp rounds a context up to this, llama_cpp goes on with the number it was given: so they are kept equal."""
-
-MOST_TOKENS = 2**31 - CTX_STEP
-"""llama.cpp counts in 32 bits: more would be taken for a small number."""
-
-MOST_THREADS = 512
-"""GGML_MAX_N_THREADS of ggml.h."""
-
 _SPECIAL_TOKENS = 16
 """Room for tokens that stand for no byte of the prompt, such as the begin token."""
 
-_IN_QUOTES = 'A prompt of several words is one argument: put it into straight quotes, "like this".'
+_PROGRAM = "gguf_pager.program"
+"""Key of the program that is to be run, in click's context."""
 
-_DEFAULT = Options()
+_IN_QUOTES = 'A prompt of several words is one argument: put it into straight quotes, "like this".'
 
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
     """The command's options, under click's names for them."""
 
-    model: Path
     prompt: str | None
     file: IO[bytes] | None
     n_predict: int
     ctx_size: int | None
-    threads: int | None
-    batch_size: int
-    ubatch_size: int
     temp: float
     top_k: int
     top_p: float
     seed: int
     chat: bool
-    budget: str
-    policy: str
-    io: str
-    readers: int | None
-    mirror: tuple[Path, ...]
-    profile: bool
-    adapt_threads: bool
-    overcommit: bool
-    verbose: bool
-    progress: bool | None
     as_json: bool
 
 
@@ -90,6 +62,10 @@ class _Run(click.Command):
     """Says what to do about a prompt that the shell has taken apart."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            at = args.index("--")
+            if args[at + 1:] and not self._names_a_model(ctx, args[:at]):
+                ctx.meta[_PROGRAM], args = args[at + 1:], args[:at]
         try:
             return super().parse_args(ctx, args)
         except RuntimeError as error:  # what click makes of '-' where the shell has closed stdin
@@ -102,7 +78,15 @@ class _Run(click.Command):
             raise click.UsageError(f"{error.message} {_IN_QUOTES}", ctx) from None
 
 
-@click.command(cls=_Run)
+    def _names_a_model(self, ctx: click.Context, args: list[str]) -> bool:
+        try:
+            values, _, _ = self.make_parser(ctx).parse_args(list(args))
+        except click.UsageError:  # it is said when they are parsed in earnest
+            return False
+        return any(isinstance(values.get(name), str) for name in ("model", "model_option"))
+
+
+@click.command(cls=_Run, context_settings={"auto_envvar_prefix": "GGUF_PAGER"})
 @click.argument("model", required=False)
 @click.argument("words", metavar="[PROMPT]", required=False)
 @MODEL_OPTION
@@ -115,12 +99,6 @@ class _Run(click.Command):
 @click.option("-c", "--ctx-size", metavar="N", type=click.IntRange(0, MOST_TOKENS),
               help=f"Context in tokens, in steps of {CTX_STEP}; 0 takes the model's own. "
                    f"[default: what the prompt and -n need, at most {DEFAULT_CTX}]")
-@click.option("-t", "--threads", metavar="N", type=click.IntRange(1, MOST_THREADS),
-              help="Threads that compute. [default: physical cores]")
-@click.option("-b", "--batch-size", metavar="N", type=click.IntRange(1, MOST_TOKENS), default=512, show_default=True,
-              help="Prompt tokens per call of llama.cpp.")
-@click.option("-ub", "--ubatch-size", metavar="N", type=click.IntRange(1, MOST_TOKENS), default=512, show_default=True,
-              help="Prompt tokens computed at once.")
 @click.option("--temp", metavar="X", type=float, default=0.8, show_default=True,
               help="Temperature; 0 takes the likeliest token.")
 @click.option("--top-k", metavar="N", type=int, default=40, show_default=True, help="Sample among this many tokens.")
@@ -129,26 +107,7 @@ class _Run(click.Command):
 @click.option("-s", "--seed", metavar="N", type=click.IntRange(-1, 2**32 - 1), default=-1, show_default=True,
               help="Seed of the sampler; -1 for a random one.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as the user's message.")
-@click.option("--budget", metavar="SIZE", default="auto", show_default=True,
-              help="Memory to use: '4GiB' for the whole process, '25%' of the experts, 'min', or 'auto'.")
-@click.option("--policy", metavar="NAME", default=_DEFAULT.policy, show_default=True,
-              help="Who leaves when a slot is needed: 'lfru' (uses per age) or 'lru'.")
-@click.option("--io", type=click.Choice(["auto", "direct", "buffered"]), default=_DEFAULT.io, show_default=True,
-              help="Read past the page cache or through it.")
-@click.option("--readers", metavar="N", type=int,
-              help="Reads of 512 KiB in flight at a time. [default: as measured for the device]")
-@click.option("--mirror", metavar="PATH", type=click.Path(path_type=Path), multiple=True,
-              help="Another copy of the model, on another disk, that is read at the same time; may be given again. It is "
-                   "compared by samples when it is opened.")
-@click.option("--profile/--no-profile", default=_DEFAULT.profile, show_default=True,
-              help="Keep how often each expert was chosen, and begin with the most used ones next time.")
-@click.option("--adapt-threads/--no-adapt-threads", default=_DEFAULT.adapt_threads, show_default=True,
-              help="Compute with fewer threads while other programs take the processors, where that is faster.")
-@click.option("--overcommit", is_flag=True,
-              help="Take the budget's word even where the machine seems to have less memory.")
-@click.option("--verbose", is_flag=True, help="Show llama.cpp's own output, on stderr.")
-@click.option("--progress/--no-progress", default=None,
-              help="Say on stderr what takes longer than a second. [default: when stderr is a terminal]")
+@opens_model
 @click.option("--json", "as_json", is_flag=True, help="Print statistics and text as one JSON object.")
 def run(model: str | None, words: str | None, model_option: Path | None, **given: Any) -> None:
     """Generate text from a prompt within a memory budget.
@@ -156,6 +115,10 @@ def run(model: str | None, words: str | None, model_option: Path | None, **given
     \b
     gguf-pager run MODEL "Once upon a time"
     gguf-pager run MODEL --chat "Why is the sky blue?"
+    gguf-pager run --budget 8GiB -- python anything.py
+
+    The last one runs a Python program that uses llama-cpp-python, and pages what it opens; so does GGUF_PAGER_BUDGET=8GiB in the
+    environment instead of --budget.
 
     The text goes to stdout as it comes; the last line, on stderr, gives the speed of the answer (without the prompt) and
     of the prompt, how many of the experts wanted were in memory, megabytes read per token, the share of the time spent
@@ -164,27 +127,22 @@ def run(model: str | None, words: str | None, model_option: Path | None, **given
     With --json stdout holds one JSON object and nothing else, "text" among its keys; while it is generated, the text
     goes to stderr.
     """
+    program = click.get_current_context().meta.get(_PROGRAM)
+    if program is not None:
+        _run_program(program, given)
+    if model_option is not None and is_a_default(click.get_current_context(), "model_option") and words is not None:
+        model_option = None
     path, words = _take_words(model, words, model_option)
-    settings = _Settings(model=path, **given)
+    opening = take_opening(given, path)
+    settings = _Settings(**given)
     prompt = _read_prompt(settings, words)
-    progress = shown.Progress(settings.progress)
-    if settings.verbose:
-        logging.basicConfig(format="%(name)s: %(message)s")
-        logging.getLogger("gguf_pager").setLevel(logging.INFO)
     seed = settings.seed if settings.seed >= 0 else random.randrange(1 << 32)
-    begun, memory = time.monotonic(), probe.memory()
-    with progress.bar(f"opening {printable(settings.model.name)}", lambda: _opening_bytes(settings, memory),
-                      lambda: probe.process_memory().resident_bytes):
-        llm = _open(settings, prompt)
+    begun = time.monotonic()
+    llm = open_model(opening, _context_size(settings, prompt))
     try:
         load_s = time.monotonic() - begun
-        if llm.not_paged_reason:
-            click.echo(f"Not paged: {llm.not_paged_reason}.", err=True)
-        taken = _budget_taken(llm, settings, memory)
-        if taken is not None:
-            click.echo(taken, err=True)
-        generation = _generate(llm, settings, prompt, seed, progress)
-        facts = shown.run_facts(_facts(llm, settings, generation, load_s, seed), *generation.phases(),
+        generation = _generate(llm, settings, prompt, seed, shown.Progress(opening.progress))
+        facts = shown.run_facts(_facts(llm, opening, generation, load_s, seed), *generation.phases(),
                                  probe.process_memory().peak_bytes)
         hint = shown.run_hint(facts, llm.pager, probe.memory())
     finally:
@@ -197,6 +155,18 @@ def run(model: str | None, words: str | None, model_option: Path | None, **given
         click.echo(shown.run_line(facts), err=True)
     if generation.finish_reason == "interrupt":
         raise KeyboardInterrupt
+
+
+def _run_program(program: list[str], given: dict[str, Any]) -> NoReturn:
+    """Become a program, in an environment in which llama_cpp is paged in all Python programs."""
+    parse_budget(given["budget"])  # what is wrong is said here, not in the middle of the program
+    options: dict[str, Any] = {name: given[name] for name in ("policy", "io", "mirror", "profile", "adapt_threads", "overcommit")}
+    Options(n_readers=given["readers"], **options)
+    told = environment.variables(given["budget"], n_readers=given["readers"], **options)
+    try:
+        os.execvpe(program[0], program, environment.with_autostart({**os.environ, **told}))
+    except OSError as error:
+        raise PagerError(f"{program[0]} cannot be run: {error.strerror}.") from None
 
 
 def _take_words(first: str | None, second: str | None, model: Path | None) -> tuple[Path, str | None]:
@@ -235,65 +205,6 @@ def _context_size(settings: _Settings, prompt: str) -> int:
         return DEFAULT_CTX
     needed = len(prompt.encode()) + _SPECIAL_TOKENS + settings.n_predict
     return min(DEFAULT_CTX, -(-needed // CTX_STEP) * CTX_STEP)
-
-
-def _open(settings: _Settings, prompt: str) -> Llama:
-    from gguf_pager import Llama
-
-    try:
-        settings.model.stat()
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            raise PagerError(f"{settings.model} does not exist.{_other_name(str(settings.model))}") from None
-        raise PagerError(f"{settings.model} cannot be read: {error.strerror}.") from None
-    n_threads = settings.threads or physical_cores()
-    try:
-        return Llama(
-            str(settings.model), budget=settings.budget, policy=settings.policy, io=settings.io,
-            n_readers=settings.readers, mirror=settings.mirror, profile=settings.profile,
-            adapt_threads=settings.adapt_threads, overcommit=settings.overcommit, n_ctx=_context_size(settings, prompt),
-            n_batch=settings.batch_size, n_ubatch=settings.ubatch_size, n_threads=n_threads, n_threads_batch=n_threads,
-            verbose=settings.verbose,
-        )
-    except MemoryError:
-        raise PagerError("There is no memory for a context of that size: give a smaller -c or -b.") from None
-    except PagerError:  # LayoutError is a ValueError, and says all there is
-        raise
-    except ValueError as error:  # what llama_cpp raises for a file or context that llama.cpp refuses
-        hint = "" if settings.verbose else ". Run with --verbose to see llama.cpp's reason"
-        raise PagerError(f"{str(error).rstrip('.')}{hint}.") from error
-
-
-def _other_name(name: str) -> str:
-    """Return a hint about a name that is one in another program's world."""
-    if name.startswith(("https:", "http:", "hf.co/")):
-        return " Download it first: hf download, or with a browser."
-    if re.fullmatch(r"[\w.-]+:[\w.-]+", name):
-        return f" If that is a name of Ollama's: ollama show --modelfile {name} prints its file."
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".gguf"):
-        return f" If that is a repository of Hugging Face: hf download {name} --local-dir ."
-    return ""
-
-
-def _opening_bytes(settings: _Settings, memory: probe.Memory) -> int | None:
-    """Return about how much becomes resident while the model opens; None where it cannot be opened, which is said later."""
-    try:
-        layout = read_layout(settings.model)
-    except PagerError:
-        return None
-    fits = fits_whole(layout.tensor_bytes, memory.available_bytes, memory.total_bytes)
-    is_whole = not layout.layers or (settings.budget == "auto" and fits)
-    return layout.tensor_bytes if is_whole else layout.dense_bytes
-
-
-def _budget_taken(llm: Llama, settings: _Settings, memory: probe.Memory) -> str | None:
-    """Say which budget was taken, and why, where nobody has set one."""
-    if llm.pager is None or settings.budget != "auto":
-        return None
-    spare = auto_budget_bytes(memory.available_bytes, memory.total_bytes)
-    share = llm.pager.arena_bytes / full_arena_bytes(llm.pager.needs)
-    return (f"The model is larger than the memory that can be spared: of {format_bytes(memory.available_bytes)} free, "
-            f"{format_bytes(spare)} are taken, and {share:.0%} of the experts stay in memory. --budget sets another size.")
 
 
 class _Generation:
@@ -400,27 +311,27 @@ def _prompt_progress(llm: Llama, n_prompt: int) -> str:
     return f"prompt of {n_prompt:,} tokens: {min(done, 1):.0%}, {stats.bytes_read / 1e9:.2f} GB read"
 
 
-def _facts(llm: Llama, settings: _Settings, generation: _Generation, load_s: float, seed: int) -> dict[str, Any]:
+def _facts(llm: Llama, opening: Opening, generation: _Generation, load_s: float, seed: int) -> dict[str, Any]:
     import llama_cpp
 
     pager = llm.pager
     return {
         "gguf_pager_version": __version__,
         "llama_cpp_python_version": importlib.metadata.version("llama_cpp_python"),
-        "model": str(settings.model),
+        "model": str(opening.model),
         "text": generation.text,
         "finish_reason": generation.finish_reason,
         "is_paged": pager is not None,
         "not_paged_reason": llm.not_paged_reason,
-        "budget": settings.budget,
+        "budget": opening.budget,
         "policy": pager.options.policy if pager else None,
         "io": ("direct" if pager.is_direct else "buffered") if pager else None,
         "n_readers": pager.options.n_readers if pager else None,
         "piece_bytes": pager.options.piece_bytes if pager else None,
         "profile": pager.options.profile if pager else None,
-        "mirror": [str(path) for path in settings.mirror],
+        "mirror": [str(path) for path in opening.mirror],
         "copies_bytes_read": list(pager.stats().copies) if pager else None,
-        "n_threads": settings.threads or physical_cores(),
+        "n_threads": opening.threads or physical_cores(),
         "n_threads_last": pager.n_threads if pager else None,
         "n_ctx": llm.n_ctx(),
         "n_batch": llama_cpp.llama_n_batch(llm.ctx),

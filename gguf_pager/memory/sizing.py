@@ -21,7 +21,7 @@ class Request:
     `output_rows` is the number of logit rows that will be kept, for the budget: by llama.cpp of a batch's tokens where
     `has_all_outputs`, by the caller of a context's tokens where `keeps_all_outputs`. `opened` and `reason` tell what became of the
     last model opened: its pager, or why it runs as stock llama.cpp. `is_any_model`: it is for whatever is opened, so that
-    a mirror may be another model's.
+    a mirror may be another model's. Of more than one sequence the context has a single cache.
     """
 
     budget: Budget
@@ -30,6 +30,7 @@ class Request:
     is_any_model: bool = False
     has_all_outputs: bool = False
     keeps_all_outputs: bool = False
+    n_sequences: int = 1
     opened: list[Pager] = field(default_factory=list)
     reason: str | None = None
 
@@ -37,6 +38,8 @@ class Request:
         """Set `output_rows` for a context of so many tokens, and batches of so many."""
         if self.has_all_outputs:
             self.output_rows = n_batch + (n_ctx if self.keeps_all_outputs else n_batch)
+        else:
+            self.output_rows = self.n_sequences  # llama.cpp sets a row aside for each
 
 
 NEED_MULTIPLES = ("kimi-linear", "minimax-01")

@@ -1,0 +1,74 @@
+"""Paging by environment: what GGUF_PAGER_BUDGET and its kin say, for programs that know nothing of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from gguf_pager.errors import PagerError
+from gguf_pager.pager import Options
+
+PREFIX = "GGUF_PAGER_"
+AUTOSTART = Path(__file__).parent / "autostart"
+"""The folder whose sitecustomize.py a program finds first that is started so."""
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+_NAMES = {name: PREFIX + {"n_readers": "readers"}.get(name, name).upper() for name in _FIELDS}
+"""Each option's variable: its name on the command line, where it has one there."""
+
+
+def variables(budget: str, **options: Any) -> dict[str, str]:
+    """Return the variables that say this; options that are as by default are left out."""
+    found = {f"{PREFIX}BUDGET": budget}
+    for name, value in options.items():
+        if value == _FIELDS[name].default:
+            continue
+        found[_NAMES[name]] = os.pathsep.join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+    return found
+
+
+def settings() -> tuple[str, dict[str, Any]]:
+    """Return the budget and the options that the environment sets.
+
+    Raises:
+        PagerError: a value that does not exist.
+    """
+    options = {name: _value(name, os.environ[variable]) for name, variable in _NAMES.items() if variable in os.environ}
+    return os.environ.get(f"{PREFIX}BUDGET", "auto"), options
+
+
+def _value(name: str, text: str) -> Any:
+    default = _FIELDS[name].default
+    if isinstance(default, bool):
+        if text.lower() not in _BOOLEANS:
+            raise PagerError(f"{_NAMES[name]} must be true or false, not {text!r}.")
+        return _BOOLEANS[text.lower()]
+    if name == "mirror":
+        return tuple(part for part in text.split(os.pathsep) if part)
+    if name in ("n_readers", "piece_bytes"):
+        try:
+            return int(text)
+        except ValueError:
+            raise PagerError(f"{_NAMES[name]} must be a number, not {text!r}.") from None
+    return text
+
+
+def install() -> None:
+    """Page what llama_cpp opens in this process, as the environment says; where it says nonsense, end the process and say so."""
+    import gguf_pager
+
+    try:
+        budget, options = settings()
+        gguf_pager.install(budget, **options)
+    except PagerError as error:
+        sys.exit(f"gguf-pager: {error}")  # an exception would have the program go on without paging, if it tries its imports
+
+
+def with_autostart(environment: dict[str, str]) -> dict[str, str]:
+    """Return an environment in which Python programs are paged, and those that they start."""
+    path = environment.get("PYTHONPATH")
+    return environment | {"PYTHONPATH": os.pathsep.join([str(AUTOSTART), *([path] if path else [])])}

@@ -1,0 +1,210 @@
+"""From a request to llama_cpp's arguments, and from its answers to OpenAI's: what the two understand differently."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import llama_cpp
+from llama_cpp.llama_grammar import LlamaGrammar
+
+from gguf_pager.serve.schemas import SAMPLING, ChatRequest, CompletionRequest, Message, ResponseFormat
+from gguf_pager.serve.seat import RequestError, Seat, checked
+
+Chunk = dict[str, Any]
+
+_DEFAULTS: dict[str, Any] = {name: field.default for name, field in CompletionRequest.model_fields.items() if name in SAMPLING}
+
+
+class Job:
+    """One answer of a request: a seat, and what it is asked. `index` is its place among the request's choices."""
+
+    def __init__(self, seat: Seat, index: int, ask: Callable[[], Any]) -> None:
+        self.seat, self.index, self._ask = seat, index, ask
+
+    def whole(self) -> Chunk:
+        """Return the answer in one piece."""
+        answer: Chunk = checked(self._ask)
+        answer["choices"][0]["index"] = self.index
+        return answer
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Return the answer piece by piece. What is wrong with the request is raised at once, before the first of them."""
+        found: Iterator[Chunk] = checked(self._ask)
+        return self._numbered(found)
+
+    def _numbered(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        for chunk in chunks:
+            chunk["choices"][0]["index"] = self.index
+            yield chunk
+
+    def give_up(self) -> None:
+        """Compute no more of it."""
+        self.seat.close()
+
+
+# ---- how tokens are chosen ------------------------------------------------------------------------------------------
+
+def _sampling(request: CompletionRequest | ChatRequest) -> dict[str, Any]:
+    given = {name: getattr(request, name) for name in SAMPLING}
+    return {name: _DEFAULTS[name] if value is None else value for name, value in given.items()}
+
+
+def _bias(request: CompletionRequest | ChatRequest, n_vocab: int) -> dict[int, float] | None:
+    if not request.logit_bias:
+        return None
+    try:
+        bias = {int(token): value for token, value in request.logit_bias.items()}
+    except ValueError:
+        raise RequestError("logit_bias names tokens by their numbers.", "logit_bias") from None
+    if not all(0 <= token < n_vocab for token in bias):
+        raise RequestError(f"logit_bias names a token outside the vocabulary of {n_vocab:,}.", "logit_bias")
+    return bias
+
+
+def _schema_grammar(schema: dict[str, Any] | None) -> LlamaGrammar:
+    try:
+        return LlamaGrammar.from_json_schema(json.dumps(schema if schema is not None else {"type": "object"}))
+    except Exception as error:  # whatever llama_cpp's converter stumbles over in a schema
+        raise RequestError(f"The JSON schema cannot be made into a grammar: {error}", "response_format") from error
+
+
+def _grammar(text: str | None, wanted: ResponseFormat | None = None) -> LlamaGrammar | None:
+    if wanted is not None and wanted.type != "text":
+        if text is not None:
+            raise RequestError("grammar and response_format cannot be had together.", "grammar")
+        if wanted.type == "json_schema" and (wanted.json_schema is None or wanted.json_schema.schema_ is None):
+            raise RequestError("response_format json_schema needs json_schema.schema.", "response_format")
+        return _schema_grammar(wanted.json_schema.schema_ if wanted.json_schema else wanted.schema_)
+    return LlamaGrammar.from_string(text, verbose=False) if text is not None else None
+
+
+# ---- plain completions ----------------------------------------------------------------------------------------------
+
+def completion_jobs(request: CompletionRequest, open_seat: Callable[[], Seat], model: str) -> list[Job]:
+    """Return the answers that are wanted: `n` of each prompt."""
+    jobs: list[Job] = []
+    grammar = _grammar(request.grammar)
+    if request.stream and request.echo:
+        raise RequestError("echo cannot be had with stream.", "echo")
+    for prompt in _prompts(request):
+        for i in range(request.n or 1):
+            seat = open_seat()
+            arguments = _sampling(request)
+            if i and arguments["seed"] is not None:
+                arguments["seed"] += i  # or all of them would be the same
+            jobs.append(Job(seat, len(jobs), _asking(
+                seat.create_completion, prompt, suffix=request.suffix, max_tokens=_most(request.max_tokens), echo=request.echo,
+                logprobs=request.logprobs, stream=request.stream, logit_bias=_bias(request, seat._n_vocab), grammar=grammar,
+                model=model, **arguments)))
+    return jobs
+
+
+def _most(max_tokens: int | None) -> int | None:
+    if max_tokens == 0:
+        raise RequestError("max_tokens must be 1 or more; without it an answer ends with the context.", "max_tokens")
+    return max_tokens
+
+
+def _prompts(request: CompletionRequest) -> list[str | list[int]]:
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        found: list[Any] = [prompt]
+    elif prompt and isinstance(prompt[0], int):
+        found = [prompt]
+    else:
+        found = list(prompt)
+    if not found or any(isinstance(text, list) and not text for text in found):
+        raise RequestError("The prompt is empty.", "prompt")
+    return found
+
+
+def _asking(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    return lambda: function(*args, **kwargs)
+
+
+# ---- chat -----------------------------------------------------------------------------------------------------------
+
+def chat_jobs(request: ChatRequest, open_seat: Callable[[], Seat], model: str) -> list[Job]:
+    """Return the answers that are wanted: `n` to the conversation."""
+    tools, choice = _tools(request)
+    grammar = _grammar(request.grammar, request.response_format)
+    messages = [_message(message) for message in request.messages]
+    most = _most(request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens)
+    jobs: list[Job] = []
+    for i in range(request.n or 1):
+        seat = open_seat()
+        arguments = _sampling(request)
+        if i and arguments["seed"] is not None:
+            arguments["seed"] += i
+        handler = (seat.chat_handler or seat._chat_handlers.get(seat.chat_format)
+                   or llama_cpp.llama_chat_format.get_chat_completion_handler(seat.chat_format))
+        jobs.append(Job(seat, i, _asking(
+            handler, llama=seat, messages=messages, tools=tools, tool_choice=choice, functions=request.functions,
+            function_call=request.function_call, max_tokens=most, stream=request.stream, logprobs=request.logprobs,
+            top_logprobs=request.top_logprobs if request.top_logprobs is not None else 0,
+            logit_bias=_bias(request, seat._n_vocab), grammar=grammar, model=model, **arguments,
+            **(request.chat_template_kwargs or {}))))
+    return jobs
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """Return a message as templates have it: text in one piece, and OpenAI's newer name of a role by its older one."""
+    found = message.model_dump(exclude_unset=True)
+    if isinstance(message.content, list):
+        if any(part.get("type") not in ("text", "input_text") for part in message.content):
+            raise RequestError("Messages may hold text only: pictures and sound are not understood here.", "messages")
+        found["content"] = "\n".join(str(part.get("text", "")) for part in message.content)
+    if found["role"] == "developer":
+        found["role"] = "system"
+    found.setdefault("content", "")
+    return found
+
+
+def _tools(request: ChatRequest) -> tuple[list[dict[str, Any]] | None, Any]:
+    """Return the tools, and which of them must be used, if one must: then the answer is held to its schema."""
+    tools, choice = request.tools, request.tool_choice
+    if not tools or choice == "none":
+        return None, None
+    for tool in tools:
+        if not isinstance(tool.get("function"), dict) or not isinstance(tool["function"].get("name"), str):
+            raise RequestError("A tool needs function.name.", "tools")
+        tool["function"].setdefault("parameters", {"type": "object", "properties": {}})
+    if choice == "required" and len(tools) == 1:
+        choice = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
+    if choice == "required":
+        raise RequestError("tool_choice 'required' needs a single tool here: name the one that is meant.", "tool_choice")
+    if isinstance(choice, dict) and not any(
+            tool["function"]["name"] == choice.get("function", {}).get("name") for tool in tools):
+        raise RequestError("tool_choice names a tool that is not among the tools.", "tool_choice")
+    return tools, choice
+
+
+# ---- several answers in one -----------------------------------------------------------------------------------------
+
+def join(answers: list[Chunk], jobs: list[Job]) -> Chunk:
+    """Return all choices of a request in one answer, with what they took together."""
+    whole = answers[0]
+    whole["choices"] = [choice for answer in answers for choice in answer["choices"]]
+    whole["usage"] = usage(jobs)
+    return whole
+
+
+def usage(jobs: list[Job]) -> dict[str, Any]:
+    """Return what a request took."""
+    found = [job.seat.usage() for job in jobs]
+    n_prompt, n_answer = (sum(one[name] for one in found) for name in ("prompt_tokens", "completion_tokens"))
+    return {"prompt_tokens": n_prompt, "completion_tokens": n_answer, "total_tokens": n_prompt + n_answer,
+            "prompt_tokens_details": {"cached_tokens": sum(one["prompt_tokens_details"]["cached_tokens"] for one in found)}}
+
+
+def last_chunk(first: Chunk, jobs: list[Job]) -> Chunk:
+    """Return what a stream ends with where its usage was asked for."""
+    return {name: first[name] for name in ("id", "object", "created", "model")} | {"choices": [], "usage": usage(jobs)}
+
+
+def new_id(prefix: str) -> str:
+    """Return a name for an answer of several choices."""
+    return f"{prefix}-{uuid.uuid4()}"

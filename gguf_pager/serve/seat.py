@@ -1,0 +1,197 @@
+"""What a request sees as its Llama: llama_cpp's own completions and chat formats, with tokens that come from the batcher."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import jinja2
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import llama_cpp as low
+
+from gguf_pager.errors import PagerError
+from gguf_pager.serve.answers import Answer
+from gguf_pager.serve.batcher import Batcher
+
+_SHARED = ("model_path", "verbose", "metadata", "tokenizer_", "spm_infill", "_model", "_n_vocab", "last_n_tokens_size", "chat_format",
+           "chat_handler", "_chat_handlers", "_token_nl", "_token_eos")
+"""What all seats have of the Llama that was opened."""
+
+
+class RequestError(PagerError):
+    """A request that cannot be answered as it is.
+
+    `parameter` and `code` are what OpenAI's errors call them.
+    """
+
+    def __init__(self, message: str, parameter: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter, self.code = parameter, code
+
+
+def checked(ask: Callable[[], Any]) -> Any:
+    """Ask something of a seat; what stock says of a request in its own exceptions is raised as a RequestError."""
+    try:
+        return ask()
+    except jinja2.TemplateError as error:
+        raise RequestError(f"The model's chat template refuses these messages: {error}", "messages") from error
+    except ValueError as error:
+        raise RequestError(f"The request cannot be answered: {error}") from error
+
+
+class _Rows:
+    """Rows of logits by position, of which stock reads each once, for its logprobs."""
+
+    def __init__(self, n_prompt: int) -> None:
+        self._first, self._rows = n_prompt - 1, dict[int, npt.NDArray[np.single]]()
+        self._newest = np.empty(0, np.single)
+
+    def put(self, row: npt.NDArray[np.single]) -> None:
+        self._rows[self._first] = self._newest = row
+        self._first += 1
+
+    def __getitem__(self, index: tuple[int, slice]) -> npt.NDArray[np.single]:
+        return self._newest if index[0] < 0 else self._rows.pop(index[0])
+
+
+class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
+    """A Llama for one request. It shares the model with others, and holds no context: `generate` is the batcher's.
+
+    `create_completion` and `create_chat_completion` are stock's, and give what stock gives, also token by token.
+
+    Attributes:
+        answers: what was asked of the batcher, in order.
+        n_tokens_given: tokens of text that were handed out.
+    """
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.answers: list[Answer] = []  # first, because a Llama is closed when it is forgotten
+        self._batcher = batcher
+        self._stack = contextlib.ExitStack()
+        for name in _SHARED:
+            setattr(self, name, getattr(batcher.llm, name))
+        self.verbose = False
+        self._ctx = None
+        self._n_ctx = batcher.n_ctx
+        self._logits_all = True  # to stock, what it means is that there are logits
+        self._seed = low.LLAMA_DEFAULT_SEED
+        self.cache = self.draft_model = None
+        self.n_tokens = 0
+        self.n_tokens_given = 0
+        self._n_most = 0
+        self._rows: Any = None
+        self._wants_logits = False
+
+    @property
+    def _scores(self) -> Any:
+        return self._rows
+
+    def close(self) -> None:
+        """Give up what is being computed for this request."""
+        for answer in self.answers:
+            self._batcher.give_up(answer)
+
+    def create_completion(self, prompt: str | list[int], **given: Any) -> Any:
+        """Complete a text as llama_cpp.Llama does, but with no more and no fewer tokens than the context allows.
+
+        Raises:
+            RequestError: it is too long, or something is asked for that is not there.
+        """
+        tokens = prompt if isinstance(prompt, list) else None
+        n_tokens = len(tokens if tokens is not None else self.tokenize(prompt.encode(), special=True))
+        if n_tokens == 0:
+            raise RequestError("The prompt is empty, and this model needs at least one token.", "prompt")
+        if n_tokens >= self._n_ctx:
+            raise RequestError(f"The prompt has {n_tokens:,} tokens, and the context of a conversation is {self._n_ctx:,}: shorten it, "
+                               "or start the server with a larger --ctx-size.", "messages", "context_length_exceeded")
+        if tokens is not None and not all(0 <= token < self._n_vocab for token in tokens):
+            raise RequestError(f"A token lies outside the vocabulary of {self._n_vocab:,}.", "prompt")
+        self._check_grammar(given.get("grammar"))
+        self._wants_logits = given.get("logprobs") is not None
+        self._n_most = given.get("max_tokens") or 0
+        if self._wants_logits and given.get("echo"):
+            raise RequestError("echo and logprobs cannot be had together.", "echo")
+        if self._wants_logits and not given.get("stream"):
+            return _join(self, self.create_completion(prompt, **{**given, "stream": True}))
+        return super().create_completion(prompt, **given)
+
+    def _check_grammar(self, grammar: Any) -> None:
+        """Refuse a grammar that llama.cpp cannot read: it would end the process later."""
+        if grammar is None:
+            return
+        sampler = low.llama_sampler_init_grammar(self._model.vocab, grammar._grammar.encode(), grammar._root.encode())
+        if not sampler:
+            raise RequestError("The grammar is not understood: write it in GBNF, with a rule called root.", "grammar")
+        low.llama_sampler_free(sampler)
+
+    def generate(self, tokens: Sequence[int], *, reset: bool = True, stopping_criteria: Any = None,
+                 **sampling: Any) -> Iterator[int]:
+        """Yield the tokens of an answer, which the batcher computes ahead of who reads them."""
+        prompt = np.array(tokens, np.intc)
+        answer = self._ask(prompt, sampling)
+        self._rows = _Rows(len(prompt))
+        ids = np.concatenate([prompt, np.zeros(self._n_ctx, np.intc)])
+        self.input_ids, self.n_tokens = ids, len(prompt)
+        try:
+            for token in answer.tokens():
+                if token.logits is not None:
+                    self._rows.put(token.logits)
+                if stopping_criteria is not None and stopping_criteria(ids[: self.n_tokens], token.logits):
+                    return
+                self.n_tokens_given += not low.llama_vocab_is_eog(self._model.vocab, token.id)
+                yield token.id
+                ids[self.n_tokens] = token.id
+                self.n_tokens += 1
+        finally:
+            self._batcher.give_up(answer)
+
+    def _ask(self, prompt: npt.NDArray[np.intc], sampling: dict[str, Any]) -> Answer:
+        n_room = self._n_ctx - len(prompt)
+        n_most = min(self._n_most, n_room) if self._n_most > 0 else n_room
+        answer = Answer(prompt, lambda row: 0, n_most, self._wants_logits)
+        # What stock's sampler looks at of a Llama: its text so far is what the batcher has computed.
+        looked_at = _Looked(answer, SimpleNamespace(
+            _model=self._model, _n_vocab=self._n_vocab, _seed=self._seed, last_n_tokens_size=self.last_n_tokens_size))
+        sampler = llama_cpp.Llama._init_sampler(looked_at, **sampling)
+        context = self._batcher.llm._ctx
+        answer.sample = lambda row: int(sampler.sample(context, row))
+        self.answers.append(answer)
+        self._batcher.begin(answer)
+        return answer
+
+    def usage(self) -> dict[str, Any]:
+        """Return what OpenAI's `usage` says of all that was asked at this seat."""
+        n_prompt = sum(len(answer.prompt) for answer in self.answers)
+        return {"prompt_tokens": n_prompt, "completion_tokens": self.n_tokens_given,
+                "total_tokens": n_prompt + self.n_tokens_given,
+                "prompt_tokens_details": {"cached_tokens": sum(answer.n_cached for answer in self.answers)}}
+
+
+class _Looked:
+    def __init__(self, answer: Answer, constants: SimpleNamespace) -> None:
+        self._answer = answer
+        self.__dict__.update(vars(constants))
+
+    @property
+    def _input_ids(self) -> npt.NDArray[np.intc]:
+        return self._answer.seen
+
+
+def _join(seat: Seat, chunks: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Return a completion in one piece, of its chunks: stock has logprobs of those alone where it keeps no scores."""
+    text, reason, logprobs, last = "", None, None, dict[str, Any]()
+    for last in chunks:
+        choice = last["choices"][0]
+        text += choice["text"]
+        reason = choice["finish_reason"] or reason
+        if choice["logprobs"] is not None:
+            logprobs = logprobs or {name: [] for name in choice["logprobs"]}
+            for name, values in choice["logprobs"].items():
+                logprobs[name] += values
+    usage = seat.usage()
+    return {**last, "usage": {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")},
+            "choices": [{"text": text, "index": 0, "logprobs": logprobs, "finish_reason": reason}]}
