@@ -203,7 +203,8 @@ class Batcher:
         while True:
             with self._changed:
                 answer = self._waiting[0] if self._waiting else None
-                chosen = choose(self.sequences, answer.prompt) if answer is not None else None
+                chosen = (None if answer is None else
+                          choose(self.sequences, answer.prompt, can_share=not self.memory.is_recurrent))
                 if answer is None or chosen is None:
                     return
                 self._waiting.popleft()
@@ -217,7 +218,7 @@ class Batcher:
         """Give an answer its sequence, with as much of the prompt in it as is known; the last token has to be computed anew."""
         most = len(answer.prompt) - 1
         self.keeper.note_loss(sequence, common_prefix(sequence.held, answer.prompt))
-        if source is not None and not self.memory.is_recurrent:
+        if source is not None:
             self.memory.copy(source, sequence, min(most, common_prefix(source.held, answer.prompt)))
         self.keeper.bring_back(sequence, answer.prompt)
         answer.n_cached = self.memory.cut(sequence, min(most, common_prefix(sequence.held, answer.prompt)))

@@ -15,6 +15,13 @@ from gguf_pager.serve.batcher import Batcher
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
 
+_HISTOGRAMS = (
+    ("vllm:time_to_first_token_seconds", "From a request to its first token.", _SECONDS),
+    ("vllm:time_per_output_token_seconds", "Between two tokens of an answer.", _PER_TOKEN),
+    ("vllm:request_queue_time_seconds", "From a request to its place in a batch.", _SECONDS),
+    ("vllm:e2e_request_latency_seconds", "From a request to its last token.", _SECONDS),
+)
+
 Metric = CounterMetricFamily | GaugeMetricFamily
 
 
@@ -24,15 +31,9 @@ class Metrics:
     def __init__(self, batcher: Batcher, model: str) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Counters(batcher, model))
-        labels = {"labelnames": ("model_name",), "registry": self._registry}
-        self._first = Histogram("vllm:time_to_first_token_seconds", "From a request to its first token.", buckets=_SECONDS,
-                                **labels).labels(model)
-        self._each = Histogram("vllm:time_per_output_token_seconds", "Between two tokens of an answer.", buckets=_PER_TOKEN,
-                               **labels).labels(model)
-        self._queue = Histogram("vllm:request_queue_time_seconds", "From a request to its place in a batch.", buckets=_SECONDS,
-                                **labels).labels(model)
-        self._whole = Histogram("vllm:e2e_request_latency_seconds", "From a request to its last token.", buckets=_SECONDS,
-                                **labels).labels(model)
+        self._first, self._each, self._queue, self._whole = (
+            Histogram(name, text, ("model_name",), registry=self._registry, buckets=buckets).labels(model)
+            for name, text, buckets in _HISTOGRAMS)
         batcher.on_end.append(self._note)
 
     def _note(self, answer: Answer) -> None:

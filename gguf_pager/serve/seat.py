@@ -101,14 +101,14 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         Raises:
             RequestError: it is too long, or something is asked for that is not there.
         """
-        tokens = prompt if isinstance(prompt, list) else None
-        n_tokens = len(tokens if tokens is not None else self.tokenize(prompt.encode(), special=True))
+        tokens = self.tokenize(prompt.encode(), special=True) if isinstance(prompt, str) else prompt
+        n_tokens = len(tokens)
         if n_tokens == 0:
             raise RequestError("The prompt is empty, and this model needs at least one token.", "prompt")
         if n_tokens >= self._n_ctx:
             raise RequestError(f"The prompt has {n_tokens:,} tokens, and the context of a conversation is {self._n_ctx:,}: shorten it, "
                                "or start the server with a larger --ctx-size.", "messages", "context_length_exceeded")
-        if tokens is not None and not all(0 <= token < self._n_vocab for token in tokens):
+        if not all(0 <= token < self._n_vocab for token in tokens):
             raise RequestError(f"A token lies outside the vocabulary of {self._n_vocab:,}.", "prompt")
         self._check_grammar(given.get("grammar"))
         self._wants_logits = given.get("logprobs") is not None
@@ -183,7 +183,8 @@ class _Looked:
 
 def _join(seat: Seat, chunks: Iterator[dict[str, Any]]) -> dict[str, Any]:
     """Return a completion in one piece, of its chunks: stock has logprobs of those alone where it keeps no scores."""
-    text, reason, logprobs, last = "", None, None, dict[str, Any]()
+    text, reason, last = "", None, dict[str, Any]()
+    logprobs: dict[str, list[Any]] | None = None
     for last in chunks:
         choice = last["choices"][0]
         text += choice["text"]

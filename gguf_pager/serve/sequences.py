@@ -122,20 +122,21 @@ class Memory:
         target.note(source.ids[:n_tokens].tolist())
 
 
-def choose(sequences: Tokens[Sequence], prompt: Ids) -> tuple[Sequence, Sequence | None] | None:
+def choose(sequences: Tokens[Sequence], prompt: Ids, *, can_share: bool = True) -> tuple[Sequence, Sequence | None] | None:
     """Return the idle sequence that shall answer a prompt, and the one whose first tokens it begins with, if that is another.
 
-    A conversation that goes on keeps its sequence. One that only begins like another takes the place of the one that nobody has
-    used for longest. None where all are busy.
+    A conversation that goes on, or whose last answer is wanted again, keeps its sequence. One that begins like another takes an empty one and shares the beginning, where
+    that `can_share`; where none is empty, the other's place if it is more than half the same, or else the place that nobody has used
+    for longest. None where all are busy.
     """
     idle = [sequence for sequence in sequences if sequence.answer is None]
     if not idle:
         return None
     common = {id(sequence): common_prefix(sequence.held, prompt) for sequence in sequences}
     nearest = max(idle, key=lambda sequence: (common[id(sequence)], -sequence.n_ids))
-    if common[id(nearest)] * 2 > nearest.n_ids or len(idle) == 1:
-        target = nearest
-    else:
-        target = min(idle, key=lambda sequence: sequence.used_s)
+    oldest = min(idle, key=lambda sequence: sequence.used_s)
+    n_common = common[id(nearest)]
+    goes_on = 0 < n_common in (nearest.n_ids, len(prompt)) or (n_common * 2 > nearest.n_ids and not (can_share and oldest.n_ids == 0))
+    target = nearest if goes_on else oldest
     source = max(sequences, key=lambda sequence: common[id(sequence)])
-    return target, source if common[id(source)] > common[id(target)] else None
+    return target, source if can_share and common[id(source)] > common[id(target)] else None

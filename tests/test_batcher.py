@@ -1,0 +1,314 @@
+"""The batcher alone: the bits of a conversation that goes on, comes back from disk, or shares a beginning; and what each model can."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gguf_pager
+from gguf_pager import guard, hooks
+from gguf_pager.errors import PagerError
+from gguf_pager.serve.answers import Answer, Token
+from gguf_pager.serve.batcher import Batcher, Keeper, ServerClosing
+from gguf_pager.serve.seat import RequestError, Seat
+from gguf_pager.serve.sequences import LEAST_MARKED, Sequence, choose, common_prefix
+from gguf_pager.serve.states import State, States, read_state
+
+Zoo = Callable[..., Path]
+
+ATTENTION = ("qwen3moe", "gpt-oss", "deepseek2", "llama4")
+RECURRENT = ("granitehybrid", "qwen3next", "lfm2moe", "jamba")
+
+
+@contextmanager
+def batching(path: Path, n_sequences: int = 1, n_ctx: int = 256, **given: Any) -> Iterator[Batcher]:
+    with gguf_pager.Llama(str(path), budget="min", n_ctx=n_ctx * n_sequences, n_batch=64, n_ubatch=64, n_threads=1, n_threads_batch=1,
+                          n_seq_max=n_sequences, verbose=False, profile=False, **given) as llm:
+        batcher = Batcher(llm, n_sequences)
+        try:
+            yield batcher
+        finally:
+            batcher.close()
+
+
+def tokens_of(seed: int, n_tokens: int, n_vocab: int = 32) -> list[int]:
+    return np.random.default_rng(seed).integers(3, n_vocab, n_tokens).tolist()
+
+
+def ask(batcher: Batcher, prompt: list[int], n_tokens: int = 6) -> tuple[list[int], np.ndarray, Answer]:
+    """Return the tokens of an answer at temperature 0, the logits that each was chosen from, and the answer."""
+    answer = begin(batcher, prompt, n_tokens)
+    tokens = list(answer.tokens())
+    rows = [token.logits for token in tokens if token.logits is not None]
+    return [token.id for token in tokens], np.array(rows), answer
+
+
+def begin(batcher: Batcher, prompt: list[int], n_tokens: int = 6) -> Answer:
+    answer = Answer(np.array(prompt, np.intc), lambda row: 0, n_tokens, wants_logits=True)
+    answer.sample = lambda row: int(np.argmax(np.ctypeslib.as_array(
+        hooks.low.llama_get_logits_ith(batcher.llm.ctx, row), shape=(batcher.llm._n_vocab,))))
+    batcher.begin(answer)
+    return answer
+
+
+# ---- bits ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("architecture", ATTENTION)
+def test_answer_has_the_bits_of_llama(zoo_model: Zoo, architecture: str) -> None:
+    path, prompt = zoo_model(architecture), tokens_of(1, 100)
+    with batching(path, 3) as batcher:
+        tokens, rows, _ = ask(batcher, prompt)
+    with gguf_pager.Llama(str(path), budget="min", n_ctx=768, n_batch=64, n_ubatch=64, n_threads=1, n_threads_batch=1, n_seq_max=3,
+                          verbose=False, profile=False) as llm:
+        expected = []
+        for step in (prompt, *([token] for token in tokens[:-1])):
+            llm.eval(step)
+            expected.append(guard._last_row(llm).copy())
+    assert np.array_equal(rows, expected)
+
+
+@pytest.mark.parametrize("architecture", [*ATTENTION, *RECURRENT])
+def test_conversation_has_one_file_that_grows(zoo_model: Zoo, tmp_path: Path, architecture: str) -> None:
+    path, prompt = zoo_model(architecture), tokens_of(2, 90)
+    with batching(path) as batcher:
+        batcher.keeper = States(batcher, tmp_path, 1 << 30)
+        said, _, _ = ask(batcher, prompt)
+        batcher.call(batcher.keeper.note_idle)
+        _, _, answer = ask(batcher, prompt + said[:-1] + tokens_of(3, 20))
+        assert answer.n_cached == len(prompt) + len(said) - 1, "all that was computed"
+        key = batcher.keeper._key
+    (kept,) = tmp_path.glob("*.state")
+    found = read_state(kept, key)
+    assert isinstance(found, State) and len(found.ids) == len(prompt) + len(said) - 1 + 20 + 5
+
+
+@pytest.mark.parametrize("architecture", [*ATTENTION, *RECURRENT])
+def test_restart_gives_what_memory_gives(zoo_model: Zoo, tmp_path: Path, architecture: str) -> None:
+    path, prompt = zoo_model(architecture), tokens_of(2, 90)
+    with batching(path) as batcher:
+        batcher.keeper = States(batcher, tmp_path, 1 << 30)
+        said, _, _ = ask(batcher, prompt)
+        batcher.call(batcher.keeper.note_idle)
+        batcher.keeper = Keeper()  # what comes now is not kept
+        longer = prompt + said[:-1] + tokens_of(3, 20)
+        tokens, rows, _ = ask(batcher, longer)
+    with batching(path) as batcher:
+        batcher.keeper = States(batcher, tmp_path, 1 << 30)
+        again, others, answer = ask(batcher, longer)
+        assert answer.n_cached == len(prompt) + len(said) - 1
+    assert again == tokens and np.array_equal(rows, others)
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_recurrent_model_comes_back_to_where_it_was_marked(zoo_model: Zoo, architecture: str) -> None:
+    path, prompt = zoo_model(architecture), tokens_of(4, LEAST_MARKED + 40)
+    with batching(path) as batcher:
+        first, rows, answer = ask(batcher, prompt)
+        assert answer.n_cached == 0
+        again, others, answer = ask(batcher, prompt)
+        assert answer.n_cached == len(prompt) - 1 and again == first and np.array_equal(rows, others)
+        other = prompt[:-10] + tokens_of(5, 10)
+        tokens, rows, answer = ask(batcher, other)
+        assert answer.n_cached == 0, "before the mark there is nothing to come back to"
+    with batching(path) as batcher:
+        fresh, others, _ = ask(batcher, other)
+    assert fresh == tokens and np.array_equal(rows, others)
+
+
+@pytest.mark.parametrize("architecture", ATTENTION)
+def test_beginning_of_another_conversation_is_shared(zoo_model: Zoo, architecture: str) -> None:
+    """The first stays as it is: nobody's tokens are another's."""
+    path, system = zoo_model(architecture), tokens_of(6, 80)
+    first, second = system + tokens_of(7, 30), system + tokens_of(8, 30)
+    with batching(path, 2) as batcher:
+        ask(batcher, first)
+        _, _, answer = ask(batcher, second)
+        assert answer.n_cached == 80
+        again, others, answer = ask(batcher, first)
+        assert answer.n_cached == len(first) - 1
+    with batching(path, 2) as batcher:
+        ask(batcher, first)
+        said, rows, _ = ask(batcher, first)
+    assert again == said and np.array_equal(rows, others)
+
+
+def test_conversations_at_once_do_not_mix(zoo_model: Zoo) -> None:
+    path = zoo_model("qwen3moe")
+    prompts = [tokens_of(seed, 40 + 11 * seed) for seed in range(5)]
+    with batching(path, 1) as batcher:
+        alone = [ask(batcher, prompt)[1] for prompt in prompts]
+    with batching(path, 3) as batcher:
+        answers = [begin(batcher, prompt) for prompt in prompts]
+        together = [np.array([token.logits for token in answer.tokens()]) for answer in answers]
+    for one, other in zip(alone, together, strict=True):
+        assert np.allclose(one[0], other[0], atol=2e-2), "batches of other widths have other last bits, and no more"
+
+
+# ---- order, ends ----------------------------------------------------------------------------------------------------------
+
+def test_requests_wait_in_order(zoo_model: Zoo) -> None:
+    ended: list[int] = []
+    with batching(zoo_model("qwen3moe"), 1) as batcher:
+        answers = [begin(batcher, tokens_of(seed, 30), 8) for seed in range(4)]
+        batcher.on_end.append(lambda answer: ended.append(answers.index(answer)))
+        assert batcher.load().n_running + batcher.load().n_waiting >= 3
+        for answer in answers:
+            list(answer.tokens())
+    assert ended == sorted(ended) and batcher.load().n_waiting == 0
+
+
+def test_answer_that_is_given_up_frees_its_sequence(zoo_model: Zoo) -> None:
+    with batching(zoo_model("qwen3moe"), 1) as batcher:
+        forever = begin(batcher, tokens_of(1, 30), 200)
+        waiting = begin(batcher, tokens_of(2, 30), 4)
+        given_up = begin(batcher, tokens_of(3, 30), 4)
+        batcher.give_up(given_up)
+        next(forever.tokens())
+        batcher.give_up(forever)
+        assert len(list(waiting.tokens())) == 4
+        assert list(given_up.tokens()) == []
+        assert len(list(forever.tokens())) < 200
+        assert batcher.totals.given_up == 2
+
+
+def test_closing_ends_what_runs_and_refuses_what_waits(zoo_model: Zoo) -> None:
+    with batching(zoo_model("qwen3moe"), 1) as batcher:
+        running, waiting = begin(batcher, tokens_of(1, 30), 200), begin(batcher, tokens_of(2, 30))
+        next(running.tokens())
+        batcher.close()
+        list(running.tokens())
+        with pytest.raises(ServerClosing, match="shutting down"):
+            list(waiting.tokens())
+        with pytest.raises(ServerClosing):
+            begin(batcher, tokens_of(3, 30))
+        with pytest.raises(ServerClosing):
+            batcher.call(lambda: None)
+
+
+def test_failed_batch_is_told_to_everybody_in_it_and_the_next_works(zoo_model: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real failure of the disk is tried in test_serve_faults; this is any exception at all."""
+    low = hooks.low
+    with batching(zoo_model("qwen3moe"), 2) as batcher:
+        said, rows, _ = ask(batcher, tokens_of(1, 30))
+        answers = [begin(batcher, tokens_of(seed, 30), 100) for seed in (1, 2)]
+        for answer in answers:
+            next(answer.tokens())
+        real = low.llama_decode
+        monkeypatch.setattr(low, "llama_decode", lambda *_: 1)
+        for answer in answers:
+            with pytest.raises(PagerError, match="llama_decode returned 1"):
+                list(answer.tokens())
+        monkeypatch.setattr(low, "llama_decode", real)
+        again, others, answer = ask(batcher, tokens_of(1, 30))
+        assert answer.n_cached == 0 and again == said and np.array_equal(rows, others)
+
+
+def test_sampler_that_fails_ends_its_own_answer_only(zoo_model: Zoo) -> None:
+    def fail(_: int) -> int:
+        raise RuntimeError("no token")
+
+    with batching(zoo_model("qwen3moe"), 2) as batcher:
+        good = begin(batcher, tokens_of(1, 30), 20)
+        bad = Answer(np.array(tokens_of(2, 30), np.intc), fail, 20)
+        batcher.begin(bad)
+        with pytest.raises(RuntimeError, match="no token"):
+            list(bad.tokens())
+        assert len(list(good.tokens())) == 20
+
+
+def test_answer_ends_with_the_context(zoo_model: Zoo) -> None:
+    with batching(zoo_model("qwen3moe"), 1, n_ctx=256) as batcher:
+        tokens, _, _ = ask(batcher, tokens_of(1, 250), 1000)
+        assert len(tokens) <= 7 and batcher.sequences[0].n_ids <= 256
+
+
+# ---- seats ------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("prompt", "given", "told"), [
+    ([], {}, "empty"), ([5] * 256, {}, "256"), ([10**6], {}, "vocabulary"), ([-1], {}, "vocabulary"),
+    ([5], {"echo": True, "logprobs": 1}, "echo"),
+])
+def test_seat_refuses_what_cannot_be(zoo_model: Zoo, prompt: list[int], given: dict[str, Any], told: str) -> None:
+    with batching(zoo_model("qwen3moe")) as batcher:
+        seat = Seat(batcher)
+        with pytest.raises(RequestError, match=told):
+            seat.create_completion(prompt, **given)
+        assert seat.answers == [] and batcher.load().n_running == 0
+
+
+def test_seats_at_once_give_what_llama_gives(zoo_model: Zoo) -> None:
+    prompt, wanted = tokens_of(3, 20), {"max_tokens": 12, "temperature": 0.9, "seed": 7, "top_k": 20, "repeat_penalty": 1.2}
+    path = zoo_model("qwen3moe")
+    with gguf_pager.Llama(str(path), budget="min", n_ctx=256, n_batch=64, n_threads=1, n_threads_batch=1, verbose=False) as llm:
+        expected = list(zip(range(12), llm.generate(prompt, temp=0.9, top_k=20, repeat_penalty=1.2), strict=False))
+        del expected
+        llm.set_seed(7)
+        text = llm.create_completion(prompt, **wanted)["choices"][0]
+    with batching(path) as batcher:
+        ours = Seat(batcher).create_completion(prompt, **wanted)["choices"][0]
+    assert ours == text
+
+
+# ---- choosing ---------------------------------------------------------------------------------------------------------------
+
+def a_sequence(number: int, ids: list[int], used_s: float, *, is_busy: bool = False) -> Sequence:
+    found = Sequence(number, 64)
+    found.note(ids)
+    found.used_s = used_s
+    if is_busy:
+        found.answer = Answer(np.zeros(1, np.intc), lambda row: 0, 1)
+    return found
+
+
+def test_prefix_is_counted_to_the_first_difference() -> None:
+    def array(*ids: int) -> np.ndarray:
+        return np.array(ids, np.intc)
+
+    assert common_prefix(array(), array(1)) == 0
+    assert common_prefix(array(1, 2, 3), array(1, 2, 4)) == 2
+    assert common_prefix(array(1, 2), array(1, 2, 3)) == 2
+
+
+def test_conversation_that_goes_on_keeps_its_sequence() -> None:
+    first, second = a_sequence(0, [1, 2, 3, 4], 5), a_sequence(1, [1, 2, 9, 9], 1)
+    assert choose([first, second], np.array([1, 2, 3, 4, 5], np.intc)) == (first, None)
+
+
+def test_answer_that_is_wanted_again_keeps_its_sequence() -> None:
+    first, empty = a_sequence(0, [1, 2, 3, 4], 5), a_sequence(1, [], 0)
+    assert choose([first, empty], np.array([1, 2, 3], np.intc)) == (first, None)
+
+
+def test_new_conversation_takes_the_oldest_place_and_shares_a_beginning() -> None:
+    first, second = a_sequence(0, [1, 2, 3, 4, 5, 6], 5), a_sequence(1, [7, 8], 1)
+    assert choose([first, second], np.array([1, 2, 9], np.intc)) == (second, first)
+    empty = a_sequence(2, [], 0)
+    assert choose([first, second, empty], np.array([1, 2, 9], np.intc)) == (empty, first)
+
+
+def test_place_that_is_mostly_the_same_is_taken_where_none_is_empty() -> None:
+    first, second = a_sequence(0, [1, 2, 3, 4, 5, 6], 5), a_sequence(1, [7, 8], 1)
+    assert choose([first, second], np.array([1, 2, 3, 4, 9], np.intc)) == (first, None)
+    empty = a_sequence(2, [], 0)
+    assert choose([first, empty], np.array([1, 2, 3, 4, 9], np.intc)) == (empty, first)
+    assert choose([first, empty], np.array([1, 2, 3, 4, 9], np.intc), can_share=False) == (first, None)
+    assert choose([first, second], np.array([1, 2, 9], np.intc), can_share=False) == (second, None)
+
+
+def test_busy_sequences_are_left_alone() -> None:
+    first, second = a_sequence(0, [1, 2, 3], 5, is_busy=True), a_sequence(1, [7, 8], 1)
+    assert choose([first, second], np.array([1, 2, 3, 4], np.intc)) == (second, first)
+    assert choose([first], np.array([1], np.intc)) is None
+
+
+def test_tokens_come_as_they_are_put() -> None:
+    answer = Answer(np.zeros(1, np.intc), lambda row: 0, 5)
+    threading.Thread(target=lambda: (time.sleep(0.05), answer.put(Token(3, None)), answer.end())).start()
+    assert [token.id for token in answer.tokens()] == [3] and answer.n_generated == 1
