@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,25 @@ _NAMES = {name: PREFIX + {"n_readers": "readers"}.get(name, name).upper() for na
 """Each option's variable: its name on the command line, where it has one there."""
 
 
-def variables(budget: str, **options: Any) -> dict[str, str]:
-    """Return the variables that say this; options that are as by default are left out."""
-    found = {f"{PREFIX}BUDGET": budget}
+def with_settings(environment: Mapping[str, str], budget: str, **options: Any) -> dict[str, str]:
+    """Return an environment that says this; of these options, what is as by default is not in it."""
+    found = {**environment, f"{PREFIX}BUDGET": budget}
     for name, value in options.items():
         if value == _FIELDS[name].default:
-            continue
-        found[_NAMES[name]] = os.pathsep.join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+            found.pop(_NAMES[name], None)
+        else:
+            found[_NAMES[name]] = os.pathsep.join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
     return found
 
 
-def settings() -> tuple[str, dict[str, Any]]:
-    """Return the budget and the options that the environment sets.
+def settings(environment: Mapping[str, str] = os.environ) -> tuple[str, dict[str, Any]]:
+    """Return the budget and the options that an environment sets.
 
     Raises:
         PagerError: a value that does not exist.
     """
-    options = {name: _value(name, os.environ[variable]) for name, variable in _NAMES.items() if variable in os.environ}
-    return os.environ.get(f"{PREFIX}BUDGET", "auto"), options
+    options = {name: _value(name, environment[variable]) for name, variable in _NAMES.items() if variable in environment}
+    return environment.get(f"{PREFIX}BUDGET", "auto"), options
 
 
 def _value(name: str, text: str) -> Any:
@@ -58,17 +59,18 @@ def _value(name: str, text: str) -> Any:
 
 
 def install() -> None:
-    """Page what llama_cpp opens in this process, as the environment says; where it says nonsense, end the process and say so."""
+    """Page what llama_cpp opens in this process, as the environment says.
+
+    Raises:
+        PagerError: a value that does not exist.
+    """
     import gguf_pager
 
-    try:
-        budget, options = settings()
-        gguf_pager.install(budget, **options)
-    except PagerError as error:
-        sys.exit(f"gguf-pager: {error}")  # an exception would have the program go on without paging, if it tries its imports
+    budget, options = settings()
+    gguf_pager.install(budget, **options)
 
 
-def with_autostart(environment: dict[str, str]) -> dict[str, str]:
+def with_autostart(environment: Mapping[str, str]) -> dict[str, str]:
     """Return an environment in which Python programs are paged, and those that they start."""
     path = environment.get("PYTHONPATH")
-    return environment | {"PYTHONPATH": os.pathsep.join([str(AUTOSTART), *([path] if path else [])])}
+    return {**environment, "PYTHONPATH": os.pathsep.join([str(AUTOSTART), *([path] if path else [])])}

@@ -10,18 +10,18 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from gguf_pager import __version__, environment
+from gguf_pager import __version__
+from gguf_pager.cli import program
 from gguf_pager.cli.model import GPU_LAYERS_OPTION, MODEL_OPTION, is_a_default, missing_model, model_named_twice
 from gguf_pager.cli.opening import CTX_STEP, DEFAULT_CTX, MOST_TOKENS, Opening, open_model, opens_model, take_opening
 from gguf_pager.doctor import physical_cores
 from gguf_pager.errors import PagerError
 from gguf_pager.memory import probe
-from gguf_pager.memory.budget import parse_budget
-from gguf_pager.pager import Options, Stats
+from gguf_pager.pager import Stats
 from gguf_pager.report import generation as shown
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class _Run(click.Command):
             if args[at + 1:] and not self._names_a_model(ctx, args[:at]):
                 ctx.meta[_PROGRAM], args = args[at + 1:], args[:at]
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, list(args))
         except RuntimeError as error:  # what click makes of '-' where the shell has closed stdin
             if sys.stdin is not None:
                 raise
@@ -75,8 +75,8 @@ class _Run(click.Command):
         except click.UsageError as error:
             if "unexpected extra argument" not in error.message:
                 raise
-            raise click.UsageError(f"{error.message} {_IN_QUOTES}", ctx) from None
-
+            hint = program.forgotten_dashes(args) or _IN_QUOTES
+            raise click.UsageError(f"{error.message} {hint}", ctx) from None
 
     def _names_a_model(self, ctx: click.Context, args: list[str]) -> bool:
         try:
@@ -117,8 +117,8 @@ def run(model: str | None, words: str | None, model_option: Path | None, **given
     gguf-pager run MODEL --chat "Why is the sky blue?"
     gguf-pager run --budget 8GiB -- python anything.py
 
-    The last one runs a Python program that uses llama-cpp-python, and pages what it opens; so does GGUF_PAGER_BUDGET=8GiB in the
-    environment instead of --budget.
+    The last one runs a Python program that uses llama-cpp-python, and pages what it opens, and what the programs open that it
+    starts. The options that say how to page go before the --; the model, threads and text are the program's business.
 
     The text goes to stdout as it comes; the last line, on stderr, gives the speed of the answer (without the prompt) and
     of the prompt, how many of the experts wanted were in memory, megabytes read per token, the share of the time spent
@@ -127,9 +127,9 @@ def run(model: str | None, words: str | None, model_option: Path | None, **given
     With --json stdout holds one JSON object and nothing else, "text" among its keys; while it is generated, the text
     goes to stderr.
     """
-    program = click.get_current_context().meta.get(_PROGRAM)
-    if program is not None:
-        _run_program(program, given)
+    command = click.get_current_context().meta.get(_PROGRAM)
+    if command is not None:
+        program.run(command, given)
     if model_option is not None and is_a_default(click.get_current_context(), "model_option") and words is not None:
         model_option = None
     path, words = _take_words(model, words, model_option)
@@ -155,18 +155,6 @@ def run(model: str | None, words: str | None, model_option: Path | None, **given
         click.echo(shown.run_line(facts), err=True)
     if generation.finish_reason == "interrupt":
         raise KeyboardInterrupt
-
-
-def _run_program(program: list[str], given: dict[str, Any]) -> NoReturn:
-    """Become a program, in an environment in which llama_cpp is paged in all Python programs."""
-    parse_budget(given["budget"])  # what is wrong is said here, not in the middle of the program
-    options: dict[str, Any] = {name: given[name] for name in ("policy", "io", "mirror", "profile", "adapt_threads", "overcommit")}
-    Options(n_readers=given["readers"], **options)
-    told = environment.variables(given["budget"], n_readers=given["readers"], **options)
-    try:
-        os.execvpe(program[0], program, environment.with_autostart({**os.environ, **told}))
-    except OSError as error:
-        raise PagerError(f"{program[0]} cannot be run: {error.strerror}.") from None
 
 
 def _take_words(first: str | None, second: str | None, model: Path | None) -> tuple[Path, str | None]:
