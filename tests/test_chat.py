@@ -140,7 +140,7 @@ def test_several_lines_are_one_message(small: Path, tmp_path: Path) -> None:
 def test_ctrl_c_ends_the_answer_and_keeps_the_conversation(small: Path, tmp_path: Path) -> None:
     with talking(small, "--state-dir", str(tmp_path), "-n", "-1", "--temp", "1.5") as chat:
         chat.say("Tell a very long story about a ship, in every detail.")
-        chat.wait(r"\n\w+ \w+ \w+")
+        chat.wait(r"detail\.\n[^>]{30}")
         chat.interrupt()
         chat.wait(r"\(ended\)\n> $", 20)
         assert chat.ask("/stats")

@@ -156,7 +156,7 @@ class _Talk:
                 else:
                     self._ask(text)
             except PagerError as error:
-                click.secho(f"Error: {error}", fg="red", err=True)
+                _say(f"Error: {error}")
 
     def _obey(self, line: str) -> bool:
         """Do what a command says; return whether it was the last."""
@@ -318,7 +318,7 @@ def _say(text: str) -> None:
     """Say something that is no part of the conversation, within the width of the terminal."""
     width = max(20, shutil.get_terminal_size().columns - 1)
     shown = "\n".join(textwrap.fill(line, width, subsequent_indent="  ", drop_whitespace=False) for line in printable_lines(text))
-    click.secho(shown, dim="NO_COLOR" not in os.environ, err=True)
+    click.echo(shown if "NO_COLOR" in os.environ else click.style(shown, dim=True), err=True)
 
 
 def printable_lines(text: str) -> list[str]:

@@ -65,6 +65,7 @@ class Batcher:
 
     Attributes:
         totals: counters since the start.
+        failure: what the last batch has failed with; None where it has not.
         on_end: called in the batcher's thread when an answer has ended, with whatever it is asked for by then.
     """
 
@@ -72,6 +73,7 @@ class Batcher:
         self.llm = llm
         self.n_ctx = int(llm.n_ctx()) // n_sequences
         self.totals = Totals()
+        self.failure: str | None = None
         self.on_end: list[Hook] = []
         self.keeper: Keeper = Keeper()
         self.sequences = tuple(Sequence(number, self.n_ctx) for number in range(n_sequences))
@@ -252,6 +254,7 @@ class Batcher:
         self.totals.computing_s += time.monotonic() - begun
         if result != 0:
             raise EngineError(f"llama_decode returned {result}: report this.")
+        self.failure = None
         self.totals.batches += 1
         self.totals.batch_tokens += int(batch.n_tokens)
         for sequence, tokens, _ in added:
@@ -320,6 +323,7 @@ class Batcher:
     def _fail(self, error: BaseException) -> None:
         """End everybody's answer whose tokens were in the batch that failed; what the context holds of them is in doubt."""
         log.warning("a batch failed: %s", error)
+        self.failure = str(error)
         for sequence in self._busy():
             with contextlib.suppress(PagerError):
                 self.memory.cut(sequence, 0)

@@ -1,0 +1,128 @@
+"""A server whose disk, file, memory or settings fail: it says so, and goes on where it can."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import serving
+
+TOLERANCE = 1.03
+FOREVER: dict[str, Any] = {"prompt": "A long story:", "logit_bias": {"2": -100, "0": -100}}
+
+
+def ask(url: str, **given: Any) -> httpx.Response:
+    return httpx.post(f"{url}/v1/completions", json={"prompt": "Once", "max_tokens": 4, **given}, timeout=120)
+
+
+def test_file_that_is_cut_while_it_answers_is_told_and_the_server_lives(small: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(small, tmp_path / "copy.gguf"))
+    with serving(copy, "--budget", "min", "-c", "1024") as server:
+        assert ask(server.url).status_code == 200
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(ask(server.url, **FOREVER, max_tokens=900)))
+        thread.start()
+        while not server.health()["running"]:
+            pass
+        os.truncate(copy, copy.stat().st_size // 2)
+        thread.join(60)
+        assert answers[0].status_code == 500, answers[0].text
+        assert re.search("truncated|changed", answers[0].json()["error"]["message"]), answers[0].text
+        health = httpx.get(f"{server.url}/health", timeout=60)
+        assert health.status_code == 503 and health.json()["status"] == "error" and health.json()["running"] == 0
+        assert re.search("truncated|changed", health.json()["reason"])
+        assert ask(server.url).status_code == 500, "the model is gone for good"
+        with httpx.stream("POST", f"{server.url}/v1/completions", json={"prompt": "Once", "stream": True}, timeout=60) as stream:
+            events = [line for line in stream.iter_lines() if line.startswith("data: ")]
+        assert re.search("truncated|changed", json.loads(events[-1][6:])["error"]["message"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_process_keeps_to_its_budget_with_several_clients_and_embeddings(small: Path) -> None:
+    budget = 420 << 20
+    with serving(small, "--budget", str(budget), "--parallel", "4", "-c", "512") as server:
+        with ThreadPoolExecutor(8) as pool:
+            texts = list(pool.map(lambda i: ask(server.url, prompt=f"{i} " + "word " * 300, max_tokens=64), range(8)))
+            assert all(answer.status_code == 200 for answer in texts)
+        given = httpx.post(f"{server.url}/v1/embeddings", json={"input": ["a text", "another"]}, timeout=120)
+        assert given.status_code == 200, given.text
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert found is not None and int(found[1]) * 1024 <= budget * TOLERANCE
+
+
+def test_context_that_does_not_fit_says_what_to_lower(small: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "gguf_pager", "serve", str(small), "--port", "0", "--budget", "300MiB", "--parallel", "64",
+                           "-c", "8192"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and "Error" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- settings -----------------------------------------------------------------------------------------------------------
+
+def test_config_file_of_llama_cpp_server_is_understood(small: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"host: 127.0.0.1\nport: 1\napi_key: secret\nmodels:\n  - model: {small}\n    model_alias: mine\n    n_ctx: 256\n"
+                      "    n_gpu_layers: 20\n")
+    command = [sys.executable, "-m", "gguf_pager", "serve", "--config", str(config), "--port", "0", "--budget", "25%", "-t", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "Serving" in line:
+                break
+        assert "Serving mine" in said and "256 tokens each" in said and "n_gpu_layers" in said, said
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(("name", "text", "told"), [
+    ("x.json", "{", "not understood"), ("x.yaml", "a: [", "not understood"), ("x.json", "{}", "names no models"),
+    ("x.json", '{"models": []}', "names no models"), ("x.json", '{"models": [{"model": "/no/such"}]}', "does not exist"),
+    ("missing.json", None, "cannot be read"),
+])
+def test_config_file_that_is_wrong_is_refused(tmp_path: Path, name: str, text: str | None, told: str) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    done = subprocess.run([sys.executable, "-m", "gguf_pager", "serve", "--config", str(path), "--port", "0"], capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (("--state-size", "lots"), "not understood"), (("--state-size", "25%"), "a size such as"),
+    (("--host", "no.such.host.invalid"), "Cannot listen"), (("--state-dir", "/proc/nowhere"), "--state-dir"),
+    (("--parallel", "0"), "parallel"), (("--port", "99999"), "port"),
+])
+def test_setting_that_cannot_be_is_refused(small: Path, arguments: tuple[str, ...], told: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "gguf_pager", "serve", str(small), "--budget", "25%", "-c", "256", "--port", "0", *arguments],
+                          capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode in (1, 2) and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_open_server_says_so(small: Path) -> None:
+    with serving(small, "--budget", "25%", "-c", "256", "--host", "0.0.0.0") as server:
+        assert any("--api-key" in line for line in server.said)
+    with serving(small, "--budget", "25%", "-c", "256", "--host", "0.0.0.0", "--api-key", "x") as server:
+        assert not any("Anybody" in line for line in server.said)
+
+
+def test_environment_sets_every_option(small: Path) -> None:
+    variables = {"GGUF_PAGER_MODEL": str(small), "GGUF_PAGER_BUDGET": "25%", "GGUF_PAGER_CTX_SIZE": "512", "GGUF_PAGER_PARALLEL": "2",
+                 "GGUF_PAGER_ALIAS": "named"}
+    with serving(small, environment=variables) as server:
+        said = "".join(server.said)
+        assert "Serving named" in said and "2 answers at a time, 512 tokens each" in said
