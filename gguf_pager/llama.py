@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+from pathlib import Path
 from typing import Any, Self
 
 import llama_cpp
@@ -15,6 +16,7 @@ from gguf_pager.errors import EngineError, LayoutError, PagerError
 from gguf_pager.hooks import hooks
 from gguf_pager.memory.budget import parse_budget
 from gguf_pager.memory.sizing import Request
+from gguf_pager.model.names import local_path
 from gguf_pager.pager import Options, Pager
 
 _NEED_THE_MODEL = (
@@ -30,7 +32,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
     Takes every argument of llama_cpp.Llama, and:
 
     Args:
-        model_path: the GGUF file; of a split model the first.
+        model_path: the GGUF file, of a split model the first; a folder that holds one model; or a name such as
+            "hf:OWNER/REPO:Q4_K_M", "ollama:NAME" or "lmstudio:NAME" (docs/models.md).
         budget: how much memory to use. Bytes as a number or "4GiB": a limit on the whole process (experts get what
             dense weights, KV cache and buffers leave). "25%": a share of the experts, everything else on top. "min": as
             few experts as can compute one token. "auto": what the machine can spare; if the model fits, it runs as stock
@@ -63,8 +66,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         kwargs["budget"] = budget
         request = self._request = take_request(kwargs)
         try:
-            _check_path(model_path)
-            hooks.construct(request, super().__init__, model_path=model_path, **kwargs)
+            hooks.construct(request, super().__init__, model_path=_found(model_path), **kwargs)
             if not request.opened and request.reason is None:
                 raise EngineError("This model was opened past gguf_pager: some other package has replaced llama_cpp's functions "
                                   "for good. Import gguf_pager before it, or do without it.")
@@ -121,14 +123,15 @@ def _signature() -> inspect.Signature:
 Llama.__signature__ = _signature()
 
 
-def _check_path(path: str) -> None:
-    if not os.path.exists(path):
-        raise LayoutError(f"{path} does not exist.")
+def _found(name: str | os.PathLike[str]) -> str:
+    found = local_path(name)
+    path = os.fspath(name) if found == Path(name) else str(found)  # as it was written: it is in every answer
     try:
-        str(path).encode()
+        path.encode()
     except UnicodeEncodeError:
         raise LayoutError(f"{path} has a name that is no UTF-8, which llama-cpp-python cannot open: rename it, or "
                           "make a link to it.") from None
+    return path
 
 
 def _is_ours(llm: Any) -> bool:

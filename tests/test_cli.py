@@ -266,7 +266,7 @@ def test_bar_fills_while_a_model_opens(capfd: pytest.CaptureFixture[str]) -> Non
     (("run", "tiny.gguf", "-p", PROMPT * 200, "-c", "256", "--budget", "50%"), "give -c"),
     (("run", "tiny.gguf", "-f", "cut.gguf"), "is not UTF-8"),
     (("run", "tiny.gguf", "-p", "x", "--chat", "--budget", "50%"), "no chat template"),
-    (("inspect", "no.gguf"), "cannot be read"),
+    (("inspect", "no.gguf"), "does not exist"),
 ])
 def test_error_is_one_line_and_exit_code_1(models: Path, arguments: tuple[str, ...], message: str) -> None:
     (models / "text").write_text("plain text")
@@ -374,7 +374,7 @@ def test_inspect_and_doctor_do_not_import_llama_cpp(models: Path) -> None:
 def test_command_alone_shows_what_to_do_first() -> None:
     done = call()
     assert done.returncode == 0
-    for words in (b"gguf-pager inspect MODEL.gguf", b"gguf-pager run MODEL.gguf", b"hf download", b"--help"):
+    for words in (b"gguf-pager inspect MODEL.gguf", b"gguf-pager run MODEL.gguf", b"hf:ggml-org/gpt-oss-20b-GGUF", b"--help"):
         assert words in done.stdout
 
 
@@ -399,11 +399,11 @@ def test_words_that_do_not_fit_are_a_sentence(models: Path, words: tuple[str, ..
 
 
 @pytest.mark.parametrize(("words", "message"), (
-    (("model.gguf", "hi"), "Did you mean: gguf-pager run model.gguf"), (("chat",), "run MODEL --chat"), (("serve",), "llama_cpp.server"),
-    (("pull", "x"), "hf download"), (("version",), "--version"), (("runn",), "No such command"),
-    (("run", "qwen3:30b", "x"), "ollama show --modelfile qwen3:30b"),
-    (("run", "Qwen/Qwen3-30B-A3B-GGUF", "x"), "hf download Qwen/Qwen3-30B-A3B-GGUF"),
-    (("run", "https://huggingface.co/x.gguf", "x"), "Download it first"), (("run", "a/b.gguf", "x"), "a/b.gguf does not exist.\n"),
+    (("model.gguf", "hi"), "Did you mean: gguf-pager run model.gguf"), (("server",), "gguf-pager serve MODEL"),
+    (("pull", "x"), "gguf-pager run hf:OWNER/REPO"), (("version",), "--version"), (("runn",), "No such command"),
+    (("run", "qwen3:30b", "x"), "ollama:qwen3:30b"),
+    (("run", "Qwen/Qwen3-30B-A3B-GGUF", "x"), "hf:Qwen/Qwen3-30B-A3B-GGUF"),
+    (("run", "https://huggingface.co/x.gguf", "x"), "names no repository"), (("run", "a/b.gguf", "x"), "a/b.gguf does not exist.\n"),
 ))
 def test_words_of_other_programs_are_answered(words: tuple[str, ...], message: str) -> None:
     done = call(*words)

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "gguf_pager"
 # A module imports from those above it only. A room does not loosen that: its files stand here one by one.
 ORDER = (
     "errors", "deferral", "files", "_native", "kernel", "cache",
-    "model.engine", "llama_log", "model.metadata", "model.layout", "model.mirror",
+    "model.engine", "llama_log", "model.metadata", "model.variants", "model.hub", "model.stores", "model.names", "model.layout", "model.mirror",
     "memory.budget", "memory.allocator", "memory.cgroup", "memory.probe", "aftermath", "memory.cap",
     "profile", "pager", "environment", "autostart", "disk.bandwidth", "disk.device", "verdict", "memory.residency", "fingerprint", "memory.sizing",
     "loading", "threads", "pace", "contention", "turns", "wrapping", "guard", "arguments", "contexts", "hooks", "llama",

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -329,29 +328,6 @@ def test_it_is_a_llama_and_knows_the_model(zoo_model: Model, pair: Factory) -> N
     assert ours.metadata == theirs.metadata
     for name in ("n_ctx", "n_embd", "n_vocab", "token_eos", "token_bos", "token_nl", "pooling_type"):
         assert getattr(ours, name)() == getattr(theirs, name)()
-
-
-def test_from_pretrained_makes_our_class(
-    zoo_model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "model.gguf").symlink_to(zoo_model("qwen3moe"))
-
-    class Files:
-        def ls(self, repo_id: str, recursive: bool) -> list[str]:
-            return [f"{repo_id}/README.md", f"{repo_id}/model.gguf"]
-
-    hub = types.ModuleType("huggingface_hub")
-    hub.utils = types.ModuleType("huggingface_hub.utils")  # type: ignore[attr-defined]
-    hub.HfFileSystem = Files  # type: ignore[attr-defined]
-    hub.hf_hub_download = lambda **_: str(tmp_path / "model.gguf")  # type: ignore[attr-defined]
-    hub.utils.validate_repo_id = lambda _: None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setitem(sys.modules, "huggingface_hub.utils", hub.utils)
-    llm = gguf_pager.Llama.from_pretrained("someone/model", "*.gguf", budget="min", **ARGUMENTS)
-    assert type(llm) is gguf_pager.Llama
-    assert llm("the", max_tokens=3, temperature=0.0)["usage"]["completion_tokens"] == 3
-    assert llm.pager.stats().misses > 0
-    llm.close()
 
 
 def test_pickled_llama_opens_the_same_model(zoo_model: Model, paged: Factory) -> None:

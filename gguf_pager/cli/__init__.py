@@ -19,7 +19,7 @@ _COMMANDS = ("run", "chat", "serve", "bench", "inspect", "doctor", "energy", "co
 
 _ELSEWHERE = {
     "server": "The server is: gguf-pager serve MODEL",
-    "pull": "Models are downloaded with Hugging Face's tool: pip install huggingface_hub, then hf download.",
+    "pull": "A model is downloaded when it is opened: gguf-pager run hf:OWNER/REPO:Q4_K_M. Ollama's are read in place: ollama:NAME.",
     "help": "Ask with --help.", "version": "Ask with --version.",
 }
 """What people type who come from other programs."""
@@ -101,8 +101,8 @@ gguf-pager runs mixture-of-experts models (GGUF) that are larger than your memor
   gguf-pager doctor                      what works on this machine
   gguf-pager bench MODEL.gguf            how fast, beside stock llama-cpp-python
 
-No model yet? pip install huggingface_hub, then:
-  hf download ggml-org/gpt-oss-20b-GGUF --local-dir .
+No model yet? pip install 'gguf-pager[hf]', then this downloads one, 12 GB:
+  gguf-pager inspect hf:ggml-org/gpt-oss-20b-GGUF
 
 All commands: gguf-pager --help. The options of one: gguf-pager run --help."""
 
@@ -114,7 +114,8 @@ All commands: gguf-pager --help. The options of one: gguf-pager run --help."""
 def main(context: click.Context) -> None:
     """Run mixture-of-experts GGUF models larger than RAM, within a memory budget.
 
-    MODEL is a GGUF file; of a split model the first file.
+    MODEL is a GGUF file, of a split model the first file; a folder that holds one model; hf:OWNER/REPO:QUANT, which is
+    downloaded from Hugging Face; ollama:NAME; or lmstudio:NAME.
     """
     if context.invoked_subcommand is None:
         click.echo(_START)

@@ -31,7 +31,7 @@ from gguf_pager.bench.disk import Device
 from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.runner import Run, Runner, Settings
 from gguf_pager.cli.energy import CONSTANT_OPTION, POWER_COMMAND_OPTION
-from gguf_pager.cli.model import GPU_LAYERS_OPTION, takes_model
+from gguf_pager.cli.model import GPU_LAYERS_OPTION, local_model, takes_model
 from gguf_pager.disk.device import fill
 from gguf_pager.doctor import LINUX_READ_AHEAD_KB, physical_cores
 from gguf_pager.energy import meter
@@ -180,7 +180,7 @@ def bench(is_cold: bool, **given: Any) -> None:
 
 def _bench(request: _Request, interrupts: Interrupts) -> None:
     is_spin_chosen = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}.isdisjoint(os.environ)  # before ggml is loaded
-    layout = read_layout(request.model)
+    layout = read_layout(local_model(request.model))
     _check(request, layout)
     read_ahead, constants = _settable(request, layout), override(request.constants)
     settings, idle_w = _settings(request, layout, is_spin_chosen, interrupts)
@@ -243,7 +243,7 @@ def _settings(request: _Request, layout: Layout, is_spin_chosen: bool,
     finally:
         energy.close()
     settings = Settings(
-        model=request.model, n_rounds=request.repetitions, timeout_s=request.timeout, is_warm=request.is_warm,
+        model=layout.paths[0], n_rounds=request.repetitions, timeout_s=request.timeout, is_warm=request.is_warm,
         tokens=source, options={
             "policy": options.policy, "io": options.io, "n_readers": options.n_readers, "piece_bytes": options.piece_bytes,
             "profile": False, "overcommit": request.overcommit},  # or a run would begin with what the one before has learned

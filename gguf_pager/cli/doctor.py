@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from gguf_pager import doctor as probing
-from gguf_pager.cli.model import may_take_model
+from gguf_pager.cli.model import local_model, may_take_model
 from gguf_pager.report import checks as shown
 
 
@@ -26,6 +26,6 @@ def doctor(context: click.Context, model: Path | None, is_probing: bool, as_json
     """
     if is_probing and model is None:
         raise click.UsageError("--probe reads a MODEL: name one.")
-    checks = probing.examine(model, measure_device=is_probing)
+    checks = probing.examine(model and local_model(model), measure_device=is_probing)
     click.echo(json.dumps(shown.checks_json(checks), indent=2) if as_json else shown.checks_text(checks))
     context.exit(1 if any(check.status == "problem" for check in checks) else 0)

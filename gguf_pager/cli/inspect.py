@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gguf_pager.cli.model import takes_model
+from gguf_pager.cli.model import local_model, takes_model
 from gguf_pager.disk import device
 from gguf_pager.memory import probe
 from gguf_pager.model.layout import read_layout
@@ -25,7 +25,7 @@ def inspect(model: Path, has_details: bool, as_json: bool) -> None:
     Reads the header of each file and nothing else, so it takes no time on a model of any size. Figures for the whole
     process leave out the KV cache and the compute buffers, which depend on the context.
     """
-    layout = read_layout(model)
+    layout = read_layout(local_model(model))
     facts = shown.inspection(layout, Pager(layout, Options()) if layout.layers else None, probe.memory(),
                              device.best_rate(layout.paths[0]))
     click.echo(json.dumps(facts, indent=2) if as_json else shown.inspection_text(facts, has_details=has_details))

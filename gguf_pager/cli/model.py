@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from gguf_pager.model import names
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -65,6 +68,18 @@ def missing_model() -> click.UsageError:
     """Return the error of a command that needs a model and was given none."""
     context = click.get_current_context()
     return click.UsageError(f"Which model? Name a GGUF file: {context.command_path} MODEL")
+
+
+def local_model(model: Path, has_progress: bool | None = None) -> Path:
+    """Return the file that MODEL means, downloaded if it has to be; say on stderr what was chosen where it leaves that open.
+
+    Raises:
+        PagerError: there is none, or it cannot be had.
+    """
+    found = names.find(model, has_bars=os.isatty(2) if has_progress is None else has_progress)
+    if found.note is not None:
+        click.echo(f"{found.note}.", err=True)
+    return found.path
 
 
 def _say_cpu_only(_: click.Context, __: click.Parameter, value: str | None) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from gguf_pager.cli.model import local_model
 from gguf_pager.doctor import physical_cores
 from gguf_pager.errors import PagerError, printable
 from gguf_pager.memory import probe
@@ -113,6 +112,7 @@ def open_model(opening: Opening, n_ctx: int, n_seq_max: int = 1) -> Llama:
     if opening.verbose:
         logging.basicConfig(format="%(name)s: %(message)s")
         logging.getLogger("gguf_pager").setLevel(logging.INFO)
+    opening = replace(opening, model=local_model(opening.model, opening.progress))
     memory, progress = probe.memory(), shown.Progress(opening.progress)
     with progress.bar(f"opening {printable(opening.model.name)}", lambda: _opening_bytes(opening, memory),
                       lambda: probe.process_memory().resident_bytes):
@@ -128,12 +128,6 @@ def open_model(opening: Opening, n_ctx: int, n_seq_max: int = 1) -> Llama:
 def _open(opening: Opening, n_ctx: int, n_seq_max: int) -> Llama:
     from gguf_pager import Llama
 
-    try:
-        opening.model.stat()
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            raise PagerError(f"{opening.model} does not exist.{_other_name(str(opening.model))}") from None
-        raise PagerError(f"{opening.model} cannot be read: {error.strerror}.") from None
     n_threads = opening.threads or physical_cores()
     try:
         return Llama(
@@ -150,17 +144,6 @@ def _open(opening: Opening, n_ctx: int, n_seq_max: int) -> Llama:
     except ValueError as error:  # what llama_cpp raises for a file or context that llama.cpp refuses
         hint = "" if opening.verbose else ". Run with --verbose to see llama.cpp's reason"
         raise PagerError(f"{str(error).rstrip('.')}{hint}.") from error
-
-
-def _other_name(name: str) -> str:
-    """Return a hint about a name that is one in another program's world."""
-    if name.startswith(("https:", "http:", "hf.co/")):
-        return " Download it first: hf download, or with a browser."
-    if re.fullmatch(r"[\w.-]+:[\w.-]+", name):
-        return f" If that is a name of Ollama's: ollama show --modelfile {name} prints its file."
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".gguf"):
-        return f" If that is a repository of Hugging Face: hf download {name} --local-dir ."
-    return ""
 
 
 def _opening_bytes(opening: Opening, memory: probe.Memory) -> int | None:

@@ -13,6 +13,7 @@ from gguf_pager.files import ModelFiles
 from gguf_pager.model import engine, metadata
 from gguf_pager.model.engine import GgufHeader, TensorInfo
 from gguf_pager.model.metadata import Counts, Override, Said
+from gguf_pager.model.names import local_path
 
 MAX_SLICES = 4
 """GP_MAX_SLICES in native/gguf_pager.h."""
@@ -132,7 +133,7 @@ class Layout:
 
 
 def read_layout(path: str | Path, overrides: Mapping[str, Override] | None = None) -> Layout:
-    """Read where a model's experts lie. All files of a split model are read; open the first.
+    """Read where a model's experts lie. All files of a split model are read; open the first. `path` may be a name, as for `Llama`.
 
     A model without experts has no `layers`. `overrides` are what the caller sets over the metadata (llama.cpp's kv_overrides).
 
@@ -142,7 +143,7 @@ def read_layout(path: str | Path, overrides: Mapping[str, Override] | None = Non
         EngineError: llama-cpp-python is not usable.
     """
     with ModelFiles() as files:
-        return open_layout([Path(path)], files, overrides)
+        return open_layout([local_path(path)], files, overrides)
 
 
 def open_layout(paths: Sequence[Path], files: ModelFiles, overrides: Mapping[str, Override] | None = None) -> Layout:
