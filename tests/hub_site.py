@@ -24,6 +24,7 @@ class Repo:
     token: str | None = None
     claimed_bytes: int | None = None
     status: int | None = None
+    is_cut: bool = False
 
     def files(self) -> list[str]:
         return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
@@ -92,7 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif not (repo.folder / file).is_file():
             self._refuse(404, "EntryNotFound", has_body)
         else:
-            self._send((repo.folder / file).read_bytes(), has_body, {"ETag": f'"{_etag(str(repo.folder / file))}"'})
+            body = (repo.folder / file).read_bytes()
+            self._send(body[: len(body) // 2] if repo.is_cut else body, has_body, {"Content-Length": str(len(body)), "ETag": f'"{_etag(str(repo.folder / file))}"'})
 
     def _refuse(self, status: int, code: str, has_body: bool) -> None:
         self._send(b"{}", has_body, {"X-Error-Code": code} if code else {}, status)
@@ -104,6 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if has_body:
             self.wfile.write(body)
+            self.close_connection = int((headers or {}).get("Content-Length", len(body))) > len(body)
 
 
 def _etag(text: str) -> str:

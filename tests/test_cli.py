@@ -400,6 +400,7 @@ def test_words_that_do_not_fit_are_a_sentence(models: Path, words: tuple[str, ..
 
 @pytest.mark.parametrize(("words", "message"), (
     (("model.gguf", "hi"), "Did you mean: gguf-pager run model.gguf"), (("server",), "gguf-pager serve MODEL"),
+    (("hf:a/b", "hi"), "Did you mean: gguf-pager run hf:a/b"),
     (("pull", "x"), "gguf-pager run hf:OWNER/REPO"), (("version",), "--version"), (("runn",), "No such command"),
     (("run", "qwen3:30b", "x"), "ollama:qwen3:30b"),
     (("run", "Qwen/Qwen3-30B-A3B-GGUF", "x"), "hf:Qwen/Qwen3-30B-A3B-GGUF"),

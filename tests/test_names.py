@@ -41,9 +41,9 @@ def test_quantisation_is_what_the_name_says(file: str, label: str | None) -> Non
 def test_parts_make_one_model_and_helpers_none() -> None:
     found = variants_of([
         "a-00002-of-00002.gguf", "a-00001-of-00002.gguf", "a-00001-of-00003.gguf", "mmproj-a-F16.gguf", "a.mmproj-q8_0.gguf",
-        "imatrix.gguf", "a.imatrix.gguf", "ggml-vocab-qwen2.gguf", "mtp-a.gguf", "._a.gguf", "README.md", "b/C.GGUF"])
+        "imatrix.gguf", "a.imatrix.gguf", "imatrix_x-Q8_0.gguf", "d-imatrix-Q4_K_M.gguf", "ggml-vocab-qwen2.gguf", "mtp-a.gguf", "._a.gguf", "README.md", "b/C.GGUF"])
     assert [(variant.files, variant.is_complete) for variant in found] == [
-        (("a-00001-of-00002.gguf", "a-00002-of-00002.gguf"), True), (("a-00001-of-00003.gguf",), False), (("b/C.GGUF",), True)]
+        (("a-00001-of-00002.gguf", "a-00002-of-00002.gguf"), True), (("a-00001-of-00003.gguf",), False), (("b/C.GGUF",), True), (("d-imatrix-Q4_K_M.gguf",), True)]
 
 
 @pytest.mark.parametrize(("there", "taken"), (
@@ -180,6 +180,7 @@ def site(zoo_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "someone/private": hub_site.Repo(plain, token="hf_secret"), "someone/none": hub_site.Repo(no_gguf),
         "someone/huge": hub_site.Repo(plain, claimed_bytes=10**18), "someone/ill": hub_site.Repo(plain, status=503),
         "someone/forbidden": hub_site.Repo(plain, status=403), "someone/incomplete": hub_site.Repo(incomplete),
+        "someone/cut": hub_site.Repo(plain, is_cut=True),
     })
     server = hub_site.serve(made)
     yield made
@@ -263,6 +264,7 @@ def test_what_was_downloaded_is_found_without_a_network(site: hub_site.Site, env
     ("hf:someone/model/no.gguf", "someone/model has no no.gguf. It has: Q6_K/tiny-Q6_K-00001-of-00003.gguf, tiny-Q4_K_M.gguf, "),
     ("hf:someone/model/resolve/v9/tiny-Q4_K_M.gguf", "someone/model has no revision v9"),
     ("hf:someone/incomplete", "someone/incomplete has only 1 of the 3 parts of tiny-Q6_K.gguf"),
+    ("hf:someone/cut", "cannot be reached, or has stopped in the middle ("),
     ("hf:some one/--x..y", "cannot be a repository of Hugging Face"),
     ("hf:someone/huge", "someone/huge needs 1,000,000,000.0 GB, and "),
 ))
@@ -431,7 +433,7 @@ def test_lm_studios_models_are_read_in_place(zoo_model: Model, home: Path) -> No
     (home / ".lmstudio-home-pointer").write_text(f"{home / '.lmstudio'}\n")
     for name, path in (("someone/Qwen3-30B-GGUF", moe / "Qwen3-30B-Q4_K_M.gguf"), ("qwen3", moe / "Qwen3-30B-Q4_K_M.gguf"),
                        ("someone/qwen3-30b-gguf/Qwen3-30B-Q4_K_M.gguf", moe / "Qwen3-30B-Q4_K_M.gguf"), ("old", old / "old.gguf"),
-                       ("moved@q8_0", moved / "moved-Q8_0.gguf")):
+                       ("qwen/qwen3-30b", moe / "Qwen3-30B-Q4_K_M.gguf"), ("moved@q8_0", moved / "moved-Q8_0.gguf")):
         assert names.find(f"lmstudio:{name}").path == path, name
     shutil.copy(model, moe / "Qwen3-30B-Q8_0.gguf")
     assert names.find("lmstudio:qwen3@q8_0").path == moe / "Qwen3-30B-Q8_0.gguf"

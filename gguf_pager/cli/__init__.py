@@ -24,6 +24,9 @@ _ELSEWHERE = {
 }
 """What people type who come from other programs."""
 
+_NAMES = ("hf:", "hf.co/", "ollama:", "lmstudio:", "https:")
+"""How a name of a model begins, which can be no command."""
+
 
 class _Commands(click.Group):
     """Imports only the command that is called, and shows an error of ours as one line."""
@@ -33,7 +36,7 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
-            if cmd_name in _ELSEWHERE or cmd_name.endswith(".gguf"):
+            if cmd_name in _ELSEWHERE or cmd_name.endswith(".gguf") or cmd_name.startswith(_NAMES):
                 ctx.fail(_ELSEWHERE.get(cmd_name) or f"Did you mean: gguf-pager run {cmd_name}")
             return None
         try:

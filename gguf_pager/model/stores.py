@@ -88,8 +88,9 @@ def find_in_lmstudio(name: str) -> Path:
     wanted = name.lower().strip("/")
     right = [(folder, variant) for folder, variant in there
              if wanted and (wanted in map(str.lower, variant.files) or variant.name.lower().startswith(f"{wanted}/"))]
-    right = right or [(folder, variant) for folder, variant in there
-                      if wanted and all(part in variant.name.lower() for part in wanted.split("@"))]
+    for words in (wanted, wanted.rpartition("/")[2]):  # the second for `lms ls`, which names who made a model, not who has quantised it
+        right = right or [(folder, variant) for folder, variant in there
+                          if words and all(part in variant.name.lower() for part in words.split("@"))]
     if not right:
         names = sorted(variant.files[0] for _, variant in there)
         raise LayoutError(f"LM Studio has no {name or 'model without a name'}. " + (

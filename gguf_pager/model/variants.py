@@ -11,8 +11,11 @@ from gguf_pager.errors import LayoutError
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 """What llama-gguf-split puts at the end of a part's name."""
 
-_HELPER = re.compile(r"(?i)^(?:\.|mtp-|ggml-vocab-)|(?:^|[-_.])(?:mmproj|imatrix)(?:[-_.]|$)")
+_HELPER = re.compile(r"(?i)^(?:\.|mtp-|ggml-vocab-|imatrix)|(?:^|[-_.])mmproj(?:[-_.]|$)")
 """Names of files beside a model that are none: projectors, importance matrices, vocabularies, drafts; and hidden ones."""
+
+_MATRIX = re.compile(r"(?i)[-_.]imatrix(?:[-_.]|$)")
+"""Likewise, where the name says no quantisation: what was quantised with the help of such a matrix is often called so, too."""
 
 _LABEL = re.compile(
     r"(?i)(?<![a-z0-9])((?:UD-)?(?:I?Q\d(?:_(?:K|KV|KS|KT|KL|KSS|0|1|2|4|8|S|M|L|XL|XS|XXS|NL|R4|R8))*|TQ\d_\d|MXFP4(?:_MOE)?|NVFP4|BF16|F16|FP16|F32))"
@@ -56,7 +59,7 @@ def variants_of(files: Iterable[str]) -> list[Variant]:
     parts: dict[tuple[str, int], list[str]] = {}
     for file in sorted(files):
         name = file.rpartition("/")[2]
-        if not name.lower().endswith(".gguf") or _HELPER.search(name[: -len(".gguf")]):
+        if not name.lower().endswith(".gguf") or _is_helper(name[: -len(".gguf")]):
             continue
         stem = file[: -len(".gguf")]
         part = _PART.search(stem)
@@ -95,6 +98,10 @@ def listed(names: Iterable[str]) -> str:
     all_names = list(names)
     more = f" and {len(all_names) - _MOST_SHOWN} more" if len(all_names) > _MOST_SHOWN else ""
     return ", ".join(all_names[:_MOST_SHOWN]) + more
+
+
+def _is_helper(name: str) -> bool:
+    return bool(_HELPER.search(name) or _MATRIX.search(name) and not _LABEL.search(name))
 
 
 def _rank(variant: Variant) -> tuple[int, str]:
