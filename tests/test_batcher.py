@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -104,6 +106,71 @@ def test_restart_gives_what_memory_gives(zoo_model: Zoo, tmp_path: Path, archite
         again, others, answer = ask(batcher, longer)
         assert answer.n_cached == len(prompt) + len(said) - 1
     assert again == tokens and np.array_equal(rows, others)
+
+
+def test_state_of_another_model_is_left_alone(zoo_model: Zoo, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """llama.cpp takes it, if the shapes are the same (findings/state-of-another-model.sh)."""
+    path, prompt = zoo_model("qwen3moe"), tokens_of(2, 90)
+    other = tmp_path / "other.gguf"
+    shutil.copy(path, other)
+    keys = next(tensor for tensor in gguf.GGUFReader(other, "r+").tensors if tensor.name == "blk.0.attn_k.weight")
+    keys.data[:] = -keys.data
+    keys.data.flush()
+    states = tmp_path / "states"
+    with batching(path) as batcher:
+        batcher.keeper = States(batcher, states, 1 << 30)
+        ask(batcher, prompt)
+    with batching(other) as batcher:
+        fresh = ask(batcher, prompt)[1]
+        batcher.memory.cut(batcher.sequences[0], 0)
+        batcher.keeper = States(batcher, states, 1 << 30)
+        assert "of another model" in caplog.text
+        _, rows, answer = ask(batcher, prompt)
+        assert answer.n_cached == 0 and np.array_equal(rows, fresh)
+
+
+@pytest.mark.parametrize("change", ["cut", "flipped", "empty", "mark", "described"])
+def test_damaged_state_is_left_alone(zoo_model: Zoo, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str) -> None:
+    path, prompt = zoo_model("qwen3moe"), tokens_of(2, 90)
+    with batching(path) as batcher:
+        batcher.keeper = States(batcher, tmp_path, 1 << 30)
+        _, rows, _ = ask(batcher, prompt)
+    (kept,) = tmp_path.glob("*.state")
+    data = bytearray(kept.read_bytes())
+    if change == "cut":
+        del data[len(data) // 2:]
+    elif change == "flipped":
+        data[len(data) // 3] ^= 1
+    elif change == "empty":
+        data.clear()
+    elif change == "mark":
+        data[-1] ^= 1
+    else:
+        data[-30] ^= 1
+    kept.write_bytes(data)
+    with batching(path) as batcher:
+        batcher.keeper = States(batcher, tmp_path, 1 << 30)
+        _, again, answer = ask(batcher, prompt)
+        assert answer.n_cached == 0 and np.array_equal(rows, again) and "left alone" in caplog.text
+    assert kept.exists(), "whatever it is, it is not ours to remove"
+
+
+def test_states_keep_to_their_size_and_the_oldest_goes(zoo_model: Zoo, tmp_path: Path) -> None:
+    with batching(zoo_model("qwen3moe")) as batcher:
+        batcher.keeper = states = States(batcher, tmp_path, 1 << 30)
+        prompts = [tokens_of(seed, 100) for seed in range(20, 24)]
+        for prompt in prompts[:2]:
+            ask(batcher, prompt)
+            batcher.call(states.note_idle)
+        one = max(path.stat().st_size for path in tmp_path.glob("*.state"))
+        states._most_bytes = int(one * 2.5)
+        ask(batcher, prompts[0])  # used again: the other one is the oldest now
+        for prompt in prompts[2:]:
+            ask(batcher, prompt)
+            batcher.call(states.note_idle)
+        assert sum(path.stat().st_size for path in tmp_path.glob("*")) <= one * 2.5 and states.n_states == 2
+        _, _, answer = ask(batcher, prompts[2])
+        assert answer.n_cached == 99
 
 
 @pytest.mark.parametrize("architecture", RECURRENT)
