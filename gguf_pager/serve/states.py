@@ -25,6 +25,7 @@ from llama_cpp import llama_cpp as low
 from gguf_pager.cache import PARTIAL_PREFIX
 from gguf_pager.errors import PagerError
 from gguf_pager.llama import Llama
+from gguf_pager.model import engine, metadata
 from gguf_pager.serve.batcher import Batcher, Keeper
 from gguf_pager.serve.sequences import Ids, Sequence, common_prefix
 
@@ -43,7 +44,7 @@ LEAST_GAIN = 32
 LEAST_KEPT = 32
 """Tokens of a conversation that are worth a file."""
 
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
+_SAMPLE_BYTES = 1024
 _PIECE_BYTES = 1 << 20
 
 
@@ -124,16 +125,17 @@ def is_whole(path: Path) -> bool:
 
 
 def key_of(llm: Llama) -> str:
-    """Return what a state depends on: the model's header and samples of its weights, the engine, and what its context was given."""
+    """Return what a state depends on: the model's header and samples of each of its tensors, the engine, what its context was given.
+
+    llama.cpp does not tell models of the same shape apart.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    paths = llm.pager.layout.paths if llm.pager is not None else (Path(llm.model_path),)
-    for path in paths:
+    first = engine.read_header(Path(llm.model_path))
+    for path in metadata.find_parts(first):
         with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(str(size).encode())
-            for i in range(_SAMPLES):
-                file.seek(i * max(0, size - _SAMPLE_BYTES) // max(1, _SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+            for tensor in engine.read_header(path).tensors:
+                digest.update(f"{tensor.name} {tensor.type} {tensor.ne}".encode())
+                digest.update(os.pread(file.fileno(), min(_SAMPLE_BYTES, tensor.n_bytes), tensor.offset_bytes + tensor.n_bytes // 2))
     params = llm.context_params
     settings: dict[str, Any] = {name: getattr(params, name) for name in (
         "type_k", "type_v", "flash_attn_type", "swa_full", "rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor",
