@@ -194,7 +194,7 @@ def _explained(hub: Any, name: HubName) -> Iterator[None]:
                              f"({_first_line(error)}).") from None
         kind = _Unreachable if status >= 500 or status == 429 else PagerError
         raise kind(f"{site} does not give {name.repo}: try again later ({_first_line(error)}).") from None
-    except errors.HTTPError as error:  # of the HTTP library, which is another in other versions
+    except _http_error(errors) as error:
         raise _Unreachable(f"{site} cannot be reached, or has stopped in the middle ({_first_line(error) or type(error).__name__}): check the network, or give the "
                            "path of a file.") from None
     except (OSError, RuntimeError) as error:  # the latter of hf_xet, which says everything in words
@@ -202,6 +202,12 @@ def _explained(hub: Any, name: HubName) -> Iterator[None]:
             raise PagerError(f"There is no room left in {hub.constants.HF_HUB_CACHE} for {name.repo}: make some, or set HF_HOME to a "
                              "folder on another disk.") from None
         raise PagerError(f"{name.repo} could not be downloaded: {_first_line(error)}.") from None
+
+
+def _http_error(errors: Any) -> type[Exception]:
+    """Return what the HTTP library raises where nobody answers; before 1.0 that is requests, whose HTTPError is only for answers."""
+    known: type[Exception] = errors.HTTPError
+    return known.__bases__[0] if issubclass(known, OSError) else known
 
 
 def _first_line(error: Exception) -> str:
