@@ -18,9 +18,9 @@ ORDER = (
     "errors", "deferral", "files", "_native", "kernel", "cache",
     "model.engine", "llama_log", "model.metadata", "model.variants", "model.hub", "model.stores", "model.names", "model.layout", "model.mirror",
     "memory.budget", "memory.allocator", "memory.cgroup", "memory.probe", "aftermath", "memory.cap",
-    "profile", "pager", "environment", "autostart", "disk.bandwidth", "disk.device", "verdict", "memory.residency", "fingerprint", "memory.sizing",
+    "profile", "pager", "environment", "disk.bandwidth", "disk.device", "verdict", "memory.residency", "fingerprint", "memory.sizing",
     "loading", "threads", "pace", "contention", "turns", "wrapping", "guard", "arguments", "contexts", "hooks", "llama",
-    "serve", "doctor", "energy", "bench", "report", "cli", "__main__",
+    "autostart", "energy", "serve", "doctor", "bench", "report", "cli", "__main__",
 )
 
 ROOMS = {name.split(".")[0] for name in ORDER if "." in name}  # their files are modules of their own

@@ -243,13 +243,16 @@ def _add_rest(app: FastAPI, served: Served, pool: ThreadPoolExecutor) -> None:
                            "model", "model_not_found")
         return model
 
+    html = view.page()
+    html_headers = view.headers(html)
+
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return Response(view.page(), media_type="text/html; charset=utf-8", headers={"Cache-Control": "no-cache"})
+        return Response(html, media_type="text/html; charset=utf-8", headers=html_headers)
 
     @app.get("/pager", dependencies=authorized)
-    async def pager() -> dict[str, Any]:
-        return view.snapshot(served.batcher, served.model)
+    def pager() -> dict[str, Any]:
+        return view.snapshot(served.batcher, served.model, served.metrics.joules)
 
     @app.get("/metrics", dependencies=authorized)
     async def metrics() -> Response:

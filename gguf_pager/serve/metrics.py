@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from gguf_pager.memory import probe
 from gguf_pager.serve.answers import Answer
 from gguf_pager.serve.batcher import Batcher
+from gguf_pager.serve.joules import Joules
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
@@ -26,11 +27,17 @@ Metric = CounterMetricFamily | GaugeMetricFamily
 
 
 class Metrics:
-    """What `/metrics` shows. Counters are read where they are counted, when somebody asks."""
+    """What `/metrics` shows. Counters are read where they are counted, when somebody asks.
+
+    Attributes:
+        joules: what is drawn since the start.
+    """
 
     def __init__(self, batcher: Batcher, model: str) -> None:
+        pager = batcher.llm.pager
+        self.joules = Joules(lambda: None if pager is None else pager.stats().bytes_read)
         self._registry = CollectorRegistry()
-        self._registry.register(_Counters(batcher, model))
+        self._registry.register(_Counters(batcher, model, self.joules))
         self._first, self._each, self._queue, self._whole = (
             Histogram(name, text, ("model_name",), registry=self._registry, buckets=buckets).labels(model)
             for name, text, buckets in _HISTOGRAMS)
@@ -52,8 +59,8 @@ class Metrics:
 
 
 class _Counters(Collector):
-    def __init__(self, batcher: Batcher, model: str) -> None:
-        self._batcher, self._model = batcher, model
+    def __init__(self, batcher: Batcher, model: str, joules: Joules) -> None:
+        self._batcher, self._model, self._joules = batcher, model, joules
 
     def collect(self) -> Iterator[Metric]:
         """Yield the state of everything that is counted elsewhere."""
@@ -76,7 +83,17 @@ class _Counters(Collector):
                           held / (self._batcher.n_ctx * load.n_sequences))
         yield self._gauge("process_resident_memory_bytes", "Resident memory of this process.",
                           probe.process_memory().resident_bytes)
+        yield from self._energy()
         yield from self._paging()
+
+    def _energy(self) -> Iterator[Metric]:
+        drawn = self._joules.now()
+        if drawn.joules is None:
+            return
+        found = CounterMetricFamily("gguf_pager_joules", "Energy since the start, idle time included: measured, of a part of the "
+                                    "machine (partial), or modelled.", labels=("model_name", "status"))
+        found.add_metric((self._model, drawn.status), drawn.joules)
+        yield found
 
     def _paging(self) -> Iterator[Metric]:
         pager = self._batcher.llm.pager
