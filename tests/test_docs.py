@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from serving import serving
 
 import gguf_pager
 from gguf_pager.cli import main
@@ -51,7 +52,17 @@ def blocks(language: str) -> list[tuple[Path, str]]:
 MODEL, BUDGET = re.compile(r"[\w./-]+\.gguf|\bMODEL\b"), re.compile(r'budget="[^"]+"')
 
 
-@pytest.mark.parametrize(("path", "block"), blocks("python"))
+ADDRESS = "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(("path", "block"), [(path, block) for path, block in blocks("python") if ADDRESS in block])
+def test_examples_of_clients_run(path: Path, block: str, small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(small, "--budget", "25%", "-c", "512") as server:
+        exec(compile(block.replace(ADDRESS, server.url), str(path), "exec"), {})  # noqa: S102  our own examples
+    assert capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("path", "block"), [(path, block) for path, block in blocks("python") if ADDRESS not in block])
 def test_python_examples_run(path: Path, block: str, zoo_model: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
     program = BUDGET.sub('budget="min"', MODEL.sub(str(zoo_model("qwen3moe")), block))
     try:
