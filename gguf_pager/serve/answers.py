@@ -22,11 +22,15 @@ class Token:
     logits: npt.NDArray[np.single] | None
 
 
+def _nothing() -> None:
+    """Free nothing."""
+
+
 @dataclass(slots=True, eq=False)
 class Answer:
     """A prompt, how tokens are chosen, how many there may be; and the answer as it comes.
 
-    `sample` returns a token from a row of the batch that was computed last. `wants_logits` has each token bring its row. Times are of
+    `sample` returns a token from a row of the batch that was computed last, `release` frees what it needs. `wants_logits` has each token bring its row. Times are of
     time.monotonic. `n_cached` tokens of the prompt need not have been computed.
     """
 
@@ -34,6 +38,7 @@ class Answer:
     sample: Callable[[int], int]
     most_tokens: int
     wants_logits: bool = False
+    release: Callable[[], None] = _nothing
     sequence: Sequence | None = None
     n_cached: int = 0
     n_generated: int = 0
@@ -66,8 +71,10 @@ class Answer:
         self._arrived.put(token)
 
     def end(self, error: BaseException | None = None) -> None:
-        """Say that no more tokens come."""
+        """Say that no more tokens come. A sampler holds a list of the whole vocabulary, and is not left to the garbage collector."""
         self._arrived.put(error)
+        release, self.release = self.release, _nothing
+        release()
 
     def tokens(self) -> Iterator[Token]:
         """Yield tokens as they come; raise what has ended the answer before its end."""

@@ -158,7 +158,7 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
             _model=self._model, _n_vocab=self._n_vocab, _seed=self._seed, last_n_tokens_size=self.last_n_tokens_size))
         sampler = llama_cpp.Llama._init_sampler(looked_at, **sampling)
         context = self._batcher.llm._ctx
-        answer.sample = lambda row: int(sampler.sample(context, row))
+        answer.sample, answer.release = lambda row: int(sampler.sample(context, row)), sampler.close
         self.answers.append(answer)
         self._batcher.begin(answer)
         return answer
