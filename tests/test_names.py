@@ -41,9 +41,11 @@ def test_quantisation_is_what_the_name_says(file: str, label: str | None) -> Non
 def test_parts_make_one_model_and_helpers_none() -> None:
     found = variants_of([
         "a-00002-of-00002.gguf", "a-00001-of-00002.gguf", "a-00001-of-00003.gguf", "mmproj-a-F16.gguf", "a.mmproj-q8_0.gguf",
-        "imatrix.gguf", "a.imatrix.gguf", "imatrix_x-Q8_0.gguf", "d-imatrix-Q4_K_M.gguf", "ggml-vocab-qwen2.gguf", "mtp-a.gguf", "._a.gguf", "README.md", "b/C.GGUF"])
+        "imatrix.gguf", "a.imatrix.gguf", "imatrix_x-Q8_0.gguf", "d-imatrix-Q4_K_M.gguf",
+        "ggml-vocab-qwen2.gguf", "mtp-a.gguf", "._a.gguf", "README.md", "b/C.GGUF"])
     assert [(variant.files, variant.is_complete) for variant in found] == [
-        (("a-00001-of-00002.gguf", "a-00002-of-00002.gguf"), True), (("a-00001-of-00003.gguf",), False), (("b/C.GGUF",), True), (("d-imatrix-Q4_K_M.gguf",), True)]
+        (("a-00001-of-00002.gguf", "a-00002-of-00002.gguf"), True), (("a-00001-of-00003.gguf",), False), (("b/C.GGUF",), True),
+        (("d-imatrix-Q4_K_M.gguf",), True)]
 
 
 @pytest.mark.parametrize(("there", "taken"), (

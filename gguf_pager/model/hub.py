@@ -195,8 +195,8 @@ def _explained(hub: Any, name: HubName) -> Iterator[None]:
         kind = _Unreachable if status >= 500 or status == 429 else PagerError
         raise kind(f"{site} does not give {name.repo}: try again later ({_first_line(error)}).") from None
     except _http_error(errors) as error:
-        raise _Unreachable(f"{site} cannot be reached, or has stopped in the middle ({_first_line(error) or type(error).__name__}): check the network, or give the "
-                           "path of a file.") from None
+        raise _Unreachable(f"{site} cannot be reached, or has stopped in the middle ({_first_line(error) or type(error).__name__}): check "
+                           "the network, or give the path of a file.") from None
     except (OSError, RuntimeError) as error:  # the latter of hf_xet, which says everything in words
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise PagerError(f"There is no room left in {hub.constants.HF_HUB_CACHE} for {name.repo}: make some, or set HF_HOME to a "

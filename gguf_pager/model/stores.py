@@ -61,7 +61,7 @@ def _manifests(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _model_blob(folder: Path, manifest: Path, name: str) -> Path:
     try:
-        layers = json.loads(manifest.read_text())["layers"]
+        layers = json.loads(manifest.read_bytes())["layers"]
         digests = [str(layer["digest"]) for layer in layers if layer["mediaType"] == _MODEL_LAYER]
     except OSError as error:
         raise LayoutError(f"{manifest} cannot be read: {error.strerror}.") from None
@@ -101,7 +101,7 @@ def find_in_lmstudio(name: str) -> Path:
 def _lmstudio_folders() -> list[Path]:
     home = Path.home()
     try:
-        chosen = [Path((home / ".lmstudio-home-pointer").read_text().strip())]
+        chosen = [Path(os.fsdecode((home / ".lmstudio-home-pointer").read_bytes().strip()))]
     except (OSError, ValueError):
         chosen = []
     homes = dict.fromkeys([*chosen, home / ".lmstudio", home / ".cache" / "lm-studio"])
@@ -116,7 +116,7 @@ def _lmstudio_folders() -> list[Path]:
 def _downloads(settings: Path) -> list[Path]:
     """Return the folder that somebody has chosen in LM Studio instead of the usual one."""
     try:
-        folder = json.loads(settings.read_text())["downloadsFolder"]
+        folder = json.loads(settings.read_bytes())["downloadsFolder"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [Path(folder)] if isinstance(folder, str) else []

@@ -18,8 +18,8 @@ _MATRIX = re.compile(r"(?i)[-_.]imatrix(?:[-_.]|$)")
 """Likewise, where the name says no quantisation: what was quantised with the help of such a matrix is often called so, too."""
 
 _LABEL = re.compile(
-    r"(?i)(?<![a-z0-9])((?:UD-)?(?:I?Q\d(?:_(?:K|KV|KS|KT|KL|KSS|0|1|2|4|8|S|M|L|XL|XS|XXS|NL|R4|R8))*|TQ\d_\d|MXFP4(?:_MOE)?|NVFP4|BF16|F16|FP16|F32))"
-    r"(?![a-z0-9_])")
+    r"(?i)(?<![a-z0-9])((?:UD-)?(?:I?Q\d(?:_(?:K|KV|KS|KT|KL|KSS|0|1|2|4|8|S|M|L|XL|XS|XXS|NL|R4|R8))*"
+    r"|TQ\d_\d|MXFP4(?:_MOE)?|NVFP4|BF16|F16|FP16|F32))(?![a-z0-9_])")
 """A quantisation as llama-quantize names it, or Unsloth's (UD-)."""
 
 _FIRST = ("Q4_K_M", "Q4_K_XL", "Q4_K_L", "MXFP4", "MXFP4_MOE", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q4_1", "Q4_0")
