@@ -221,6 +221,7 @@ def test_server_that_dies_and_comes_back_is_told_of(visit: Any, small: Path) -> 
         page.wait_for_function("() => document.getElementById('state').textContent.includes('does not answer')")
         kept = answered(page)
         assert len(kept) > 20, "what there was of the answer"
+        assert page.locator("#when").inner_text() == "When the server last answered"
         ask(page, "Hello?")
         page.wait_for_function("() => document.querySelector('.failure').textContent.includes('Is it still running?')")
         assert page.input_value("#ask") == "Hello?"
@@ -510,6 +511,18 @@ def test_fences_become_blocks_and_nothing_else_does(visit: Any, server: Server) 
     assert shown("```\na\n```\n```\nb\n```") == [[True, "", "a"], [True, "", "b"]]
     assert shown("one ``` two") == [[False, "", "one ``` two"]]
     assert shown("**a** # b\n- c") == [[False, "", "**a** # b\n- c"]]
+
+
+def test_what_streams_in_is_shown_as_what_comes_whole(visit: Any, server: Server) -> None:
+    page = visit(server)
+    text = "Look:\n\n```python\nx = 1\n\n  y\n```\n\nAnd:\n~~~\nz\n~~~\n"
+    streamed, whole = page.evaluate("""text => {
+        const one = document.createElement("div"), other = document.createElement("div");
+        for (let n = 1; n <= text.length; n += 1) render(one, text.slice(0, n));
+        render(other, text);
+        return [one.innerHTML, other.innerHTML];
+    }""", text)
+    assert streamed == whole and whole.count("<pre") == 2 and ">python<" in whole
 
 
 def test_page_may_run_and_ask_nothing_else(browser: Any, server: Server) -> None:
