@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     if path is None:
         return
     try:
-        text = path.read_text()
+        text = path.read_bytes().decode()
         found = _read_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
     except OSError as error:
         raise PagerError(f"{path} cannot be read: {error.strerror}.") from None
@@ -108,6 +108,8 @@ def serve(model: Path, **given: Any) -> None:
     opening = take_opening(given, model)
     settings = _Settings(**given)
     state_bytes = _state_bytes(settings.state_size)
+    if settings.api_key == "":
+        raise PagerError("--api-key is empty: give a key, or leave it out.")
     try:
         from gguf_pager.serve import server
     except ImportError as error:
@@ -120,10 +122,13 @@ def serve(model: Path, **given: Any) -> None:
 
             layout = read_layout(model)
             n_ctx = int(layout.values.get(f"{layout.architecture}.context_length") or DEFAULT_CTX)
+        # A batch holds a token of every answer, whatever --batch-size says of prompts.
+        opening = replace(opening, batch_size=max(opening.batch_size, settings.parallel),
+                          ubatch_size=min(opening.ubatch_size, opening.batch_size))
         llm = open_model(opening, n_ctx * settings.parallel, settings.parallel)
         try:
             served = server.Settings(
-                model=settings.alias or model.stem, n_sequences=settings.parallel, api_key=settings.api_key,
+                model=settings.alias or model.name.removesuffix(".gguf"), n_sequences=settings.parallel, api_key=settings.api_key,
                 state_dir=settings.state_dir, state_bytes=state_bytes, cors_origins=list(settings.cors), root_path=settings.root_path)
             _say(settings, listening, served.model, n_ctx)
             server.run(llm, served, listening)

@@ -95,7 +95,7 @@ def load(path: Path) -> Conversation:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        found: Any = json.loads(path.read_bytes())
         messages = [{"role": str(message["role"]), "content": str(message["content"])} for message in found["messages"]]
     except FileNotFoundError:
         raise PagerError(f"There is no conversation {path.stem!r} in {path.parent}.") from None
