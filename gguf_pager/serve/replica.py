@@ -11,6 +11,7 @@ from gguf_pager.serve.batcher import Batcher
 from gguf_pager.serve.embeddings import Embedder
 from gguf_pager.serve.metrics import Metrics
 
+
 class Replica:
     """A model that is open, and the application that serves it.
 
