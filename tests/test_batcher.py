@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import shutil
@@ -16,12 +17,16 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from llama_cpp import _internals
+from llama_cpp.llama_grammar import LlamaGrammar
 
 import gguf_pager
 from gguf_pager import guard, hooks
 from gguf_pager.errors import PagerError
+from gguf_pager.serve import seat
 from gguf_pager.serve.answers import Answer, Token
 from gguf_pager.serve.batcher import Batcher, Keeper, ServerClosing
+from gguf_pager.serve.embeddings import Embedder
 from gguf_pager.serve.seat import RequestError, Seat
 from gguf_pager.serve.sequences import LEAST_MARKED, Sequence, choose, common_prefix
 from gguf_pager.serve.states import State, States, read_state
@@ -307,10 +312,10 @@ def test_answer_ends_with_the_context(zoo_model: Zoo) -> None:
 ])
 def test_seat_refuses_what_cannot_be(zoo_model: Zoo, prompt: list[int], given: dict[str, Any], told: str) -> None:
     with batching(zoo_model("qwen3moe")) as batcher:
-        seat = Seat(batcher)
+        place = Seat(batcher)
         with pytest.raises(RequestError, match=told):
-            seat.create_completion(prompt, **given)
-        assert seat.answers == [] and batcher.load().n_running == 0
+            place.create_completion(prompt, **given)
+        assert place.answers == [] and batcher.load().n_running == 0
 
 
 def test_seats_at_once_give_what_llama_gives(zoo_model: Zoo) -> None:
@@ -404,3 +409,115 @@ def test_answers_leave_nothing_behind(small: Path) -> None:
             assert resident_bytes() - before < 10 << 20
     finally:
         gc.enable()
+
+
+# ---- who goes at the wrong time, what fails at the wrong place ----------------------------------------------------------
+
+def test_request_that_is_given_up_before_it_has_begun_is_not_computed(zoo_model: Zoo) -> None:
+    with batching(zoo_model("qwen3moe")) as batcher:
+        place = Seat(batcher)
+        place.close()  # its client has gone while it waited for a thread
+        place.create_completion(tokens_of(1, 30), max_tokens=200, temperature=0)
+        ask(batcher, tokens_of(2, 30))
+        assert batcher.totals.given_up == 1 and batcher.totals.generated_tokens < 100
+
+
+def test_nothing_is_called_once_it_ends(zoo_model: Zoo) -> None:
+    """Conversations are written then, which takes a while: who asked for something would wait forever."""
+    class Slow(Keeper):
+        def close(self) -> None:
+            with pytest.raises(ServerClosing):
+                batcher.call(lambda: None)
+            closed.append(True)
+
+    closed: list[bool] = []
+    with batching(zoo_model("qwen3moe")) as batcher:
+        batcher.keeper = Slow()
+        closer = threading.Thread(target=batcher.close, daemon=True)
+        closer.start()
+        closer.join(30)
+        assert closed == [True]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "granitehybrid"])
+def test_first_batch_that_fails_leaves_nothing_in_the_context(zoo_model: Zoo, monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    """llama.cpp keeps those parts of a batch that were computed before it failed."""
+    path, prompt, low = zoo_model(architecture), tokens_of(1, 30), hooks.low
+    with batching(path) as batcher:
+        said, rows, _ = ask(batcher, prompt)
+    with batching(path) as batcher:
+        real = low.llama_decode
+        monkeypatch.setattr(low, "llama_decode", lambda *given: real(*given) or 2)
+        with pytest.raises(PagerError, match="returned 2"):
+            ask(batcher, prompt)
+        monkeypatch.setattr(low, "llama_decode", real)
+        again, others, _ = ask(batcher, prompt)
+    assert again == said and np.array_equal(rows, others)
+
+
+def test_state_that_another_server_has_replaced_is_not_taken_for_what_it_was(zoo_model: Zoo, tmp_path: Path) -> None:
+    path, first, second = zoo_model("qwen3moe"), tokens_of(2, 90), tokens_of(3, 90)
+    for name, prompt in (("one", first), ("two", second)):
+        with batching(path) as batcher:
+            batcher.keeper = States(batcher, tmp_path / name, 1 << 30)
+            ask(batcher, prompt)
+    with batching(path) as batcher:
+        fresh = ask(batcher, first)[1]
+    with batching(path) as batcher:
+        batcher.keeper = States(batcher, tmp_path / "one", 1 << 30)
+        (mine,), (others,) = ((tmp_path / name).glob("*.state") for name in ("one", "two"))
+        shutil.copy(others, mine)
+        _, rows, answer = ask(batcher, first)
+        assert answer.n_cached == 0 and np.array_equal(rows, fresh)
+
+
+def test_embeddings_of_many_texts_let_answers_go_on(zoo_model: Zoo) -> None:
+    with batching(zoo_model("qwen3moe")) as batcher:
+        embedder, n_calls = Embedder(batcher), []
+        real = batcher.call
+        batcher.call = lambda function: (n_calls.append(1), real(function))[1]  # type: ignore[method-assign]
+        vectors, n_tokens = embedder.embed([tokens_of(seed, 20) for seed in range(5)])
+        assert len(vectors) == 5 and n_tokens == 100 and len(n_calls) == 5, "a batch of answers fits between two of them"
+        embedder.close()
+
+
+@pytest.mark.parametrize("architecture", ["deepseek4", "qwen4exp"])
+def test_embeddings_that_would_end_the_process_are_refused(zoo_model: Zoo, architecture: str) -> None:
+    with batching(zoo_model(architecture)) as batcher:
+        with pytest.raises(RequestError, match="cannot give embeddings"):
+            Embedder(batcher).embed([5, 6, 7])
+        assert ask(batcher, tokens_of(1, 30))[0]
+
+
+# ---- grammars that would end the process ----------------------------------------------------------------------------------
+
+def test_grammar_that_allows_no_token_is_told(zoo_model: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama_sampler_sample would end the process: so the place where that is seen is given logits that allow nothing."""
+    with batching(zoo_model("qwen3moe")) as batcher:
+        n_vocab = batcher.llm._n_vocab
+        sampler, candidates = _internals.LlamaSampler(), _internals.LlamaTokenDataArray(n_vocab=n_vocab)
+        sampler.add_greedy()
+        row = (ctypes.c_float * n_vocab)(*[float("-inf")] * n_vocab)
+        monkeypatch.setattr(seat.low, "llama_get_logits_ith", lambda *_: ctypes.cast(row, ctypes.POINTER(ctypes.c_float)))
+        with pytest.raises(RequestError, match="allows no token"):
+            seat._sample_allowed(sampler, batcher.llm._ctx, 0, candidates)
+        row[7] = 1.0
+        assert seat._sample_allowed(sampler, batcher.llm._ctx, 0, candidates) == 7
+
+
+def test_grammar_is_kept_and_chosen_from_as_stock_does(zoo_model: Zoo) -> None:
+    path, prompt = zoo_model("qwen3moe"), tokens_of(1, 30)
+    wanted: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "grammar": LlamaGrammar.from_string("root ::= [a-z]+")}
+    with gguf_pager.Llama(str(path), budget="min", n_ctx=256, n_batch=64, n_threads=1, n_threads_batch=1, verbose=False) as llm:
+        text = llm.create_completion(prompt, **wanted)["choices"][0]
+    with batching(path) as batcher:
+        assert Seat(batcher).create_completion(prompt, **wanted)["choices"][0] == text
+
+
+@pytest.mark.parametrize(("limit", "grammar"), [("MOST_DEPTH", "root ::= (((((\"a\")))))"), ("MOST_GRAMMAR", "root ::= \"aaaaaaaa\"")])
+def test_grammar_that_is_too_deep_or_long_is_refused(zoo_model: Zoo, monkeypatch: pytest.MonkeyPatch, limit: str, grammar: str) -> None:
+    with batching(zoo_model("qwen3moe")) as batcher:
+        Seat(batcher).create_completion(tokens_of(1, 30), grammar=LlamaGrammar.from_string("root ::= [a-z]+"), max_tokens=1)
+        monkeypatch.setattr(seat, limit, 4)
+        with pytest.raises(RequestError, match="simplify"):
+            Seat(batcher).create_completion(tokens_of(1, 30), grammar=LlamaGrammar.from_string(grammar))

@@ -193,3 +193,10 @@ def test_system_message_comes_first_and_answers_can_be_taken_back() -> None:
     assert talk.take_back() == "a" and talk.take_back() == "a"
     talk.system = None
     assert talk.messages == [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_pipe_may_bring_what_is_no_text(small: Path, errors: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "gguf_pager", "chat", str(small), *ARGUMENTS], input=b"caf\xe9 \xff hello", timeout=120,
+                          capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"})
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr

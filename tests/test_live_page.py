@@ -223,7 +223,7 @@ def test_server_that_dies_and_comes_back_is_told_of(visit: Any, small: Path) -> 
         assert len(kept) > 20, "what there was of the answer"
         assert page.locator("#when").inner_text() == "When the server last answered"
         ask(page, "Hello?")
-        page.wait_for_function("() => document.querySelector('.failure').textContent.includes('Is it still running?')")
+        page.wait_for_function("() => document.querySelector('.failure')?.textContent.includes('Is it still running?')")
         assert page.input_value("#ask") == "Hello?"
     with serving(small, "--budget", "25%", "-c", "512", "--alias", "second", "--port", server.url.rpartition(":")[2]):
         page.wait_for_selector("#state[data-is=ready]")

@@ -179,6 +179,17 @@ def test_long_prompt_does_not_stop_the_others(client: openai.OpenAI) -> None:
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "text only"),
     ({"messages": "hello"}, "messages"),
     ({"messages": MESSAGES, "n": 1000}, "n"),
+    ({"messages": MESSAGES, "chat_template_kwargs": {"llama": 1}}, "chat_template_kwargs"),
+    ({"messages": MESSAGES, "chat_template_kwargs": {"logits_processor": 1}}, "chat_template_kwargs"),
+    ({"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "x"}}], "tool_choice": {"function": "x"}}, "among the tools"),
+    ({"messages": MESSAGES, "functions": [{"x": 1}]}, "name"),
+    ({"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {
+        "schema": {"type": "string", "maxLength": 4097}}}}, "repeated"),
+    ({"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {
+        "schema": {"type": "string", "pattern": "^a{1,4097}$"}}}}, "repeated"),
+    ({"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "x", "parameters": {
+        "type": "object", "properties": {"a": {"type": "array", "minItems": 4097}}}}}], "tool_choice": "required"}, "repeated"),
+    ({"messages": MESSAGES, "repeat_penalty": 0}, "repeat_penalty"),
 ])
 def test_request_that_makes_no_sense_is_refused(server: Server, given: dict[str, Any], told: str) -> None:
     for stream in (False, True):
@@ -186,6 +197,41 @@ def test_request_that_makes_no_sense_is_refused(server: Server, given: dict[str,
         assert answer.status_code == 400, answer.text
         error = answer.json()["error"]
         assert told in f"{error['message']} {error['param']}" and error["type"] == "invalid_request_error"
+    assert server.health()["running"] == 0
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ({"prompt": [5, 6, 7], "echo": True}, "echo"), ({"prompt": ["a"] * 300}, "256"), ({"prompt": "a", "logit_bias": {"5": "x"}}, "bias"),
+])
+def test_completion_that_makes_no_sense_is_refused(server: Server, given: dict[str, Any], told: str) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", json={**given, "max_tokens": 2}, timeout=60)
+    assert answer.status_code == 400 and told in answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_number_that_is_none_is_refused(server: Server, number: str) -> None:
+    body = f'{{"prompt": "a", "max_tokens": 2, "logit_bias": {{"5": {number}}}}}'
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"}, timeout=60)
+    assert answer.status_code == 400 and "finite" in answer.json()["error"]["message"], answer.text
+
+
+def test_message_without_content_is_empty(client: openai.OpenAI) -> None:
+    """As an answer that is a tool's call comes back in the next request."""
+    messages: list[Any] = [*MESSAGES, {"role": "assistant", "content": None}, {"role": "user", "content": "Well?"}]
+    assert client.chat.completions.create(model="talking", messages=messages, max_tokens=3).choices
+
+
+def test_body_that_is_too_large_is_refused_before_it_is_read(server: Server) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(64):
+            yield b" " * (1 << 20)
+
+    for content in (b" " * (64 << 20), pieces()):
+        try:
+            answer = httpx.post(f"{server.url}/v1/completions", content=content, headers={"Content-Type": "application/json"}, timeout=60)
+        except httpx.WriteError:  # it has stopped listening
+            continue
+        assert answer.status_code == 413 and "16 MiB" in answer.json()["error"]["message"], answer.text
     assert server.health()["running"] == 0
 
 
@@ -227,6 +273,21 @@ def test_key_is_asked_for(small: Path) -> None:
         assert server.client(api_key="sesame").models.list().data
         assert httpx.get(f"{server.url}/health", timeout=20).status_code == 200
         assert httpx.get(f"{server.url}/metrics", timeout=20).status_code == 401
+
+
+def test_key_may_be_of_any_letters(small: Path) -> None:
+    with serving(small, "--budget", "25%", "-c", "256", environment={"GGUF_PAGER_API_KEY": "schlüssel"}) as server:
+        for key, status in (("schlüssel", 200), ("schlussel", 401)):
+            given = httpx.get(f"{server.url}/v1/models", headers={b"Authorization": f"Bearer {key}".encode()}, timeout=20)
+            assert given.status_code == status, key
+
+
+def test_more_answers_than_a_batch_was_to_have_tokens(small: Path) -> None:
+    with serving(small, "--budget", "25%", "-c", "256", "--parallel", "4", "-b", "1") as server:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda n: server.client().completions.create(
+                model="x", prompt=f"{n} and", max_tokens=20, logit_bias={"2": -100, "0": -100}), range(4)))
+        assert [answer.usage.completion_tokens for answer in answers if answer.usage] == [20] * 4
 
 
 def test_running_answers_end_cleanly_when_it_is_told_to_stop(small: Path) -> None:
@@ -278,3 +339,16 @@ def test_port_that_is_taken_is_said_before_the_model_opens(small: Path, server: 
     done = subprocess.run([sys.executable, "-m", "gguf_pager", "serve", str(small), "--port", port], capture_output=True, text=True,
                           timeout=60, check=False)
     assert done.returncode == 1 and "--port" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_second_interrupt_ends_it_without_a_traceback(small: Path) -> None:
+    with serving(small, "--budget", "25%", "-c", "8192") as server:
+        reader = threading.Thread(target=lambda: httpx.post(f"{server.url}/v1/completions", json={"prompt": "word " * 7000}, timeout=100))
+        reader.start()
+        while not server.health()["running"]:
+            time.sleep(0.05)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert server.stop(signal.SIGINT) == 0
+        reader.join()
+        assert "Traceback" not in "".join(server.said)

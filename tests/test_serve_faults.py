@@ -105,7 +105,7 @@ def test_config_file_that_is_wrong_is_refused(tmp_path: Path, name: str, text: s
 @pytest.mark.parametrize(("arguments", "told"), [
     (("--state-size", "lots"), "not understood"), (("--state-size", "25%"), "a size such as"),
     (("--host", "no.such.host.invalid"), "Cannot listen"), (("--state-dir", "/proc/nowhere"), "--state-dir"),
-    (("--parallel", "0"), "parallel"), (("--port", "99999"), "port"),
+    (("--api-key", ""), "--api-key"), (("--parallel", "0"), "parallel"), (("--port", "99999"), "port"),
 ])
 def test_setting_that_cannot_be_is_refused(small: Path, arguments: tuple[str, ...], told: str) -> None:
     done = subprocess.run([sys.executable, "-m", "gguf_pager", "serve", str(small), "--budget", "25%", "-c", "256", "--port", "0", *arguments],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
@@ -98,6 +99,8 @@ def chat(model: Path, **given: Any) -> None:
             if folder is not None:
                 batcher.keeper = States(batcher, folder / "states", int(state_bytes.value or 0))
             talk = _Talk(batcher, settings, folder, key_of(llm))
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(errors="replace")  # a message may hold bytes that are no text: a diff, say
             if sys.stdin is not None and sys.stdin.isatty():
                 talk.loop()
             else:

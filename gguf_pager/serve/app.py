@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gguf_pager.errors import PagerError
 from gguf_pager.serve import jobs, schemas, view
@@ -31,6 +32,9 @@ PING_S = 15.0
 
 MOST_WAITING = 256
 """Requests that wait for a sequence. One more is told to come back later, instead of holding a connection for an hour."""
+
+MOST_BODY_BYTES = 16 << 20
+"""A request at most: a context of a million tokens takes a third of it."""
 
 _LOOK_S = 0.25
 
@@ -57,6 +61,26 @@ class _Refusal(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.parameter, "code": self.code}}
 
 
+class _Bounded:
+    """Refuses bodies that would take memory that nobody has counted: a body is read whole, before its key is looked at."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        n_bytes = 0
+
+        async def receive_bounded() -> Message:
+            nonlocal n_bytes
+            message = await receive()
+            n_bytes += len(message.get("body", b""))
+            if n_bytes > MOST_BODY_BYTES:
+                raise HTTPException(413, f"A request may have {MOST_BODY_BYTES >> 20} MiB: send less.")
+            return message
+
+        await self._app(scope, receive_bounded if scope["type"] == "http" else receive, send)
+
+
 def _refusal(error: BaseException) -> _Refusal:
     """Return what a client is told about something that went wrong."""
     if isinstance(error, _Refusal):
@@ -76,6 +100,7 @@ def make_app(served: Served) -> FastAPI:
     app.state.served = served
     if served.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=served.cors_origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(_Bounded)
     pool = ThreadPoolExecutor(MOST_WAITING + 64, "gguf_pager-request")
     _add_errors(app)
     _add_generation(app, served, pool)
@@ -99,7 +124,7 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return await refuse(_, _Refusal(error.status_code, str(error.detail), "invalid_request_error"))
 
-    for kind in (_Refusal, PagerError):
+    for kind in (_Refusal, PagerError, Exception):
         app.add_exception_handler(kind, refuse)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, missing)
@@ -110,7 +135,8 @@ def _authorized(served: Served) -> Callable[[Request], Awaitable[None]]:
         if served.api_key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), served.api_key.encode()):
+        # Headers are decoded as latin-1, whatever their bytes are.
+        if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode("latin-1"), served.api_key.encode()):
             raise _Refusal(401, "This server needs its API key, as 'Authorization: Bearer KEY'.", "authentication_error",
                            code="invalid_api_key")
 
@@ -128,12 +154,14 @@ def _add_generation(app: FastAPI, served: Served, pool: ThreadPoolExecutor) -> N
     @app.post("/v1/completions", dependencies=authorized)
     async def completions(request: Request, body: schemas.CompletionRequest) -> Response:
         _check_queue(served)
-        return await _answer(request, body, pool, jobs.completion_jobs(body, open_seat, served.model))
+        asked = await asyncio.get_running_loop().run_in_executor(pool, jobs.completion_jobs, body, open_seat, served.model)
+        return await _answer(request, body, pool, asked)
 
     @app.post("/v1/chat/completions", dependencies=authorized)
     async def chat(request: Request, body: schemas.ChatRequest) -> Response:
         _check_queue(served)
-        return await _answer(request, body, pool, jobs.chat_jobs(body, open_seat, served.model))
+        asked = await asyncio.get_running_loop().run_in_executor(pool, jobs.chat_jobs, body, open_seat, served.model)
+        return await _answer(request, body, pool, asked)
 
 
 def _check_queue(served: Served) -> None:
@@ -226,9 +254,11 @@ def _add_rest(app: FastAPI, served: Served, pool: ThreadPoolExecutor) -> None:
     loop = asyncio.get_running_loop
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        load = served.batcher.load()
-        return {"status": "ok", "running": load.n_running, "waiting": load.n_waiting, "parallel": load.n_sequences}
+    async def health() -> Response:
+        load, failure = served.batcher.load(), served.batcher.failure
+        found = {"status": "ok" if failure is None else "error", "running": load.n_running, "waiting": load.n_waiting,
+                 "parallel": load.n_sequences} | ({} if failure is None else {"reason": failure})
+        return JSONResponse(found, 200 if failure is None else 503)
 
     model = {"id": served.model, "object": "model", "created": int(served.started_s), "owned_by": "gguf-pager"}
 
@@ -269,17 +299,22 @@ def _add_rest(app: FastAPI, served: Served, pool: ThreadPoolExecutor) -> None:
 
     @app.post("/extras/tokenize", dependencies=authorized)
     async def tokenize(body: schemas.TokenizeRequest) -> dict[str, Any]:
-        return {"tokens": served.batcher.llm.tokenize(body.input.encode(), special=True)}
+        return {"tokens": await loop().run_in_executor(pool, _tokenize, served, body.input)}
 
     @app.post("/extras/tokenize/count", dependencies=authorized)
     async def count(body: schemas.TokenizeRequest) -> dict[str, Any]:
-        return {"count": len(served.batcher.llm.tokenize(body.input.encode(), special=True))}
+        return {"count": len(await loop().run_in_executor(pool, _tokenize, served, body.input))}
 
     @app.post("/extras/detokenize", dependencies=authorized)
     async def detokenize(body: schemas.DetokenizeRequest) -> dict[str, Any]:
         if not all(0 <= token < served.batcher.llm._n_vocab for token in body.tokens):
             raise RequestError("A token lies outside the vocabulary.", "tokens")
         return {"text": served.batcher.llm.detokenize(body.tokens).decode(errors="replace")}
+
+
+def _tokenize(served: Served, text: str) -> list[int]:
+    found: list[int] = served.batcher.llm.tokenize(text.encode(), special=True)
+    return found
 
 
 def _base64(vector: list[float]) -> str:

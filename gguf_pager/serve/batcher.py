@@ -125,7 +125,7 @@ class Batcher:
                 done.set()
 
         with self._changed:
-            if not self._thread.is_alive():
+            if self._is_closing or not self._thread.is_alive():  # what is asked for once it ends would never be called
                 raise ServerClosing("The server is shutting down: ask again when it is back.")
             self._asides.append(aside)
             self._changed.notify()
@@ -326,8 +326,7 @@ class Batcher:
         self.failure = str(error)
         for sequence in self._busy():
             with contextlib.suppress(PagerError):
-                self.memory.cut(sequence, 0)
-            sequence.n_ids, sequence.used_s = 0, 0.0
+                self.memory.clear(sequence)
             self._end(sequence, error)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -17,6 +18,10 @@ from gguf_pager.serve.seat import RequestError
 _BATCH = 512
 """Tokens of a text at most: the mean over a text needs all of it in one batch."""
 
+_UNREADABLE = ("deepseek4", "qwen4exp")
+"""Architectures of whose embeddings llama.cpp (llama-cpp-python 0.3.36) reads more than there is, which ends the process (ggml-backend.cpp,
+"tensor read out of bounds")."""
+
 
 class Embedder:
     """Computes embeddings between the batches of answers; `llama_cpp.Llama.embed` does, with the model that is open already."""
@@ -30,14 +35,18 @@ class Embedder:
         """Return a vector of length 1 for each text, `[n_texts][n_embd]`, and the number of tokens.
 
         Raises:
-            RequestError: a text is empty or too long.
+            RequestError: a text is empty or too long, or the model gives none.
             BudgetError: there is no memory for a context.
         """
+        architecture = self._batcher.llm.metadata.get("general.architecture")
+        if architecture in _UNREADABLE:
+            raise RequestError(f"llama.cpp cannot give embeddings of {architecture} models: ask another model.", "model")
         texts = self._tokens(given)
-        found: list[tuple[list[list[float]], int]] = []
+        found: list[list[float]] = []
         with self._lock:
-            self._batcher.call(lambda: found.append(self._compute(texts)))
-        return found[0]
+            for tokens in texts:  # answers get their next token between two of them
+                self._batcher.call(functools.partial(self._compute, tokens, found))
+        return found, sum(map(len, texts))
 
     def close(self) -> None:
         """Free the context."""
@@ -57,11 +66,10 @@ class Embedder:
             raise RequestError("A token lies outside the vocabulary.", "input")
         return found
 
-    def _compute(self, texts: list[list[int]]) -> tuple[list[list[float]], int]:
+    def _compute(self, tokens: list[int], found: list[list[float]]) -> None:
         if self._embedding is None:
             self._embedding = _Embedding(self._batcher.llm)
-        vectors = [self._embedding.vector(tokens) for tokens in texts]
-        return vectors, sum(map(len, texts))
+        found.append(self._embedding.vector(tokens))
 
 
 class _Embedding:

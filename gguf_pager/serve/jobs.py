@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,10 +12,13 @@ from typing import Any
 import llama_cpp
 from llama_cpp.llama_grammar import LlamaGrammar
 
-from gguf_pager.serve.schemas import SAMPLING, ChatRequest, CompletionRequest, Message, ResponseFormat
+from gguf_pager.serve.schemas import MOST_ANSWERS, SAMPLING, ChatRequest, CompletionRequest, Message, ResponseFormat
 from gguf_pager.serve.seat import RequestError, Seat, checked
 
 Chunk = dict[str, Any]
+
+MOST_REPEATED = 4096
+"""What a JSON schema may let be repeated: each one is written out in its grammar, and is a frame of llama.cpp's stack."""
 
 _DEFAULTS: dict[str, Any] = {name: field.default for name, field in CompletionRequest.model_fields.items() if name in SAMPLING}
 
@@ -64,7 +69,24 @@ def _bias(request: CompletionRequest | ChatRequest, n_vocab: int) -> dict[int, f
     return bias
 
 
+def _check_schema(schema: Any, parameter: str) -> None:
+    """Refuse a schema whose grammar would be of any size: the converter writes out what may be repeated."""
+    parts = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            counts = [part.get(name) for name in ("minLength", "maxLength", "minItems", "maxItems")]
+            counts += [int(count[:9]) for count in re.findall(r"[{,](\d+)", str(part.get("pattern", "")))]
+            if any(isinstance(count, int | float) and count > MOST_REPEATED for count in counts):
+                raise RequestError(f"The JSON schema lets something be repeated more than {MOST_REPEATED:,} times: lower it, or leave it "
+                                   "out.", parameter)
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+
+
 def _schema_grammar(schema: dict[str, Any] | None) -> LlamaGrammar:
+    _check_schema(schema, "response_format")
     try:
         return LlamaGrammar.from_json_schema(json.dumps(schema if schema is not None else {"type": "object"}))
     except Exception as error:  # whatever llama_cpp's converter stumbles over in a schema
@@ -89,7 +111,12 @@ def completion_jobs(request: CompletionRequest, open_seat: Callable[[], Seat], m
     grammar = _grammar(request.grammar)
     if request.stream and request.echo:
         raise RequestError("echo cannot be had with stream.", "echo")
-    for prompt in _prompts(request):
+    prompts = _prompts(request)
+    if len(prompts) * (request.n or 1) > MOST_ANSWERS:
+        raise RequestError(f"A request may ask for {MOST_ANSWERS} answers: send several.", "prompt")
+    if request.echo and not all(isinstance(prompt, str) for prompt in prompts):
+        raise RequestError("echo needs a prompt that is text, not tokens.", "echo")
+    for prompt in prompts:
         for i in range(request.n or 1):
             seat = open_seat()
             arguments = _sampling(request)
@@ -130,6 +157,10 @@ def _asking(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable
 def chat_jobs(request: ChatRequest, open_seat: Callable[[], Seat], model: str) -> list[Job]:
     """Return the answers that are wanted: `n` to the conversation."""
     tools, choice = _tools(request)
+    for function in request.functions or []:
+        _check_schema(function.setdefault("parameters", {"type": "object", "properties": {}}), "functions")
+        if not isinstance(function.get("name"), str):
+            raise RequestError("A function needs a name.", "functions")
     grammar = _grammar(request.grammar, request.response_format)
     messages = [_message(message) for message in request.messages]
     most = _most(request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens)
@@ -141,12 +172,17 @@ def chat_jobs(request: ChatRequest, open_seat: Callable[[], Seat], model: str) -
             arguments["seed"] += i
         handler = (seat.chat_handler or seat._chat_handlers.get(seat.chat_format)
                    or llama_cpp.llama_chat_format.get_chat_completion_handler(seat.chat_format))
+        kwargs = request.chat_template_kwargs or {}
+        taken = sorted(kwargs.keys() & inspect.signature(handler).parameters.keys())
+        if taken:
+            raise RequestError(f"chat_template_kwargs is for the model's template, which has no {taken[0]!r} of its own: leave it out.",
+                               "chat_template_kwargs")
         jobs.append(Job(seat, i, _asking(
             handler, llama=seat, messages=messages, tools=tools, tool_choice=choice, functions=request.functions,
             function_call=request.function_call, max_tokens=most, stream=request.stream, logprobs=request.logprobs,
             top_logprobs=request.top_logprobs if request.top_logprobs is not None else 0,
             logit_bias=_bias(request, seat._n_vocab), grammar=grammar, model=model, **arguments,
-            **(request.chat_template_kwargs or {}))))
+            **kwargs)))
     return jobs
 
 
@@ -159,7 +195,8 @@ def _message(message: Message) -> dict[str, Any]:
         found["content"] = "\n".join(str(part.get("text", "")) for part in message.content)
     if found["role"] == "developer":
         found["role"] = "system"
-    found.setdefault("content", "")
+    if found.get("content") is None:
+        found["content"] = ""
     return found
 
 
@@ -172,12 +209,13 @@ def _tools(request: ChatRequest) -> tuple[list[dict[str, Any]] | None, Any]:
         if not isinstance(tool.get("function"), dict) or not isinstance(tool["function"].get("name"), str):
             raise RequestError("A tool needs function.name.", "tools")
         tool["function"].setdefault("parameters", {"type": "object", "properties": {}})
+        _check_schema(tool["function"]["parameters"], "tools")
     if choice == "required" and len(tools) == 1:
         choice = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
     if choice == "required":
         raise RequestError("tool_choice 'required' needs a single tool here: name the one that is meant.", "tool_choice")
-    if isinstance(choice, dict) and not any(
-            tool["function"]["name"] == choice.get("function", {}).get("name") for tool in tools):
+    named = choice.get("function") if isinstance(choice, dict) else None
+    if isinstance(choice, dict) and not any(isinstance(named, dict) and tool["function"]["name"] == named.get("name") for tool in tools):
         raise RequestError("tool_choice names a tool that is not among the tools.", "tool_choice")
     return tools, choice
 

@@ -7,11 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MOST_CHOICES = 16
-"""Answers to one request."""
+"""Answers to one prompt."""
+
+MOST_ANSWERS = 256
+"""Answers to one request of several prompts."""
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     model: str | None = None
     stream: bool = False
@@ -34,7 +37,7 @@ class _Generation(_Request):
     typical_p: float | None = Field(1.0, ge=0, le=1)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    repeat_penalty: float | None = Field(1.0, ge=0)
+    repeat_penalty: float | None = Field(1.0, gt=0)
     mirostat_mode: int | None = Field(0, ge=0, le=2)
     mirostat_tau: float | None = Field(5.0, ge=0, le=10)
     mirostat_eta: float | None = Field(0.1, ge=0.001, le=1)

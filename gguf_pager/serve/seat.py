@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +14,7 @@ import jinja2
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from llama_cpp import _internals
 from llama_cpp import llama_cpp as low
 
 from gguf_pager.errors import PagerError
@@ -20,6 +24,10 @@ from gguf_pager.serve.batcher import Batcher
 _SHARED = ("model_path", "verbose", "metadata", "tokenizer_", "spm_infill", "_model", "_n_vocab", "last_n_tokens_size", "chat_format",
            "chat_handler", "_chat_handlers", "_token_nl", "_token_eos")
 """What all seats have of the Llama that was opened."""
+
+
+MOST_GRAMMAR, MOST_DEPTH = 256 << 10, 5000
+"""Characters, and brackets within brackets: llama.cpp reads a grammar by recursion, and ends the process where the stack does."""
 
 
 class RequestError(PagerError):
@@ -70,6 +78,7 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
 
     def __init__(self, batcher: Batcher) -> None:
         self.answers: list[Answer] = []  # first, because a Llama is closed when it is forgotten
+        self._is_given_up = False
         self._batcher = batcher
         self._stack = contextlib.ExitStack()
         for name in _SHARED:
@@ -91,8 +100,9 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         return self._rows
 
     def close(self) -> None:
-        """Give up what is being computed for this request."""
-        for answer in self.answers:
+        """Give up what is being computed for this request, or is going to be."""
+        self._is_given_up = True
+        for answer in list(self.answers):
             self._batcher.give_up(answer)
 
     def create_completion(self, prompt: str | list[int], **given: Any) -> Any:
@@ -123,6 +133,12 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         """Refuse a grammar that llama.cpp cannot read: it would end the process later."""
         if grammar is None:
             return
+        depth = deepest = 0
+        for bracket in re.findall(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|[()]', grammar._grammar):
+            depth += (bracket == "(") - (bracket == ")")
+            deepest = max(deepest, depth)
+        if deepest > MOST_DEPTH or len(grammar._grammar) > MOST_GRAMMAR:
+            raise RequestError(f"The grammar is longer than {MOST_GRAMMAR >> 10} KiB, or deeper than {MOST_DEPTH:,} brackets: simplify it.", "grammar")
         sampler = low.llama_sampler_init_grammar(self._model.vocab, grammar._grammar.encode(), grammar._root.encode())
         if not sampler:
             raise RequestError("The grammar is not understood: write it in GBNF, with a rule called root.", "grammar")
@@ -158,9 +174,16 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
             _model=self._model, _n_vocab=self._n_vocab, _seed=self._seed, last_n_tokens_size=self.last_n_tokens_size))
         sampler = llama_cpp.Llama._init_sampler(looked_at, **sampling)
         context = self._batcher.llm._ctx
-        answer.sample, answer.release = lambda row: int(sampler.sample(context, row)), sampler.close
+        answer.release = sampler.close
+        if sampling.get("grammar") is None:
+            answer.sample = lambda row: int(sampler.sample(context, row))
+        else:
+            candidates = _internals.LlamaTokenDataArray(n_vocab=self._n_vocab)
+            answer.sample = lambda row: _sample_allowed(sampler, context, row, candidates)
         self.answers.append(answer)
         self._batcher.begin(answer)
+        if self._is_given_up:  # who asks may have gone before it was begun
+            self._batcher.give_up(answer)
         return answer
 
     def usage(self) -> dict[str, Any]:
@@ -169,6 +192,24 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         return {"prompt_tokens": n_prompt, "completion_tokens": self.n_tokens_given,
                 "total_tokens": n_prompt + self.n_tokens_given,
                 "prompt_tokens_details": {"cached_tokens": sum(answer.n_cached for answer in self.answers)}}
+
+
+def _sample_allowed(sampler: Any, context: Any, row: int, candidates: Any) -> int:
+    """Return a token as llama_sampler_sample does, which ends the process where a grammar allows none.
+
+    Raises:
+        RequestError: none is allowed.
+    """
+    n_vocab = candidates.n_vocab
+    candidates.copy_logits(np.ctypeslib.as_array(low.llama_get_logits_ith(context.ctx, row), shape=(n_vocab,)))
+    array = candidates.candidates
+    array.selected = -1
+    low.llama_sampler_apply(sampler.sampler, ctypes.byref(array))
+    if not 0 <= array.selected < array.size or not math.isfinite(array.data[array.selected].logit):
+        raise RequestError("The grammar allows no token after what was written: change it.", "grammar")
+    token = int(array.data[array.selected].id)
+    sampler.accept(token)
+    return token
 
 
 class _Looked:

@@ -83,11 +83,16 @@ class Memory:
         if n_kept < sequence.n_ids:
             n_kept = self._take_back(sequence, n_kept)
             if n_kept == 0:
-                low.llama_memory_seq_rm(self._memory, sequence.number, -1, -1)
-                sequence.used_s = 0.0
+                self.clear(sequence)
             self._marks[sequence.number] = [mark for mark in self._marks.get(sequence.number, []) if mark.n_ids <= n_kept]
             sequence.n_ids, sequence.n_saved = n_kept, min(sequence.n_saved, n_kept)
         return n_kept
+
+    def clear(self, sequence: Sequence) -> None:
+        """Forget a sequence, also what a batch that has failed has left of it."""
+        low.llama_memory_seq_rm(self._memory, sequence.number, -1, -1)
+        self._marks.pop(sequence.number, None)
+        sequence.n_ids, sequence.n_saved, sequence.used_s = 0, 0, 0.0
 
     def _take_back(self, sequence: Sequence, n_kept: int) -> int:
         """Remove tokens from the end; return how many are left, 0 where nothing is right any more.

@@ -70,7 +70,8 @@ def run(llm: Llama, settings: Settings, listening: socket.socket) -> None:
         if settings.state_dir is not None:
             batcher.keeper = States(batcher, settings.state_dir, settings.state_bytes)
         served = Served(batcher, embedder, Metrics(batcher, settings.model), settings.model, settings.api_key, settings.cors_origins)
-        config = uvicorn.Config(make_app(served), root_path=settings.root_path, timeout_graceful_shutdown=GRACE_S, log_level="warning")
+        config = uvicorn.Config(make_app(served), root_path=settings.root_path, timeout_graceful_shutdown=GRACE_S, log_level="warning",
+                                lifespan="off")  # there is none, and a second Ctrl-C would end it with a traceback
         _Server(config, batcher).run(sockets=[listening])
     finally:
         batcher.close()

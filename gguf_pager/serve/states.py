@@ -211,7 +211,7 @@ class States(Keeper):
         if not is_loaded:
             log.warning("the conversation in %s is damaged, and left alone", state.path)
             self._states.remove(state)
-            self._batcher.memory.cut(sequence, 0)
+            self._batcher.memory.clear(sequence)  # also what was loaded before it was found to be wrong
             return False
         sequence.n_ids = 0
         sequence.note(state.ids.tolist())
@@ -224,7 +224,8 @@ class States(Keeper):
         room, n_read = (low.llama_token * len(state.ids))(), ctypes.c_size_t()
         is_read = low.llama_state_seq_load_file(self._batcher.llm.ctx, os.fsencode(state.path), sequence.number, room,
                                                 len(state.ids), ctypes.byref(n_read))
-        return bool(is_read) and n_read.value == len(state.ids)
+        # Another server with the same folder may have put something else there since it was looked at.
+        return bool(is_read) and n_read.value == len(state.ids) and np.array_equal(np.frombuffer(room, np.intc), state.ids)
 
     def note_idle(self) -> None:
         """Write what has grown since it was written, when nobody waits for anything."""
@@ -267,7 +268,8 @@ class States(Keeper):
         room = (low.llama_token * len(ids))(*ids.tolist())
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         os.close(descriptor)
-        if not low.llama_state_seq_save_file(self._batcher.llm.ctx, os.fsencode(path), sequence.number, room, len(ids)):
+        n_written = int(low.llama_state_seq_save_file(self._batcher.llm.ctx, os.fsencode(path), sequence.number, room, len(ids)))
+        if n_written == 0 or path.stat().st_size != n_written:  # it does not look whether its last bytes found room
             return False
         _finish(path, ids, self._key)
         return True
