@@ -275,7 +275,10 @@ static pthread_t decoding_thread;
 static int compare_here(void *data, uint32_t file, uint64_t offset_bytes, const void *memory, uint64_t bytes) {
     CHECK(pthread_equal(pthread_self(), decoding_thread), "only the thread that decodes compares");
     model_check_invariants(pager);      /* and holds no lock meanwhile */
-    CHECK(decoding->n_open > 0, "while the slot is held");
+    pthread_mutex_lock(&pager->lock);
+    const uint32_t n_open = decoding->n_open;
+    pthread_mutex_unlock(&pager->lock);
+    CHECK(n_open > 0, "while the slot is held");
     return compare(data, file, offset_bytes, memory, bytes);
 }
 
