@@ -18,9 +18,10 @@ from gguf_pager.memory.budget import parse_budget
 from gguf_pager.memory.sizing import Request
 from gguf_pager.model.names import local_path
 from gguf_pager.pager import Options, Pager
+from gguf_pager.pieces import Pieces
 
 _NEED_THE_MODEL = (
-    "tokenize", "detokenize", "n_ctx", "n_embd", "n_vocab", "token_eos", "token_bos", "token_nl", "set_seed", "pooling_type",
+    "tokenize", "n_ctx", "n_embd", "n_vocab", "token_eos", "token_bos", "token_nl", "set_seed", "pooling_type",
     "tokenizer",
 )
 """Methods that change nothing, and need no turn; but a model that is open."""
@@ -76,6 +77,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
             raise
         self.pager = request.opened[-1] if request.opened else None
         self.not_paged_reason = request.reason
+
+    def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
+        """Return the text of tokens as stock does, and also of those that it leaves out because they are longer than 32 bytes."""
+        guard.check_open(self)
+        pieces: Pieces = self.__dict__.get("_pieces") or self.__dict__.setdefault("_pieces", Pieces(self._model.vocab))
+        text = None if special else pieces.text_of(self, tokens)
+        return bytes(super().detokenize(tokens, prev_tokens=prev_tokens, special=special)) if text is None else text
 
     def close(self) -> None:
         """Free the context, the model and the slots; twice is fine. Everything else raises EngineError afterwards.

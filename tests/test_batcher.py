@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import _internals
@@ -521,3 +522,34 @@ def test_grammar_that_is_too_deep_or_long_is_refused(zoo_model: Zoo, monkeypatch
         monkeypatch.setattr(seat, limit, 4)
         with pytest.raises(RequestError, match="simplify"):
             Seat(batcher).create_completion(tokens_of(1, 30), grammar=LlamaGrammar.from_string(grammar))
+
+
+# ---- text -------------------------------------------------------------------------------------------------------------------
+
+def test_text_is_stocks_but_for_tokens_that_it_leaves_out(small: Path) -> None:
+    """llama-cpp-python 0.3.36 has room for 32 bytes of a token (findings/long-tokens-vanish.sh)."""
+    indented = "\n" + " " * 40
+    with batching(small) as batcher:
+        place, llm = Seat(batcher), batcher.llm
+        short = [token for token in range(llm.n_vocab()) if len(batcher.pieces[token]) <= 32]
+        stock = llama_cpp.Llama.detokenize
+        assert place.detokenize(short) == llm.detokenize(short) == stock(llm, short) and len(short) > 49_000
+        (token,) = place.tokenize(indented.encode(), add_bos=False)
+        assert place.detokenize([token, token]) == llm.detokenize([token, token]) == 2 * indented.encode()
+        assert stock(llm, [token]) == b"", "if this fails, stock is right by now"
+        assert place.detokenize([1], special=True) == llm.detokenize([1], special=True) != b""
+        assert place.detokenize([]) == b""
+
+
+def test_what_goes_wrong_beside_an_answer_ends_nothing(zoo_model: Zoo, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Keeper):
+        def note_idle(self) -> None:
+            raise RuntimeError("no idea")
+
+    with batching(zoo_model("qwen3moe")) as batcher:
+        batcher.keeper = Broken()
+        batcher.on_end.append(lambda _: 1 / 0)  # type: ignore[arg-type,return-value]
+        ask(batcher, tokens_of(1, 30))
+        while "no idea" not in caplog.text:
+            time.sleep(0.05)
+        assert len(ask(batcher, tokens_of(1, 30))[0]) == 6 and "ZeroDivisionError" in caplog.text

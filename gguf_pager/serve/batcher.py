@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -17,6 +18,7 @@ from llama_cpp import llama_cpp as low
 
 from gguf_pager.errors import EngineError, PagerError
 from gguf_pager.llama import Llama
+from gguf_pager.pieces import Pieces
 from gguf_pager.serve.answers import Answer, Token
 from gguf_pager.serve.sequences import LEAST_MARKED, Memory, Sequence, choose, common_prefix
 
@@ -65,6 +67,7 @@ class Batcher:
 
     Attributes:
         totals: counters since the start.
+        pieces: the text of each token.
         failure: what the last batch has failed with; None where it has not.
         on_end: called in the batcher's thread when an answer has ended, with whatever it is asked for by then.
     """
@@ -76,6 +79,7 @@ class Batcher:
         self.failure: str | None = None
         self.on_end: list[Hook] = []
         self.keeper: Keeper = Keeper()
+        self.pieces = Pieces(llm._model.vocab)
         self.sequences = tuple(Sequence(number, self.n_ctx) for number in range(n_sequences))
         self.memory = Memory(llm.ctx, bool(llm._is_recurrent or llm._is_hybrid))
         self._n_ubatch = int(low.llama_n_ubatch(llm.ctx))
@@ -164,7 +168,14 @@ class Batcher:
         for answer in self._waiting:
             answer.end(ServerClosing("The server is shutting down: ask again when it is back."))
         self._call_asides()
-        self.keeper.close()
+        self._quietly(self.keeper.close)
+
+    def _quietly(self, function: Callable[[], None]) -> None:
+        """Do what no answer depends on: what goes wrong is logged, and the thread that everybody waits for goes on."""
+        try:
+            function()
+        except Exception:
+            log.exception("this is no fault of an answer, but should not be")
 
     def _wait(self) -> bool:
         """Wait for something to do; return False when it is over."""
@@ -176,7 +187,7 @@ class Batcher:
 
                 if self._changed.wait_for(has_work, None if is_kept else IDLE_S):
                     return not self._is_closing
-            self.keeper.note_idle()
+            self._quietly(self.keeper.note_idle)
             is_kept = True
 
     def _busy(self) -> list[Sequence]:
@@ -318,7 +329,7 @@ class Batcher:
             self.totals.failures += 1
         answer.end(error)
         for hook in self.on_end:
-            hook(answer)
+            self._quietly(functools.partial(hook, answer))
 
     def _fail(self, error: BaseException) -> None:
         """End everybody's answer whose tokens were in the batch that failed; what the context holds of them is in doubt."""

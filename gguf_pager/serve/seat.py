@@ -105,6 +105,11 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         for answer in list(self.answers):
             self._batcher.give_up(answer)
 
+    def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
+        """Return the text of tokens; stock asks for all of an answer's after each of them."""
+        text = None if special else self._batcher.pieces.text_of(self, tokens)
+        return bytes(super().detokenize(tokens, prev_tokens=prev_tokens, special=special)) if text is None else text
+
     def create_completion(self, prompt: str | list[int], **given: Any) -> Any:
         """Complete a text as llama_cpp.Llama does, but with no more and no fewer tokens than the context allows.
 
