@@ -599,6 +599,7 @@ def test_close_may_be_called_twice_and_frees_everything(
 
 def test_model_that_nobody_closes_leaks_nothing(zoo_model: Model, footprint: Callable[[Path], Footprint]) -> None:
     path = zoo_model("qwen3moe")
+    gc.collect()  # what earlier tests have left
     before = footprint(path)
     llm = gguf_pager.Llama(str(path), budget="min", **ARGUMENTS)
     llm.eval(some_tokens(4))

@@ -30,7 +30,7 @@ MEASURED = {"12.5%": 0.63, "25%": 0.82, "50%": 0.96}
 """Hit rates of gguf_pager's decode with so many of the experts in RAM."""
 
 MEASURED_SOURCE = ("decode with the recorded routing of Qwen3-30B-A3B on code, not of the paper's models: mode paged in "
-                   "benchmarks/results/xeon-2core-24gb/qwen3-30b-16l.jsonl of gguf_pager")
+                   "benchmarks/results/xeon-2core-24gb/qwen3-30b-16l-2026-11-24.jsonl of gguf_pager")
 MEDIA: tuple[Medium, ...] = ("hbm", "ddr5", "ssd")
 CACHES: tuple[Cache, ...] = ("ddr5", "hbm")
 
