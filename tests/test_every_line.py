@@ -31,8 +31,8 @@ from gguf_pager.hooks import hooks
 Model = Callable[..., Path]
 FOLDERS = (os.path.dirname(llama_cpp.__file__), os.path.dirname(gguf_pager.__file__))
 
-STEP = int(os.environ.get("GGUF_PAGER_INTERRUPT_STEP", "5"))
-"""Every fifth line, to save four minutes; 1 for all."""
+STEP = int(os.environ.get("GGUF_PAGER_INTERRUPT_STEP", "9"))
+"""Every ninth line, to save ten minutes; 1 for all."""
 
 pytestmark = pytest.mark.filterwarnings(  # llama_cpp frees samplers in __del__, where an interrupt is only told
     "ignore::pytest.PytestUnraisableExceptionWarning")
