@@ -17,10 +17,20 @@ import click
 
 from gguf_pager.cache import cache_folder
 from gguf_pager.cli.model import GPU_LAYERS_OPTION, takes_model
-from gguf_pager.cli.opening import CTX_STEP, DEFAULT_CTX, MOST_TOKENS, open_model, opens_model, take_opening
+from gguf_pager.cli.opening import (
+    CTX_STEP,
+    DEFAULT_CTX,
+    MOST_TOKENS,
+    STATE_SIZE_OPTION,
+    open_model,
+    opens_model,
+    state_bytes,
+    take_opening,
+    whole_steps,
+)
 from gguf_pager.errors import PagerError, printable
 from gguf_pager.memory import probe
-from gguf_pager.memory.budget import format_bytes, parse_budget
+from gguf_pager.memory.budget import format_bytes
 
 if TYPE_CHECKING:
     from gguf_pager.pager import Stats
@@ -74,8 +84,7 @@ class _Settings:
 @click.option("-s", "--seed", metavar="N", type=click.IntRange(0, 2**32 - 1), help="Seed of the sampler. [default: a random one]")
 @click.option("--keep/--no-keep", default=True, show_default=True, help="Keep the conversation, to go on with it next time.")
 @click.option("--state-dir", metavar="DIR", type=click.Path(path_type=Path), help="Where. [default: the user's cache folder]")
-@click.option("--state-size", metavar="SIZE", default="10GiB", show_default=True,
-              help="Room for what spares computing conversations again.")
+@STATE_SIZE_OPTION
 @opens_model
 def chat(model: Path, **given: Any) -> None:
     """Talk with a model.
@@ -85,20 +94,19 @@ def chat(model: Path, **given: Any) -> None:
     """
     opening = take_opening(given, model)
     settings = _Settings(**given)
-    state_bytes = parse_budget(settings.state_size)
-    if state_bytes.kind != "bytes":
-        raise PagerError(f"--state-size is a size such as 10GiB, not {settings.state_size!r}.")
-    llm = open_model(opening, -(-settings.ctx_size // CTX_STEP) * CTX_STEP)
+    most_bytes = state_bytes(settings.state_size)
+    llm = open_model(opening, whole_steps(settings.ctx_size))
     from gguf_pager.serve.batcher import Batcher
     from gguf_pager.serve.states import States, key_of
 
     try:
         batcher = Batcher(llm, 1)
         try:
-            folder = _folder(settings) if settings.keep else None
+            folder, key = (_folder(settings) if settings.keep else None), ""
             if folder is not None:
-                batcher.keeper = States(batcher, folder / "states", int(state_bytes.value or 0))
-            talk = _Talk(batcher, settings, folder, key_of(llm))
+                key = key_of(llm)
+                batcher.keeper = States(batcher, folder / "states", most_bytes, key)
+            talk = _Talk(batcher, settings, folder, key)
             if isinstance(sys.stdin, io.TextIOWrapper):
                 sys.stdin.reconfigure(errors="replace")  # a message may hold bytes that are no text: a diff, say
             if sys.stdin is not None and sys.stdin.isatty():
@@ -320,10 +328,5 @@ def _read_message() -> str | None:
 def _say(text: str) -> None:
     """Say something that is no part of the conversation, within the width of the terminal."""
     width = max(20, shutil.get_terminal_size().columns - 1)
-    shown = "\n".join(textwrap.fill(line, width, subsequent_indent="  ", drop_whitespace=False) for line in printable_lines(text))
+    shown = "\n".join(textwrap.fill(printable(line), width, subsequent_indent="  ", drop_whitespace=False) for line in text.split("\n"))
     click.echo(shown if "NO_COLOR" in os.environ else click.style(shown, dim=True), err=True)
-
-
-def printable_lines(text: str) -> list[str]:
-    """Return the lines of a text, without what would steer the terminal."""
-    return [printable(line) for line in text.split("\n")]

@@ -14,7 +14,7 @@ from gguf_pager.cli.model import local_model
 from gguf_pager.doctor import physical_cores
 from gguf_pager.errors import PagerError, printable
 from gguf_pager.memory import probe
-from gguf_pager.memory.budget import auto_budget_bytes, fits_whole, format_bytes, full_arena_bytes
+from gguf_pager.memory.budget import auto_budget_bytes, fits_whole, format_bytes, full_arena_bytes, parse_budget
 from gguf_pager.model.layout import read_layout
 from gguf_pager.pager import Options
 from gguf_pager.report import generation as shown
@@ -87,6 +87,23 @@ _OPTIONS = (
     click.option("--progress/--no-progress", default=None,
               help="Say on stderr what takes longer than a second. [default: when stderr is a terminal]"),
 )
+
+
+STATE_SIZE_OPTION = click.option("--state-size", metavar="SIZE", default="10GiB", show_default=True,
+                                 help="Room for kept conversations; who was not used for longest goes.")
+
+
+def state_bytes(text: str) -> int:
+    """Return the bytes that --state-size means."""
+    budget = parse_budget(text)
+    if budget.kind != "bytes":
+        raise PagerError(f"--state-size is a size such as 10GiB, not {text!r}.")
+    return int(budget.value or 0)
+
+
+def whole_steps(n_ctx: int) -> int:
+    """Return a context of so many tokens, rounded up as llama.cpp does."""
+    return -(-n_ctx // CTX_STEP) * CTX_STEP
 
 
 def opens_model(function: _Command) -> _Command:

@@ -17,7 +17,16 @@ import click
 from gguf_pager import __version__
 from gguf_pager.cli import program
 from gguf_pager.cli.model import GPU_LAYERS_OPTION, MODEL_OPTION, is_a_default, missing_model, model_named_twice
-from gguf_pager.cli.opening import CTX_STEP, DEFAULT_CTX, MOST_TOKENS, Opening, open_model, opens_model, take_opening
+from gguf_pager.cli.opening import (
+    CTX_STEP,
+    DEFAULT_CTX,
+    MOST_TOKENS,
+    Opening,
+    open_model,
+    opens_model,
+    take_opening,
+    whole_steps,
+)
 from gguf_pager.doctor import physical_cores
 from gguf_pager.errors import PagerError
 from gguf_pager.memory import probe
@@ -188,11 +197,11 @@ def _read_prompt(settings: _Settings, words: str | None) -> str:
 def _context_size(settings: _Settings, prompt: str) -> int:
     """Return the context to ask for. A token is at least a byte, so the prompt's bytes bound its tokens."""
     if settings.ctx_size is not None:
-        return -(-settings.ctx_size // CTX_STEP) * CTX_STEP
+        return whole_steps(settings.ctx_size)
     if settings.chat or settings.n_predict < 0:  # templates add text of any length
         return DEFAULT_CTX
     needed = len(prompt.encode()) + _SPECIAL_TOKENS + settings.n_predict
-    return min(DEFAULT_CTX, -(-needed // CTX_STEP) * CTX_STEP)
+    return min(DEFAULT_CTX, whole_steps(needed))
 
 
 class _Generation:

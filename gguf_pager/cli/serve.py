@@ -11,9 +11,19 @@ from typing import Any
 import click
 
 from gguf_pager.cli.model import GPU_LAYERS_OPTION, takes_model
-from gguf_pager.cli.opening import CTX_STEP, DEFAULT_CTX, MOST_TOKENS, open_model, opens_model, take_opening
+from gguf_pager.cli.opening import (
+    CTX_STEP,
+    DEFAULT_CTX,
+    MOST_TOKENS,
+    STATE_SIZE_OPTION,
+    open_model,
+    opens_model,
+    state_bytes,
+    take_opening,
+    whole_steps,
+)
 from gguf_pager.errors import PagerError
-from gguf_pager.memory.budget import format_bytes, parse_budget
+from gguf_pager.memory.budget import format_bytes
 
 MOST_SEQUENCES = 256
 """LLAMA_MAX_SEQ of llama-cparams.h."""
@@ -73,7 +83,8 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     if unused:
         click.echo(f"Of {path} this does not apply here: {', '.join(unused)}.", err=True)
     taken = {_FROM_FILE[name]: value for name, value in given.items() if name in _FROM_FILE}
-    context.default_map = {**(context.default_map or {}), **taken, "model_option": taken.pop("model", None)}
+    taken["model_option"] = taken.pop("model", None)
+    context.default_map = {**(context.default_map or {}), **taken}
 
 
 @click.command(context_settings={"auto_envvar_prefix": "GGUF_PAGER"})
@@ -91,8 +102,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
               help=f"Context of each of them in tokens, in steps of {CTX_STEP}; 0 takes the model's own.")
 @click.option("--state-dir", metavar="DIR", type=click.Path(path_type=Path),
               help="Keep conversations in this folder, so that they go on after a restart without computing them again.")
-@click.option("--state-size", metavar="SIZE", default="10GiB", show_default=True,
-              help="Room for them; who was not used for longest goes.")
+@STATE_SIZE_OPTION
 @click.option("--cors", metavar="ORIGIN", multiple=True, help="Let pages from there use the server; '*' for all. May be given again.")
 @click.option("--root-path", metavar="PATH", default="", help="Where a proxy has put the server.")
 @opens_model
@@ -107,7 +117,7 @@ def serve(model: Path, **given: Any) -> None:
     """
     opening = take_opening(given, model)
     settings = _Settings(**given)
-    state_bytes = _state_bytes(settings.state_size)
+    most_bytes = state_bytes(settings.state_size)
     if settings.api_key == "":
         raise PagerError("--api-key is empty: give a key, or leave it out.")
     try:
@@ -116,7 +126,7 @@ def serve(model: Path, **given: Any) -> None:
         raise PagerError(f"The server needs more packages ({error.name}): pip install 'gguf-pager[server]'.") from None
     listening = _listen(settings.host, settings.port)
     with listening:
-        n_ctx = -(-settings.ctx_size // CTX_STEP) * CTX_STEP
+        n_ctx = whole_steps(settings.ctx_size)
         if n_ctx == 0:
             from gguf_pager.model.layout import read_layout
 
@@ -129,18 +139,11 @@ def serve(model: Path, **given: Any) -> None:
         try:
             served = server.Settings(
                 model=settings.alias or model.name.removesuffix(".gguf"), n_sequences=settings.parallel, api_key=settings.api_key,
-                state_dir=settings.state_dir, state_bytes=state_bytes, cors_origins=list(settings.cors), root_path=settings.root_path)
+                state_dir=settings.state_dir, state_bytes=most_bytes, cors_origins=list(settings.cors), root_path=settings.root_path)
             _say(settings, listening, served.model, n_ctx)
             server.run(llm, served, listening)
         finally:
             llm.close()
-
-
-def _state_bytes(text: str) -> int:
-    budget = parse_budget(text)
-    if budget.kind != "bytes":
-        raise PagerError(f"--state-size is a size such as 10GiB, not {text!r}.")
-    return int(budget.value or 0)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -162,6 +165,6 @@ def _say(settings: _Settings, listening: socket.socket, name: str, n_ctx: int) -
     click.echo(f"Serving {name} at http://{shown}:{port} (API: /v1), {settings.parallel} answer{'s' * (settings.parallel > 1)} at a "
                f"time, {n_ctx:,} tokens each.", err=True)
     if settings.state_dir is not None:
-        click.echo(f"Conversations are kept in {settings.state_dir}, up to {format_bytes(_state_bytes(settings.state_size))}.", err=True)
+        click.echo(f"Conversations are kept in {settings.state_dir}, up to {format_bytes(state_bytes(settings.state_size))}.", err=True)
     if is_open:
         click.echo("Anybody who can reach this machine can use it: set --api-key, or leave --host as it is.", err=True)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +81,3 @@ class Answer:
             if isinstance(item, BaseException):
                 raise item
             yield item
-
-
-Sampling = dict[str, Any]
-"""Arguments of llama_cpp.Llama._init_sampler."""

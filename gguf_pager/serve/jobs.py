@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -241,8 +240,3 @@ def usage(jobs: list[Job]) -> dict[str, Any]:
 def last_chunk(first: Chunk, jobs: list[Job]) -> Chunk:
     """Return what a stream ends with where its usage was asked for."""
     return {name: first[name] for name in ("id", "object", "created", "model")} | {"choices": [], "usage": usage(jobs)}
-
-
-def new_id(prefix: str) -> str:
-    """Return a name for an answer of several choices."""
-    return f"{prefix}-{uuid.uuid4()}"

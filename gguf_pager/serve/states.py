@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import logging
@@ -158,15 +159,16 @@ class States(Keeper):
         PagerError: the folder cannot be written to.
     """
 
-    def __init__(self, batcher: Batcher, folder: Path, most_bytes: int) -> None:
+    def __init__(self, batcher: Batcher, folder: Path, most_bytes: int, key: str | None = None) -> None:
+        """`key` is that of the batcher's model, where somebody has it already."""
         self._batcher, self._folder, self._most_bytes = batcher, folder, most_bytes
-        self._key = key_of(batcher.llm)
+        self._key = key or key_of(batcher.llm)
         self._states: list[State] = []
         self._of_sequence: dict[int, State] = {}
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(13, os.strerror(13))
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             found = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
             for left in folder.glob(f"{PARTIAL_PREFIX}*{SUFFIX}"):
                 left.unlink(missing_ok=True)
@@ -249,7 +251,7 @@ class States(Keeper):
         ids = sequence.held.copy()
         try:
             if not self._write(sequence, path, ids):
-                raise OSError(5, "llama.cpp could not write it")
+                raise OSError(errno.EIO, "llama.cpp could not write it")
             old = self._of_sequence.get(sequence.number)
             place = old.path if old is not None else self._folder / f"{uuid.uuid4().hex}{SUFFIX}"
             os.replace(path, place)
