@@ -215,6 +215,34 @@ def test_beginning_of_another_conversation_is_shared(zoo_model: Zoo, architectur
     assert again == said and np.array_equal(rows, others)
 
 
+@pytest.mark.parametrize("architecture", ["gpt-oss", "afmoe"])
+@pytest.mark.parametrize("swa_full", [True, False])
+def test_beginning_that_a_sliding_window_has_passed_is_not_shared(zoo_model: Zoo, architecture: str, swa_full: bool) -> None:
+    """llama.cpp gives the places behind a window to other sequences, also in a cache as large as the context."""
+    path, long, other = zoo_model(architecture), tokens_of(30, 200), tokens_of(31, 100)
+    with batching(path, 2, swa_full=swa_full) as batcher:
+        second = batcher.sequences[1]
+        ask(batcher, long[:140])
+        said, _, answer = ask(batcher, other)
+        assert answer.sequence is second
+        ask(batcher, long)  # goes on where the other one lies
+        lowest = hooks.low.llama_memory_seq_pos_min(hooks.low.llama_get_memory(batcher.llm.ctx), second.number)
+        assert lowest > 50, "if this fails, the test shows nothing"
+        _, _, answer = ask(batcher, other + said[:-1] + [5])
+        assert answer.n_cached == len(other) + len(said) - 1, "what goes on needs what its window sees"
+        _, again, answer = ask(batcher, other)
+        assert answer.n_cached == 99, "what its window sees is enough"
+        near, nearer = other[:50] + tokens_of(33, 60), other[:50] + tokens_of(34, 60)
+        _, rows, answer = ask(batcher, near)
+        assert answer.n_cached == 0 and answer.sequence is not second
+        _, others, answer = ask(batcher, nearer)
+        assert answer.n_cached == 50, "of the new one, all is there"
+    for tokens, found in ((near, rows), (nearer, others), (other, again)):
+        with batching(path, 2, swa_full=swa_full) as batcher:
+            fresh = ask(batcher, tokens)[1]
+        assert np.allclose(fresh[0], found[0], atol=2e-2), "batches of other widths have other last bits, and no more"
+
+
 def test_conversations_at_once_do_not_mix(zoo_model: Zoo) -> None:
     path = zoo_model("qwen3moe")
     prompts = [tokens_of(seed, 40 + 11 * seed) for seed in range(5)]

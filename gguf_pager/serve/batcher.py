@@ -217,7 +217,7 @@ class Batcher:
             with self._changed:
                 answer = self._waiting[0] if self._waiting else None
                 chosen = (None if answer is None else
-                          choose(self.sequences, answer.prompt, can_share=not self.memory.is_recurrent))
+                          choose(self.sequences, answer.prompt, can_share=not self.memory.is_recurrent, usable=self.memory.usable))
                 if answer is None or chosen is None:
                     return
                 self._waiting.popleft()

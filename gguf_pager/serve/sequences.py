@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,7 @@ class Memory:
     def __init__(self, context: int, is_recurrent: bool) -> None:
         self._context, self._memory = context, low.llama_get_memory(context)
         self.is_recurrent = is_recurrent
+        self._n_window = int(low.llama_model_n_swa(low.llama_get_model(context)))
         self._marks: dict[int, list[_Mark]] = {}
 
     def cut(self, sequence: Sequence, n_kept: int) -> int:
@@ -95,10 +97,7 @@ class Memory:
         sequence.n_ids, sequence.n_saved, sequence.used_s = 0, 0, 0.0
 
     def _take_back(self, sequence: Sequence, n_kept: int) -> int:
-        """Remove tokens from the end; return how many are left, 0 where nothing is right any more.
-
-        Where a sliding window has passed on, what it had seen is gone.
-        """
+        """Remove tokens from the end; return how many are left, 0 where nothing is right any more."""
         if self.is_recurrent:
             mark = max((mark for mark in self._marks.get(sequence.number, []) if mark.n_ids <= n_kept), default=None,
                        key=lambda mark: mark.n_ids)
@@ -106,9 +105,17 @@ class Memory:
                                                                     low.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY):
                 return 0
             n_kept = mark.n_ids
-        elif low.llama_memory_seq_pos_min(self._memory, sequence.number) > 0:
+        elif not self._is_whole(sequence, n_kept):
             return 0
         return n_kept if n_kept and low.llama_memory_seq_rm(self._memory, sequence.number, n_kept, -1) else 0
+
+    def _is_whole(self, sequence: Sequence, n_tokens: int) -> bool:
+        """Return whether all is there that a token looks at which comes after a sequence's first ones.
+
+        Behind a sliding window llama.cpp gives a token's place to whoever needs one, another sequence included, also in a cache that is
+        as large as the context. What it has kept has no gaps: it is all from one position on.
+        """
+        return 0 <= low.llama_memory_seq_pos_min(self._memory, sequence.number) <= max(0, n_tokens - self._n_window)
 
     def mark(self, sequence: Sequence) -> None:
         """Keep the state of a recurrent model as it is now, to come back to; nothing where tokens can simply be taken back."""
@@ -120,24 +127,35 @@ class Memory:
             kept = max(1, min(MOST_MARKS, MARKS_BYTES // n_bytes))
             self._marks[sequence.number] = [*self._marks.get(sequence.number, []), _Mark(sequence.n_ids, state)][-kept:]
 
+    def usable(self, sequence: Sequence, prompt: Ids) -> int:
+        """Return how many of a prompt's first tokens need not be computed again where a sequence holds them."""
+        n_common = common_prefix(sequence.held, prompt)
+        n_kept = min(n_common, len(prompt) - 1)
+        return n_common if self.is_recurrent or n_kept == sequence.n_ids or self._is_whole(sequence, n_kept) else 0
+
     def copy(self, source: Sequence, target: Sequence, n_tokens: int) -> None:
-        """Let a sequence begin with another one's first tokens: they are shared, not copied. Not of recurrent models."""
+        """Let a sequence begin with another one's first tokens, which are `usable`: they are shared, not copied. Not of recurrent models."""
         self.cut(target, 0)
         low.llama_memory_seq_cp(self._memory, source.number, target.number, 0, n_tokens)
         target.note(source.ids[:n_tokens].tolist())
 
 
-def choose(sequences: Tokens[Sequence], prompt: Ids, *, can_share: bool = True) -> tuple[Sequence, Sequence | None] | None:
+def _in_common(sequence: Sequence, prompt: Ids) -> int:
+    return common_prefix(sequence.held, prompt)
+
+
+def choose(sequences: Tokens[Sequence], prompt: Ids, *, can_share: bool = True,
+           usable: Callable[[Sequence, Ids], int] = _in_common) -> tuple[Sequence, Sequence | None] | None:
     """Return the idle sequence that shall answer a prompt, and the one whose first tokens it begins with, if that is another.
 
     A conversation that goes on, or whose last answer is wanted again, keeps its sequence. One that begins like another takes an empty one and shares the beginning, where
     that `can_share`; where none is empty, the other's place if it is more than half the same, or else the place that nobody has used
-    for longest. None where all are busy.
+    for longest. `usable` tells how many of a prompt's tokens need not be computed in a sequence's place. None where all are busy.
     """
     idle = [sequence for sequence in sequences if sequence.answer is None]
     if not idle:
         return None
-    common = {id(sequence): common_prefix(sequence.held, prompt) for sequence in sequences}
+    common = {id(sequence): usable(sequence, prompt) for sequence in sequences}
     nearest = max(idle, key=lambda sequence: (common[id(sequence)], -sequence.n_ids))
     oldest = min(idle, key=lambda sequence: sequence.used_s)
     n_common = common[id(nearest)]
