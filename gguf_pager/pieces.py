@@ -13,17 +13,17 @@ _USUAL_BYTES = 64
 
 
 class Pieces(dict[int, bytes]):
-    """A vocabulary's tokens and their bytes, each asked for once; of control tokens none. Threads may share it."""
+    """A vocabulary's tokens and their bytes, each asked for once; of control tokens none, unless they are wanted. Threads may share it."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, *, has_controls: bool = False) -> None:
         super().__init__()
-        self._vocabulary = vocabulary
+        self._vocabulary, self._has_controls = vocabulary, has_controls
 
     def __missing__(self, token: int) -> bytes:
         n_room = _USUAL_BYTES
         while True:
             buffer = ctypes.create_string_buffer(n_room)
-            n_bytes = int(low.llama_token_to_piece(self._vocabulary, token, buffer, n_room, 0, False))
+            n_bytes = int(low.llama_token_to_piece(self._vocabulary, token, buffer, n_room, 0, self._has_controls))
             if n_bytes >= 0:
                 return self.setdefault(token, buffer.raw[:n_bytes])
             n_room = -n_bytes

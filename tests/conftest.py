@@ -22,6 +22,8 @@ import pytest
 
 os.environ["GGUF_PAGER_CACHE"] = tempfile.mkdtemp(prefix="gguf_pager-tests-")  # processes that tests start inherit it
 
+import gguf
+
 import gguf_pager
 
 gguf_pager.Llama  # noqa: B018  before llama_cpp: it sets what libgomp reads once
@@ -134,6 +136,23 @@ def made(path: Path, source: Path, *arguments: str) -> Path:
 def small(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 experts, the first six blocks: 0.3 GB."""
     return made(tmp_path_factory.mktemp("talking") / "small.gguf", source, "--blocks", "6")
+
+
+def with_vocabulary(source: Path, target: Path, template: str, renamed: Sequence[str] = ()) -> Path:
+    """Copy a model with another chat template, and with its last control tokens called something else."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
+    make_zoo.copy_fields(reader, writer)
+    [fields] = writer.kv_data
+    fields["tokenizer.chat_template"].value = template
+    types = fields["tokenizer.ggml.token_type"].value
+    controls = [i for i, kind in enumerate(types) if kind == gguf.TokenType.CONTROL and i > 2]
+    for i, name in zip(reversed(controls), renamed, strict=False):
+        fields["tokenizer.ggml.tokens"].value[i] = name
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    make_zoo.finish(writer)
+    return target
 
 
 # ---- who computes ----

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import with_vocabulary
 
 from gguf_pager.errors import PagerError
 from gguf_pager.serve import conversations
@@ -155,6 +156,14 @@ def test_conversation_that_is_too_long_can_be_begun_anew(small: Path) -> None:
     with talking(small, "--no-keep", "-c", "256") as chat:
         assert "--ctx-size" in chat.ask("word " * 300)
         assert chat.ask("Hello")
+
+
+def test_what_a_model_thinks_is_no_part_of_the_answer(small: Path, tmp_path: Path) -> None:
+    thinking = with_vocabulary(small, tmp_path / "thinking.gguf", "{{ messages[-1].content }}<think>\n{# </think> #}")
+    done = subprocess.run([sys.executable, "-m", "gguf_pager", "chat", str(thinking), *ARGUMENTS], input=b"Once", capture_output=True, check=True,
+                          timeout=120, env={**os.environ, "NO_COLOR": "1"})
+    assert done.stdout == b"\n"
+    assert re.search(r"\(thinking\)\n\S.{20}", done.stderr.decode(), re.DOTALL), done.stderr
 
 
 def test_empty_pipe_is_refused(small: Path) -> None:

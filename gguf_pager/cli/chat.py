@@ -244,17 +244,26 @@ class _Talk:
 
     def _answer(self) -> None:
         """Write an answer as it comes. Ctrl-C ends it; what came stays part of the conversation."""
+        from gguf_pager.serve.parts import marks_of, split_chunks, splitting
         from gguf_pager.serve.seat import Seat, checked
+        from gguf_pager.serve.templates import template_of
 
         settings, seat = self._settings, Seat(self._batcher)
         chunks = checked(lambda: seat.create_chat_completion(
             self.conversation.messages, stream=True, temperature=settings.temp, top_k=settings.top_k, top_p=settings.top_p,
             seed=settings.seed, max_tokens=settings.n_predict if settings.n_predict > 0 else None, repeat_penalty=1.0))
+        parts = split_chunks(chunks, splitting(seat, marks_of(template_of(seat), has_tools=False), {}))
         before, begun = self._stats(), time.monotonic()
-        text, is_interrupted = "", False
+        text, is_thinking, is_interrupted = "", False, False
         try:
-            for chunk in chunks:
-                piece = chunk["choices"][0]["delta"].get("content") or ""
+            for chunk in parts:
+                delta = chunk["choices"][0]["delta"]
+                if (thought := delta.get("reasoning_content") or "") and not is_thinking:
+                    _say("(thinking)")
+                if (piece := delta.get("content") or "") and is_thinking:
+                    _say("\n(answer)")
+                is_thinking = bool(thought) or (is_thinking and not piece)
+                click.echo(_dim(thought), nl=False, err=True)
                 text += piece
                 click.echo(piece, nl=False)
         except KeyboardInterrupt:
@@ -329,4 +338,9 @@ def _say(text: str) -> None:
     """Say something that is no part of the conversation, within the width of the terminal."""
     width = max(20, shutil.get_terminal_size().columns - 1)
     shown = "\n".join(textwrap.fill(printable(line), width, subsequent_indent="  ", drop_whitespace=False) for line in text.split("\n"))
-    click.echo(shown if "NO_COLOR" in os.environ else click.style(shown, dim=True), err=True)
+    click.echo(_dim(shown), err=True)
+
+
+def _dim(text: str) -> str:
+    """Return text that is no part of the conversation as a terminal shows it."""
+    return text if "NO_COLOR" in os.environ or not text else click.style(text, dim=True)

@@ -6,13 +6,17 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp
 from llama_cpp.llama_grammar import LlamaGrammar
 
+from gguf_pager.serve.calls import tools_of
+from gguf_pager.serve.parts import BARE, Marks, Splitter, marks_of, split_answer, split_chunks, splitting
 from gguf_pager.serve.schemas import MOST_ANSWERS, SAMPLING, ChatRequest, CompletionRequest, Message, ResponseFormat
 from gguf_pager.serve.seat import RequestError, Seat, checked
+from gguf_pager.serve.templates import takes_objects, template_of, with_objects
 
 Chunk = dict[str, Any]
 
@@ -47,6 +51,23 @@ class Job:
     def give_up(self) -> None:
         """Compute no more of it."""
         self.seat.close()
+
+
+class ChatJob(Job):
+    """An answer of a chat, whose parts are told apart."""
+
+    def __init__(self, seat: Seat, index: int, ask: Callable[[], Any], open_splitter: Callable[[], Splitter]) -> None:
+        super().__init__(seat, index, ask)
+        self._open_splitter = open_splitter
+
+    def whole(self) -> Chunk:
+        """Return the answer in one piece."""
+        answer = super().whole()
+        split_answer(answer, self._open_splitter())
+        return answer
+
+    def _numbered(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        return super()._numbered(split_chunks(chunks, self._open_splitter))
 
 
 # ---- how tokens are chosen ------------------------------------------------------------------------------------------
@@ -155,17 +176,17 @@ def _asking(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable
 
 def chat_jobs(request: ChatRequest, open_seat: Callable[[], Seat], model: str) -> list[Job]:
     """Return the answers that are wanted: `n` to the conversation."""
-    tools, choice = _tools(request)
+    use = _tool_use(request)
     for function in request.functions or []:
         _check_schema(function.setdefault("parameters", {"type": "object", "properties": {}}), "functions")
         if not isinstance(function.get("name"), str):
             raise RequestError("A function needs a name.", "functions")
-    grammar = _grammar(request.grammar, request.response_format)
-    messages = [_message(message) for message in request.messages]
+    grammar = _schema_grammar(use.schema) if use.schema is not None else _grammar(request.grammar, request.response_format)
     most = _most(request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens)
     jobs: list[Job] = []
     for i in range(request.n or 1):
         seat = open_seat()
+        template = template_of(seat)
         arguments = _sampling(request)
         if i and arguments["seed"] is not None:
             arguments["seed"] += i
@@ -176,16 +197,17 @@ def chat_jobs(request: ChatRequest, open_seat: Callable[[], Seat], model: str) -
         if taken:
             raise RequestError(f"chat_template_kwargs is for the model's template, which has no {taken[0]!r} of its own: leave it out.",
                                "chat_template_kwargs")
-        jobs.append(Job(seat, i, _asking(
-            handler, llama=seat, messages=messages, tools=tools, tool_choice=choice, functions=request.functions,
-            function_call=request.function_call, max_tokens=most, stream=request.stream, logprobs=request.logprobs,
-            top_logprobs=request.top_logprobs if request.top_logprobs is not None else 0,
+        jobs.append(ChatJob(seat, i, _asking(
+            handler, llama=seat, messages=[_message(message, template) for message in request.messages], tools=use.tools,
+            tool_choice=use.choice, functions=request.functions, function_call=request.function_call, max_tokens=most, stream=request.stream,
+            logprobs=request.logprobs, top_logprobs=request.top_logprobs if request.top_logprobs is not None else 0,
             logit_bias=_bias(request, seat._n_vocab), grammar=grammar, model=model, **arguments,
-            **kwargs)))
+            **({"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}) | kwargs),
+            splitting(seat, use.marks(request, template), tools_of(use.tools or []), is_free=grammar is None)))
     return jobs
 
 
-def _message(message: Message) -> dict[str, Any]:
+def _message(message: Message, template: str) -> dict[str, Any]:
     """Return a message as templates have it: text in one piece, and OpenAI's newer name of a role by its older one."""
     found = message.model_dump(exclude_unset=True)
     if isinstance(message.content, list):
@@ -196,27 +218,62 @@ def _message(message: Message) -> dict[str, Any]:
         found["role"] = "system"
     if found.get("content") is None:
         found["content"] = ""
+    if isinstance(found.get("tool_calls"), list) and takes_objects(template):
+        found["tool_calls"] = with_objects(found["tool_calls"])
     return found
 
 
-def _tools(request: ChatRequest) -> tuple[list[dict[str, Any]] | None, Any]:
-    """Return the tools, and which of them must be used, if one must: then the answer is held to its schema."""
+@dataclass(frozen=True, slots=True)
+class _ToolUse:
+    """The tools of an answer; the one that must be used, if one is named; the schema of a call, where any of several must be used."""
+
+    tools: list[dict[str, Any]] | None = None
+    choice: Any = None
+    schema: dict[str, Any] | None = None
+
+    def marks(self, request: ChatRequest, template: str) -> Marks:
+        """Return what is to be told apart in the answer."""
+        if request.response_format is not None and request.response_format.type != "text":
+            return Marks()
+        if self.schema is not None:
+            return Marks(form=BARE)
+        marks = marks_of(template, has_tools=self.tools is not None and not isinstance(self.choice, dict))
+        return marks if request.reasoning_format != "none" else Marks(form=marks.form)
+
+
+def _tool_use(request: ChatRequest) -> _ToolUse:
     tools, choice = request.tools, request.tool_choice
     if not tools or choice == "none":
-        return None, None
+        return _ToolUse()
     for tool in tools:
         if not isinstance(tool.get("function"), dict) or not isinstance(tool["function"].get("name"), str):
             raise RequestError("A tool needs function.name.", "tools")
         tool["function"].setdefault("parameters", {"type": "object", "properties": {}})
         _check_schema(tool["function"]["parameters"], "tools")
-    if choice == "required" and len(tools) == 1:
-        choice = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
+    if choice == "required" and len(tools) > 1:
+        if request.grammar is not None or request.response_format is not None:
+            raise RequestError("tool_choice 'required' cannot be had together with grammar or response_format.", "tool_choice")
+        return _ToolUse(tools, None, _any_call(tools))
     if choice == "required":
-        raise RequestError("tool_choice 'required' needs a single tool here: name the one that is meant.", "tool_choice")
+        choice = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
     named = choice.get("function") if isinstance(choice, dict) else None
     if isinstance(choice, dict) and not any(isinstance(named, dict) and tool["function"]["name"] == named.get("name") for tool in tools):
         raise RequestError("tool_choice names a tool that is not among the tools.", "tool_choice")
-    return tools, choice
+    return _ToolUse(tools, choice)
+
+
+def _any_call(tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the JSON schema of a call of any of these tools. What a schema refers to stays at its root."""
+    calls, shared = [], dict[str, dict[str, Any]]()
+    for tool in tools:
+        parameters = dict(tool["function"]["parameters"])
+        for place in ("$defs", "definitions"):
+            for name, definition in (parameters.pop(place, None) or {}).items():
+                if shared.setdefault(place, {}).setdefault(name, definition) != definition:
+                    raise RequestError(f"Two tools define {name!r} differently: name the tool that is meant as tool_choice.", "tool_choice")
+        calls.append({"type": "object", "properties": {"name": {"const": tool["function"]["name"]}, "arguments": parameters},
+                      "required": ["name", "arguments"]})
+    return {"oneOf": calls, **shared}
 
 
 # ---- several answers in one -----------------------------------------------------------------------------------------

@@ -103,6 +103,8 @@ class ChatRequest(_Generation):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_format: str | None = None
+    reasoning_effort: str | None = None
 
 
 class EmbeddingRequest(_Request):

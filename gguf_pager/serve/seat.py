@@ -18,6 +18,7 @@ from llama_cpp import _internals
 from llama_cpp import llama_cpp as low
 
 from gguf_pager.errors import PagerError
+from gguf_pager.pieces import Pieces
 from gguf_pager.serve.answers import Answer
 from gguf_pager.serve.batcher import Batcher
 
@@ -94,6 +95,7 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         self._n_most = 0
         self._rows: Any = None
         self._wants_logits = False
+        self._shown = dict[int, bytes]()
 
     @property
     def _scores(self) -> Any:
@@ -107,8 +109,22 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
 
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
         """Return the text of tokens; stock asks for all of an answer's after each of them."""
+        if self._shown and not special and not self._shown.keys().isdisjoint(tokens):
+            return b"".join(self._shown.get(token) or self._batcher.pieces[token] for token in tokens)
         text = None if special else self._batcher.pieces.text_of(self, tokens)
         return bytes(super().detokenize(tokens, prev_tokens=prev_tokens, special=special)) if text is None else text
+
+    def show(self, marks: Sequence[str]) -> None:
+        """Have these marks in the text of answers, where they are control tokens, which have none otherwise."""
+        for mark in marks:
+            tokens = self.tokenize(mark.encode(), add_bos=False, special=True)
+            if len(tokens) == 1 and not self._batcher.pieces[tokens[0]]:
+                self._shown[tokens[0]] = mark.encode()
+
+    def prompt_end(self) -> str:
+        """Return the last of the prompt that was asked with first, control tokens included: 16 tokens of it."""
+        pieces = Pieces(self._model.vocab, has_controls=True)
+        return b"".join(pieces[int(token)] for token in self.answers[0].prompt[-16:]).decode(errors="replace")
 
     def create_completion(self, prompt: str | list[int], **given: Any) -> Any:
         """Complete a text as llama_cpp.Llama does, but with no more and no fewer tokens than the context allows.
