@@ -115,7 +115,7 @@ class Memory:
         Behind a sliding window llama.cpp gives a token's place to whoever needs one, another sequence included, also in a cache that is
         as large as the context. What it has kept has no gaps: it is all from one position on.
         """
-        return 0 <= low.llama_memory_seq_pos_min(self._memory, sequence.number) <= max(0, n_tokens - self._n_window)
+        return 0 <= int(low.llama_memory_seq_pos_min(self._memory, sequence.number)) <= max(0, n_tokens - self._n_window)
 
     def mark(self, sequence: Sequence) -> None:
         """Keep the state of a recurrent model as it is now, to come back to; nothing where tokens can simply be taken back."""

@@ -1,7 +1,10 @@
 """Conversations on disk: a file each, so that a restart, or another conversation in between, costs no prompt a second time.
 
-A file is what llama.cpp writes of a sequence, then the tokens, then a description and where that begins. It is written beside its
-place and renamed, so it is whole or not there. What is damaged, or of another model or other settings, is left alone and said in the log.
+A file (see `state_files`) is written beside its place and renamed, so it is whole or not there. What is damaged, or of another model or
+other settings, is left alone and said in the log.
+
+Several servers may share a folder: each goes on with what the others have kept, and replaces a file only while it is the one that it
+has loaded or written itself.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ import hashlib
 import json
 import logging
 import os
-import struct
+import stat
+import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +34,22 @@ from gguf_pager.llama import Llama
 from gguf_pager.model import engine, metadata
 from gguf_pager.serve.batcher import Batcher, Keeper
 from gguf_pager.serve.sequences import Ids, Sequence, common_prefix
+from gguf_pager.serve.state_files import (
+    Stamp,
+    State,
+    digest_of,
+    finish,
+    is_locked,
+    is_there,
+    read_end,
+    read_state,
+    stamp_of,
+    touch,
+)
 
 log = logging.getLogger("gguf_pager")
 
-VERSION = 1
 SUFFIX = ".state"
-_END = struct.Struct("<QI8s")
-"""Where the tokens begin, how long the description is, and a mark: the last bytes of a file."""
-_MARK = b"gpstate1"
-_MOST_DESCRIPTION = 1 << 16
 
 LEAST_GAIN = 32
 """Tokens that a state on disk must save over what is in memory: to load one takes as long as to compute a few."""
@@ -46,83 +58,6 @@ LEAST_KEPT = 32
 """Tokens of a conversation that are worth a file."""
 
 _SAMPLE_BYTES = 1024
-_PIECE_BYTES = 1 << 20
-
-
-@dataclass(slots=True)
-class State:
-    """A state on disk."""
-
-    path: Path
-    ids: Ids
-    n_bytes: int
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-def _digest(path: Path, n_bytes: int) -> str:
-    digest, left = hashlib.blake2b(digest_size=16), n_bytes
-    with open(path, "rb") as file:
-        while left > 0:
-            piece = file.read(min(left, _PIECE_BYTES))
-            if not piece:
-                break
-            digest.update(piece)
-            left -= len(piece)
-    return digest.hexdigest()
-
-
-def _finish(path: Path, ids: Ids, key: str) -> None:
-    """Put tokens and description behind what llama.cpp has written."""
-    with open(path, "r+b") as file:
-        at = file.seek(0, os.SEEK_END)
-        file.write(ids.astype("<i4").tobytes())
-        end = file.tell()
-        file.flush()
-        described = json.dumps({"version": VERSION, "key": key, "n_tokens": len(ids), "digest": _digest(path, end)}).encode()
-        file.write(described)
-        file.write(_END.pack(at, len(described), _MARK))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_state(path: Path, key: str) -> State | str:
-    """Return a state, as its description has it, or why it cannot be used; its digest is compared when it is loaded."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _END.size))
-            at, n_described, mark = _END.unpack(file.read(_END.size))
-            end = size - _END.size - n_described
-            if mark != _MARK or n_described > _MOST_DESCRIPTION or not 0 < at <= end:
-                return "it is damaged"
-            file.seek(at)
-            tokens, described = file.read(end - at), json.loads(file.read(n_described))
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    except (ValueError, struct.error, RecursionError):
-        return "it is damaged"
-    if not isinstance(described, dict) or described.get("version") != VERSION:
-        return "it is of another version"
-    if described.get("key") != key:
-        return "it is of another model, or of other settings"
-    if described.get("n_tokens") != len(tokens) // 4 or len(tokens) % 4:
-        return "it is damaged"
-    return State(path, np.frombuffer(tokens, "<i4").astype(np.intc), size)
-
-
-def is_whole(path: Path) -> bool:
-    """Return whether a state is, byte by byte, what was written."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(-_END.size, os.SEEK_END) + _END.size
-            _, n_described, _ = _END.unpack(file.read(_END.size))
-            end = size - _END.size - n_described
-            file.seek(end)
-            described = json.loads(file.read(n_described))
-        return bool(described["digest"] == _digest(path, end))
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
-        return False
 
 
 def key_of(llm: Llama) -> str:
@@ -148,8 +83,6 @@ def key_of(llm: Llama) -> str:
     return digest.hexdigest()
 
 
-# ---- keeping --------------------------------------------------------------------------------------------------------
-
 class States(Keeper):
     """Keeps the conversations of a batcher's sequences in a folder, up to so many bytes; who was not used for longest goes.
 
@@ -165,23 +98,72 @@ class States(Keeper):
         self._key = key or key_of(batcher.llm)
         self._states: list[State] = []
         self._of_sequence: dict[int, State] = {}
+        self._refused: dict[Path, Stamp] = {}
+        self._looked_ns = 0
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            found = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
-            for left in folder.glob(f"{PARTIAL_PREFIX}*{SUFFIX}"):
-                left.unlink(missing_ok=True)
+            self._clean()
+            self._learn(self._found(), logging.WARNING)
         except OSError as error:
             raise PagerError(f"Conversations cannot be kept in {folder}: {error.strerror}. Name another --state-dir.") from None
-        for path in found:
-            if path.name.startswith(PARTIAL_PREFIX):
+
+    def _clean(self) -> None:
+        """Remove what a process has left that was killed while it wrote; who still writes has locked his file."""
+        for left in self._folder.glob(f"{PARTIAL_PREFIX}*{SUFFIX}"):
+            with contextlib.suppress(FileNotFoundError), open(left, "rb") as file:
+                if is_locked(file.fileno()):
+                    left.unlink()
+
+    def _found(self) -> dict[Path, os.stat_result]:
+        """Return the files that may be states, who was not used for longest first."""
+        found = {}
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIX) and not entry.name.startswith(PARTIAL_PREFIX):
+                    with contextlib.suppress(FileNotFoundError):
+                        status = entry.stat()
+                        if stat.S_ISREG(status.st_mode):  # to open something else might wait forever
+                            found[self._folder / entry.name] = status
+        return dict(sorted(found.items(), key=lambda item: item[1].st_mtime_ns))
+
+    def _learn(self, found: dict[Path, os.stat_result], level: int) -> None:
+        """Take in what is new in the folder, and forget what is not there any more."""
+        known = {state.path: state for state in self._states if state.path in found}
+        self._refused = {path: stamp for path, stamp in self._refused.items() if path in found}
+        now_ns = time.time_ns()
+        for path, status in found.items():
+            old = known.get(path)
+            if stamp_of(status) == (self._refused.get(path) if old is None else old.stamp):
                 continue
             state = read_state(path, self._key)
-            if isinstance(state, State):
-                self._states.append(state)
+            if isinstance(state, str):
+                log.log(level, "the conversation in %s is left alone: %s", path, state)
+                self._refused[path] = stamp_of(status)
+                known.pop(path, None)
+                continue
+            if status.st_mtime_ns > now_ns:  # the clock was ahead: it would count as the newest until then
+                now_ns += 1
+                touch(state, now_ns)
+            if old is not None and state.digest == old.digest:
+                old.stamp = state.stamp
             else:
-                log.warning("the conversation in %s is left alone: %s", path, state)
+                known[path] = state
+        self._states = list(known.values())
+
+    def _look(self) -> None:
+        """See what other servers have done in the folder since it was looked at."""
+        try:
+            changed_ns = self._folder.stat().st_mtime_ns
+            if changed_ns != self._looked_ns:
+                self._learn(self._found(), logging.INFO)
+                self._looked_ns = changed_ns
+        except OSError:  # it was removed, with all that was kept
+            self._states.clear()
+            self._of_sequence.clear()
+            for sequence in self._batcher.sequences:
+                sequence.n_saved = 0
 
     @property
     def n_states(self) -> int:
@@ -192,6 +174,7 @@ class States(Keeper):
         """Load the state that has most of a prompt, where that is worth it."""
         most = len(prompt) - 1
         known = min(most, common_prefix(sequence.held, prompt))
+        self._look()
         while self._states:
             best = max(self._states, key=lambda state: self._gain(state, prompt))
             gain = self._gain(best, prompt)
@@ -209,9 +192,17 @@ class States(Keeper):
     def _load(self, sequence: Sequence, state: State) -> bool:
         self._batcher.memory.cut(sequence, 0)
         self._of_sequence.pop(sequence.number, None)
-        is_loaded = is_whole(state.path) and self._read_into(sequence, state)
-        if not is_loaded:
-            log.warning("the conversation in %s is damaged, and left alone", state.path)
+        is_loaded = is_same = False
+        with contextlib.suppress(OSError, ValueError, RecursionError), open(state.path, "rb") as file:
+            _, end, described = read_end(file)
+            is_same = described.get("digest") == state.digest
+            is_loaded = is_same and digest_of(file, end) == state.digest and self._read_into(sequence, state)
+            # llama.cpp opens it by its name. No other file has the inode of one that is open.
+            is_same = is_same and os.path.samestat(os.fstat(file.fileno()), state.path.stat())
+        if not (is_loaded and is_same):
+            if is_same:
+                log.warning("the conversation in %s is damaged, and left alone", state.path)
+                self._refused[state.path] = state.stamp
             self._states.remove(state)
             self._batcher.memory.clear(sequence)  # also what was loaded before it was found to be wrong
             return False
@@ -226,7 +217,6 @@ class States(Keeper):
         room, n_read = (low.llama_token * len(state.ids))(), ctypes.c_size_t()
         is_read = low.llama_state_seq_load_file(self._batcher.llm.ctx, os.fsencode(state.path), sequence.number, room,
                                                 len(state.ids), ctypes.byref(n_read))
-        # Another server with the same folder may have put something else there since it was looked at.
         return bool(is_read) and n_read.value == len(state.ids) and np.array_equal(np.frombuffer(room, np.intc), state.ids)
 
     def note_idle(self) -> None:
@@ -245,46 +235,67 @@ class States(Keeper):
         self.note_idle()
 
     def _save(self, sequence: Sequence) -> None:
+        self._look()
         if sequence.n_ids < LEAST_KEPT or sequence.n_ids == sequence.n_saved:
             return
         path = self._folder / f"{PARTIAL_PREFIX}{uuid.uuid4().hex}{SUFFIX}"
         ids = sequence.held.copy()
         try:
-            if not self._write(sequence, path, ids):
-                raise OSError(errno.EIO, "llama.cpp could not write it")
-            old = self._of_sequence.get(sequence.number)
-            place = old.path if old is not None else self._folder / f"{uuid.uuid4().hex}{SUFFIX}"
-            os.replace(path, place)
-            state = State(place, ids, place.stat().st_size)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._new_file(path):
+                digest = self._write(sequence, path, ids)
+                state = self._put(State(path, ids, digest, stamp_of(path.stat())), self._of_sequence.get(sequence.number))
         except OSError as error:
             log.warning("a conversation cannot be kept in %s: %s", self._folder, error.strerror)
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             return
         sequence.n_saved = sequence.n_ids
-        self._states = [other for other in self._states if other.path != place] + [state]
+        self._states = [other for other in self._states if other.path != state.path] + [state]
         self._of_sequence[sequence.number] = state
         self._forget_oldest()
 
-    def _write(self, sequence: Sequence, path: Path, ids: Ids) -> bool:
-        room = (low.llama_token * len(ids))(*ids.tolist())
+    @contextlib.contextmanager
+    def _new_file(self, path: Path) -> Iterator[None]:
+        """Make a file, locked: another server that begins meanwhile does not take it for a left one."""
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        os.close(descriptor)
-        n_written = int(low.llama_state_seq_save_file(self._batcher.llm.ctx, os.fsencode(path), sequence.number, room, len(ids)))
+        try:
+            is_locked(descriptor)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _put(self, new: State, old: State | None) -> State:
+        """Give a state its name: that of the one it replaces, if that is still there, or else one of its own."""
+        place = self._folder / f"{uuid.uuid4().hex}{SUFFIX}"
+        descriptor = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if old is not None and is_locked(descriptor) and is_there(old):
+                place = old.path
+            new.path.replace(place)
+        finally:
+            os.close(descriptor)
+        return replace(new, path=place)
+
+    def _write(self, sequence: Sequence, path: Path, ids: Ids) -> str:
+        context, room = self._batcher.llm.ctx, (low.llama_token * len(ids))(*ids.tolist())
+        system = os.statvfs(self._folder)
+        if system.f_bavail * system.f_frsize < int(low.llama_state_seq_get_size(context, sequence.number)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        n_written = int(low.llama_state_seq_save_file(context, os.fsencode(path), sequence.number, room, len(ids)))
         if n_written == 0 or path.stat().st_size != n_written:  # it does not look whether its last bytes found room
-            return False
-        _finish(path, ids, self._key)
-        return True
+            raise OSError(errno.EIO, "llama.cpp could not write it")
+        return finish(path, ids, self._key)
 
     def _use(self, state: State) -> None:
         self._states = [other for other in self._states if other is not state] + [state]
-        with contextlib.suppress(OSError):
-            os.utime(state.path)
+        touch(state, time.time_ns())
 
     def _forget_oldest(self) -> None:
         total = sum(state.n_bytes for state in self._states)
         while total > self._most_bytes and self._states:
             oldest = self._states.pop(0)
             total -= oldest.n_bytes
-            with contextlib.suppress(OSError):
-                oldest.path.unlink()
+            if is_there(oldest):
+                with contextlib.suppress(OSError):
+                    oldest.path.unlink()
