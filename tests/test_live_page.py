@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from conftest import with_vocabulary
 from serving import Server, serving
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -497,6 +498,19 @@ def test_markup_of_others_is_shown_as_text(visit: Any, small: Path) -> None:
         assert page.locator(".assistant code").text_content() == MARKUP
         assert page.locator("main img, main script, main b, h1 *").count() == 0
         assert page.evaluate("window.broken") is None
+
+
+def test_what_a_model_thinks_is_folded_away(visit: Any, small: Path, tmp_path: Path) -> None:
+    thinking = with_vocabulary(small, tmp_path / "thinking.gguf", "{{ messages[-1].content }}<think>\n{# </think> #}")
+    with serving(thinking, "--budget", "25%", "-c", "512") as server:
+        page = visit(server)
+        settle(page, max_tokens=12)
+        ask(page, "Once upon a time")
+        assert answered(page) == ""
+        assert not page.locator(".thinking .text").is_visible()
+        page.click(".thinking summary")
+        assert page.locator(".thinking .text").inner_text().strip()
+        assert "ended for want of tokens" in page.locator(".meta").inner_text()
 
 
 def test_fences_become_blocks_and_nothing_else_does(visit: Any, server: Server) -> None:
