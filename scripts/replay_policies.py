@@ -2,9 +2,10 @@
 
     $ python scripts/replay_policies.py             # who leaves, the cold start included
     $ python scripts/replay_policies.py profile     # experts read at the start, pinned, or known to the policy
+    $ python scripts/replay_policies.py sequences   # several sequences, each at a place of its own in the recording, in one batch
 
 A model in Python of what native/slots/slots.c does when it decodes token by token: one pool of slots, a floor of k slots per layer
-that other layers may not take. It is not the C code, and knows no batches.
+that other layers may not take. It is not the C code; that of several sequences has no floor.
 """
 
 from __future__ import annotations
@@ -181,5 +182,81 @@ def show_profiles() -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
+Key = tuple[int, int]  # layer, expert
+
+
+def batches(routing: Routing, n_sequences: int, n_steps: int) -> list[list[set[Key]]]:
+    """Return what each layer wants in each step, of sequences that begin as far from each other as can be."""
+    n_tokens = routing.shape[1]
+    starts = [i * n_tokens // n_sequences for i in range(n_sequences)]
+    return [[{(layer, int(e)) for start in starts for e in experts[(start + step) % n_tokens]} for layer, experts in enumerate(routing)]
+            for step in range(n_steps)]
+
+
+def misses_with_policy(steps: list[list[set[Key]]], n_slots: int) -> Floats:
+    """Return the misses of each step with the worth of native/slots/policy.c; ages in steps."""
+    n_layers, held, misses = len(steps[0]), set[Key](), np.zeros(len(steps))
+    last, recent, lasting = dict[Key, int](), dict[Key, float](), dict[Key, float]()
+
+    def worth(key: Key, layer: int, step: int) -> float:
+        age, away = step - last[key] - (key[0] > layer), (key[0] - layer) % n_layers or n_layers
+        uses = recent[key] * fade(np.float64(age), RECENT) + LASTING_WEIGHT * lasting[key] * fade(np.float64(age), LASTING)
+        return float(-((age + 1) ** 0.75 / uses + away / n_layers))
+
+    for step, layers in enumerate(steps):
+        for layer, wanted in enumerate(layers):
+            for key in wanted:
+                age = np.float64(step - last.get(key, step))
+                recent[key] = recent.get(key, 0) * fade(age, RECENT) + 1
+                lasting[key] = lasting.get(key, 0) * fade(age, LASTING) + 1
+                last[key] = step
+            missed = wanted - held
+            misses[step] += len(missed)
+            n_over = len(held) + len(missed) - n_slots
+            if n_over > 0:
+                held -= set(sorted(held - wanted, key=lambda key: worth(key, layer, step))[:n_over])
+            held |= missed
+    return misses
+
+
+def misses_at_best(steps: list[list[set[Key]]], n_slots: int) -> Floats:
+    """Return the misses of each step where always the one leaves that is wanted last: what no policy can do better (Belady, 1966)."""
+    wanted_at: dict[Key, list[int]] = {}
+    for i, wanted in enumerate(wanted for layers in steps for wanted in layers):
+        for key in wanted:
+            wanted_at.setdefault(key, []).append(i)
+    for times in wanted_at.values():
+        times.reverse()
+    held, misses = set[Key](), np.zeros(len(steps))
+    for step, layers in enumerate(steps):
+        for wanted in layers:
+            for key in wanted:
+                wanted_at[key].pop()
+            missed = wanted - held
+            misses[step] += len(missed)
+            n_over = len(held) + len(missed) - n_slots
+            if n_over > 0:
+                held -= set(sorted(held - wanted, key=lambda key: wanted_at[key][-1] if wanted_at[key] else sys.maxsize)[-n_over:])
+            held |= missed
+    return misses
+
+
+def show_sequences(n_steps: int = 192, share: float = 0.25) -> None:
+    """Print what several sequences want together, and what of it has to be read."""
+    print("| sequences | experts over one's: code | MB per token | at best | general | MB per token | at best |\n" + "|---" * 7 + "|")
+    alone: dict[Path, float] = {}
+    for n_sequences in (1, 2, 4, 8):
+        cells = []
+        for path in (CODE, GENERAL):
+            routing = recorded(path)
+            steps = batches(routing, n_sequences, n_steps)
+            n_wanted = np.mean([sum(map(len, layers)) for layers in steps])
+            n_slots = int(len(routing) * 128 * share)
+            cells.append(f"{n_wanted / alone.setdefault(path, float(n_wanted)):.2f}")
+            cells += [f"{misses[32:].mean() / n_sequences * EXPERT_BYTES[128] / 1e6:.0f}"
+                      for misses in (misses_with_policy(steps, n_slots), misses_at_best(steps, n_slots))]
+        print(f"| {n_sequences} | {' | '.join(cells)} |", flush=True)
+
+
 if __name__ == "__main__":
-    show_profiles() if sys.argv[1:] == ["profile"] else show_policies()
+    {"profile": show_profiles, "sequences": show_sequences}.get(" ".join(sys.argv[1:]), show_policies)()
