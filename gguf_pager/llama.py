@@ -249,7 +249,8 @@ def _fitting(llm: Llama, state: Any) -> Any:
         raise EngineError(f"This state was saved by another model or version, or with other settings of the context: {remedy}.")
     n_tokens, n_room = int(state.n_tokens), len(llm.input_ids)
     if n_tokens > n_room:
-        raise EngineError(f"This state has {n_tokens:,} tokens, and this context has room for {n_room:,}: open the model with a larger n_ctx.")
+        raise EngineError(f"This state has {n_tokens:,} tokens, and this context has room for {n_room:,}: open the model with a larger "
+                          "n_ctx.")
     if llm._logits_all and not getattr(state, "has_scores", True):
         raise EngineError(f"This state was saved without logits_all=True, and has no logits of its tokens: {remedy}, or open the model "
                           "without logits_all.")
@@ -270,9 +271,9 @@ class _Cache(BaseLlamaCache):  # type: ignore[misc]  # llama_cpp is not typed
     """
 
     def __init__(self, cache: BaseLlamaCache, llm: Llama) -> None:
-        super().__init__(cache.capacity_bytes)
+        super().__init__(getattr(cache, "capacity_bytes", 0))
         self._cache, self._llm = cache, weakref.ref(llm)  # it is the Llama's
-        self._unfit = set[tuple[int, ...]]()
+        self._unfit, self._own = set[tuple[int, ...]](), set[tuple[int, ...]]()
         self._is_on_disk = type(cache) is LlamaDiskCache
         if self._is_on_disk:
             cache.cache.reset("cull_limit", 0, update=False)  # for this object; it looks after its size itself
@@ -300,6 +301,7 @@ class _Cache(BaseLlamaCache):  # type: ignore[misc]  # llama_cpp is not typed
                 log.warning("a conversation that was kept is not used: %s", error)
                 self._unfit.add(kept)
                 continue
+            self._own.add(kept)
             fitting.input_ids = fitting.input_ids[: fitting.n_tokens]  # stock compares all of them with the text
             return fitting
         raise KeyError(key)
@@ -313,10 +315,12 @@ class _Cache(BaseLlamaCache):  # type: ignore[misc]  # llama_cpp is not typed
             return
         key = tuple(key)
         self._unfit.discard(key)
-        if self._is_on_disk and self._can_cut():
-            for kept in self._keys():
-                if kept != key and _has_all(key, kept):
-                    self._cache.cache.delete(kept)
+        llm: Any = self._llm()
+        if self._is_on_disk and can_take_tokens_back(llm.model) and low.llama_model_n_swa(llm.model) == 0:
+            for kept in [kept for kept in self._own if kept != key and _has_all(key, kept)]:  # the new one serves in their place
+                self._cache.cache.delete(kept)
+                self._own.discard(kept)
+        self._own.add(key)
 
     def _states(self, llm: Any, text: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Callable[[], Any]]]:
         """Yield where states lie that have more of a text's beginning than is in memory, and how to get them; the best first."""
@@ -327,7 +331,7 @@ class _Cache(BaseLlamaCache):  # type: ignore[misc]  # llama_cpp is not typed
         n_held = common(llm._input_ids.tolist(), text)
         found = [(common(kept, text), kept) for kept in self._keys() if kept not in self._unfit]
         for n_common, kept in sorted(found, key=lambda each: (-each[0], len(each[1]))):
-            if n_common > n_held and (_has_all(text, kept) or self._can_cut()):
+            if n_common > n_held and (_has_all(text, kept) or can_take_tokens_back(llm.model)):
                 yield kept, functools.partial(self._get, kept)
 
     def _keys(self) -> list[tuple[int, ...]]:
@@ -340,15 +344,10 @@ class _Cache(BaseLlamaCache):  # type: ignore[misc]  # llama_cpp is not typed
         self._cache.cache_state.move_to_end(key)
         return self._cache.cache_state[key]
 
-    def _can_cut(self) -> bool:
-        """Return whether a state serves a text that has only its beginning."""
-        model = getattr(self._llm(), "_model", None)
-        return model is not None and can_take_tokens_back(model.model) and low.llama_model_n_swa(model.model) == 0
-
 
 def _has_all(text: tuple[int, ...], key: tuple[int, ...]) -> bool:
     """Return whether a text begins with all that a state holds: its key has the answer's last token, which was not evaluated."""
-    return llama_cpp.Llama.longest_token_prefix(text, key) >= len(key) - 1
+    return bool(llama_cpp.Llama.longest_token_prefix(text, key) >= len(key) - 1)
 
 
 # ---- methods --------------------------------------------------------------------------------------------------------

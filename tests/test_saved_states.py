@@ -135,16 +135,18 @@ def test_another_process_goes_on_as_this_one_would(zoo_model: Model, paged: Fact
 
 # ---- sliding windows ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("is_installed", (False, True))
+@pytest.mark.parametrize("how", ("paged", "not paged", "installed"))
 @pytest.mark.parametrize("given", ({}, {"swa_full": False}), ids=("full", "small"))
-def test_window_is_whole_after_a_loaded_state(zoo_model: Model, given: dict[str, Any], is_installed: bool) -> None:
+def test_window_is_whole_after_a_loaded_state(zoo_model: Model, given: dict[str, Any], how: str) -> None:
     """The logits of a text that begins like the one before were off by half their size; llama.cpp says nothing."""
     prompt = PROMPT[:25] + some_tokens(5, 9)
-    path, arguments = str(zoo_model("gpt-oss")), {"budget": "min", "n_ctx": 256, "n_batch": 64, "n_threads": 1, "verbose": False, **given}
-    installation = gguf_pager.install() if is_installed else None
-    made = llama_cpp.Llama if is_installed else gguf_pager.Llama
+    path, arguments = str(zoo_model("gpt-oss")), {"n_ctx": 256, "n_batch": 64, "n_threads": 1, "verbose": False, **given}
+    arguments["budget"] = "auto" if how == "not paged" else "min"
+    installation = gguf_pager.install() if how == "installed" else None
+    made = llama_cpp.Llama if how == "installed" else gguf_pager.Llama
     llm, other = made(path, **arguments), made(path, **arguments)
     try:
+        assert hooks.is_paged(llm) == (how != "not paged")
         llm.eval(PROMPT)
         state = llm.save_state()
         llm.reset()
@@ -375,7 +377,8 @@ class Own(BaseLlamaCache):
         return bool(self.kept)
 
     def __getitem__(self, key: Any) -> Any:
-        return max(self.kept.items(), key=lambda each: llama_cpp.Llama.longest_token_prefix(each[0], key))[1] if self.kept else self.kept[key]
+        best = max(self.kept, key=lambda kept: llama_cpp.Llama.longest_token_prefix(kept, key), default=key)
+        return self.kept[best]
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if self.problem is not None:
