@@ -1,6 +1,7 @@
 """Small valid GGUF models with random weights: `python tiny_model.py KIND FILE`.
 
-KIND is llama or mamba (F32, some hundred kilobytes), llama-q2_0 (one kind of tensor in that type), or llama-q4_0 (33 MB).
+KIND is llama, mamba or cohere2 (F32, some hundred kilobytes; the last has a window of 16 tokens in its layers), llama-q2_0 (one
+kind of tensor in that type), or llama-q4_0 (33 MB).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def write(kind: str, path: str) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(N_VOCAB)
     writer.add_tokenizer_model("no_vocab")
-    writer.add_head_count(N_HEAD if architecture == "llama" else 0)
-    writer.add_feed_forward_length(n_ff if architecture == "llama" else 0)
+    writer.add_head_count(0 if architecture == "mamba" else N_HEAD)
+    writer.add_feed_forward_length(0 if architecture == "mamba" else n_ff)
 
     records: list[tuple[bytes, bytes]] = []
 
@@ -54,13 +55,15 @@ def write(kind: str, path: str) -> None:
 
     add("token_embd.weight", N_VOCAB, n_embd, scale=1.0)
     add("output_norm.weight", n_embd, scale=0.0, centre=1.0)
-    add("output.weight", N_VOCAB, n_embd)
+    if architecture != "cohere2":
+        add("output.weight", N_VOCAB, n_embd)
     for i in range(N_LAYER):
         add(f"blk.{i}.attn_norm.weight", n_embd, scale=0.0, centre=1.0)
-        if architecture == "llama":
+        if architecture != "mamba":
             for name in ("q", "k", "v", "output"):
                 add(f"blk.{i}.attn_{name}.weight", n_embd, n_embd)
-            add(f"blk.{i}.ffn_norm.weight", n_embd, scale=0.0, centre=1.0)
+            if architecture == "llama":
+                add(f"blk.{i}.ffn_norm.weight", n_embd, scale=0.0, centre=1.0)
             add(f"blk.{i}.ffn_gate.weight", n_ff, n_embd)
             add(f"blk.{i}.ffn_up.weight", n_ff, n_embd)
             add(f"blk.{i}.ffn_down.weight", n_embd, n_ff)
@@ -81,6 +84,10 @@ def write(kind: str, path: str) -> None:
         writer.add_ssm_time_step_rank(N_DT)
     else:
         writer.add_rope_dimension_count(n_embd // N_HEAD)
+    if architecture == "cohere2":
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_sliding_window(16)
+        writer.add_logit_scale(0.25)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
