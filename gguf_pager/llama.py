@@ -167,6 +167,7 @@ def _found(name: str | os.PathLike[str]) -> str:
 # ---- saved states ---------------------------------------------------------------------------------------------------
 
 _SAMPLE_BYTES = 1024
+_REMEDY = "evaluate the text again instead of loading its state"
 
 
 def state_key(llm: llama_cpp.Llama) -> str | None:
@@ -241,21 +242,20 @@ def _fitting(llm: Llama, state: Any) -> Any:
     Raises:
         EngineError: it is another model's, or its context was another one.
     """
-    remedy = "evaluate the text again instead of loading its state"
     if not isinstance(state, llama_cpp.LlamaState):
         raise EngineError(f"load_state() takes what save_state() has returned, and this is of type {type(state).__name__}.")
     key, own = getattr(state, "key", None), state_key(llm)
     if None not in (key, own) and key != own:
-        raise EngineError(f"This state was saved by another model or version, or with other settings of the context: {remedy}.")
+        raise EngineError(f"This state was saved by another model or version, or with other settings of the context: {_REMEDY}.")
     n_tokens, n_room = int(state.n_tokens), len(llm.input_ids)
     if n_tokens > n_room:
         raise EngineError(f"This state has {n_tokens:,} tokens, and this context has room for {n_room:,}: open the model with a larger "
                           "n_ctx.")
     if llm._logits_all and not getattr(state, "has_scores", True):
-        raise EngineError(f"This state was saved without logits_all=True, and has no logits of its tokens: {remedy}, or open the model "
+        raise EngineError(f"This state was saved without logits_all=True, and has no logits of its tokens: {_REMEDY}, or open the model "
                           "without logits_all.")
     if not 0 <= n_tokens <= len(state.input_ids) or len(state.llama_state) != state.llama_state_size:
-        raise EngineError(f"This saved state is damaged: {remedy}.")
+        raise EngineError(f"This saved state is damaged: {_REMEDY}.")
     fitting = object.__new__(type(state))  # copy.copy() would take what is pickled
     fitting.__dict__.update(state.__dict__)
     fitting.input_ids = np.zeros(n_room, np.intc)
@@ -294,7 +294,10 @@ class _Cache(BaseLlamaCache):  # type: ignore[misc]  # llama_cpp is not typed
         llm: Any = self._llm()
         for kept, state in self._states(llm, tuple(key)):
             try:
-                fitting = _fitting(llm, state())
+                found = state()
+                if not isinstance(found, SavedState):
+                    raise EngineError("It does not say whose it is, as plain llama-cpp-python saves it.")
+                fitting = _fitting(llm, found)
             except KeyError:  # another process has removed it meanwhile
                 continue
             except Exception as error:  # noqa: BLE001  unpickling raises nearly anything where bytes have changed
@@ -367,7 +370,11 @@ def _loading(method: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     @functools.wraps(method)
     def load_state(self: Any, state: Any) -> None:
         guard.check_open(self)
-        method(self, _fitting(self, state))  # looked at first: what is refused leaves everything as it is
+        fitting = _fitting(self, state)  # looked at first: what is refused leaves everything as it is
+        try:
+            method(self, fitting)
+        except RuntimeError as error:
+            raise EngineError(f"llama.cpp refuses this state, which a context with other settings has saved: {_REMEDY}.") from error
 
     return load_state
 

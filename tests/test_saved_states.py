@@ -213,6 +213,26 @@ def test_state_of_another_model_or_setting_is_refused(zoo_model: Model, paged: F
     assert go_on(same) == expected
 
 
+def test_state_of_stock_does_not_say_whose_it_is(zoo_model: Model, stock: Factory, paged: Factory, tmp_path: Path) -> None:
+    """What llama.cpp refuses of it is refused in words; a cache does not use it, and the next answer does not meet it again."""
+    theirs, llm, flash = stock(zoo_model("qwen3moe")), paged(zoo_model("qwen3moe")), paged(zoo_model("qwen3moe"), flash_attn=True)
+    theirs.set_cache(on_disk(tmp_path))
+    turn = said(theirs, PROMPT) + MORE
+    state = theirs.save_state()
+    with pytest.raises(EngineError, match="llama.cpp refuses this state"):
+        flash.load_state(state)
+    llm.load_state(state)
+    assert llm.n_tokens == theirs.n_tokens
+    for ours in (llm, flash):
+        ours.reset()
+        expected = answer(ours, turn)
+        ours.reset()
+        ours.set_cache(on_disk(tmp_path))
+        with counting() as n_tokens:
+            assert answer(ours, turn) == expected
+        assert n_tokens[0] >= len(turn)
+
+
 def test_state_without_logits_is_refused_where_all_are_wanted(zoo_model: Model, paged: Factory) -> None:
     llm, every = paged(zoo_model("qwen3moe")), paged(zoo_model("qwen3moe"), logits_all=True)
     llm.eval(PROMPT)
