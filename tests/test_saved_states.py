@@ -24,7 +24,7 @@ from test_resume import failing, go_on, greedy, last_row
 import gguf_pager
 from gguf_pager import EngineError
 from gguf_pager.hooks import hooks
-from gguf_pager.llama import SavedState
+from gguf_pager.saved import SavedState
 
 Model = Callable[..., Path]
 
