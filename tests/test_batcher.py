@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import resource
 import shutil
 import sys
 import threading
@@ -41,8 +42,8 @@ RECURRENT = ("granitehybrid", "qwen3next", "lfm2moe", "jamba")
 
 @contextmanager
 def batching(path: Path, n_sequences: int = 1, n_ctx: int = 256, **given: Any) -> Iterator[Batcher]:
-    with gguf_pager.Llama(str(path), budget="min", n_ctx=n_ctx * n_sequences, n_batch=64, n_ubatch=64, n_threads=1, n_threads_batch=1,
-                          n_seq_max=n_sequences, verbose=False, profile=False, **given) as llm:
+    given = {"budget": "min", "n_batch": 64, "n_ubatch": 64, "n_threads": 1, "n_threads_batch": 1, **given}
+    with gguf_pager.Llama(str(path), n_ctx=n_ctx * n_sequences, n_seq_max=n_sequences, verbose=False, profile=False, **given) as llm:
         batcher = Batcher(llm, n_sequences)
         try:
             yield batcher
@@ -299,6 +300,24 @@ def test_state_of_the_future_is_not_the_newest_for_long(zoo_model: Zoo, tmp_path
         assert [state.path for state in States(batcher, tmp_path, 1 << 30)._states] == [second, first]
 
 
+def test_state_that_cannot_be_written_leaves_nothing_and_the_next_is_kept(zoo_model: Zoo, tmp_path: Path,
+                                                                          caplog: pytest.LogCaptureFixture) -> None:
+    """A limit on the size of files fails where a full disk does: in the middle."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with batching(zoo_model("qwen3moe")) as batcher:
+        batcher.keeper = States(batcher, tmp_path, 1 << 30)
+        said, _, _ = ask(batcher, tokens_of(2, 90))
+        batcher.call(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1])))
+        try:
+            keep(batcher)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "cannot be kept" in caplog.text and list(tmp_path.iterdir()) == []
+        assert ask(batcher, tokens_of(2, 90))[0] == said
+        keep(batcher)
+        assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_what_is_no_file_is_not_waited_for(zoo_model: Zoo, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.state")
     (tmp_path / "folder.state").mkdir()
@@ -422,6 +441,46 @@ def test_closing_ends_what_runs_and_refuses_what_waits(zoo_model: Zoo) -> None:
             begin(batcher, tokens_of(3, 30))
         with pytest.raises(ServerClosing):
             batcher.call(lambda: None)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "afmoe", "granitehybrid"])
+@pytest.mark.parametrize("budget", ["min", "auto"])
+def test_batch_that_is_computed_is_stopped_and_what_was_before_is_kept(zoo_model: Zoo, tmp_path: Path, architecture: str, budget: str) -> None:
+    """A long prompt in one batch may take minutes. Stock's context, where all of a model fits, knows no tap of ours."""
+    path, begun = zoo_model(architecture), tokens_of(2, 90)
+    given: dict[str, Any] = {"n_ctx": 4096, "n_batch": 4096, "n_ubatch": 4096, "budget": budget}
+    with batching(path, **given) as batcher:
+        batcher.keeper = States(batcher, tmp_path, 1 << 30)
+        said, _, _ = ask(batcher, begun)
+        longer, n_before = begun + said[:-1] + tokens_of(3, 3900), batcher.totals.prompt_tokens
+        answer, n_batches = begin(batcher, longer), batcher.totals.batches
+        while batcher.totals.prompt_tokens == n_before:
+            time.sleep(0.001)
+        batcher.close(0.01)
+        assert batcher.totals.batches == n_batches, "if this fails, it was computed too quickly to be stopped"
+        with pytest.raises(ServerClosing):
+            list(answer.tokens())
+        with pytest.raises(ServerClosing):
+            begin(batcher, begun)
+    short = begun + said[:-1] + tokens_of(3, 30)
+    with batching(path, **given) as batcher:
+        batcher.keeper = States(batcher, tmp_path, 1 << 30)
+        _, rows, answer = ask(batcher, short)
+        assert answer.n_cached == (0 if architecture == "granitehybrid" else len(begun) + len(said) - 1)
+    with batching(path, **given) as batcher:
+        ask(batcher, begun)
+        assert np.allclose(ask(batcher, short)[1][0], rows[0], atol=2e-2)
+
+
+def test_answer_that_is_given_up_in_its_prompt_ends_with_the_batch(zoo_model: Zoo) -> None:
+    with batching(zoo_model("qwen3moe"), n_ctx=4096) as batcher:
+        answer = begin(batcher, tokens_of(1, 4000))
+        while batcher.totals.batches == 0:
+            time.sleep(0.001)
+        batcher.give_up(answer)
+        n_batches = batcher.totals.batches
+        assert list(answer.tokens()) == [] and batcher.totals.batches <= n_batches + 1
+        assert batcher.totals.prompt_tokens < 4000 and batcher.totals.given_up == 1
 
 
 def test_failed_batch_is_told_to_everybody_in_it_and_the_next_works(zoo_model: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,26 @@ def test_context_that_does_not_fit_says_what_to_lower(small: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "gguf_pager", "serve", str(small), "--port", "0", "--budget", "300MiB", "--parallel", "64",
                            "-c", "8192"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1 and "Error" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)])
+def test_long_prompt_does_not_hold_up_the_end(small: Path, numbers: tuple[signal.Signals, ...]) -> None:
+    """Computed to its end, this batch would take most of a minute."""
+    with serving(small, "--budget", "50%", "-c", "8192", "-b", "8192", "-ub", "8192") as server:
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(ask(server.url, prompt="word " * 7800)))
+        thread.start()
+        while not server.health()["running"]:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        begun = time.monotonic()
+        for number in numbers[1:]:
+            server.process.send_signal(number)
+            time.sleep(0.3)
+        assert server.stop(numbers[0]) == 0 and time.monotonic() - begun < 20
+        thread.join()
+        assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "server_closing"
+        assert "Traceback" not in "".join(server.said)
 
 
 # ---- settings -----------------------------------------------------------------------------------------------------------

@@ -20,12 +20,17 @@ from gguf_pager.errors import EngineError, PagerError
 from gguf_pager.llama import Llama
 from gguf_pager.pieces import Pieces
 from gguf_pager.serve.answers import Answer, Token
+from gguf_pager.serve.brake import Brake
 from gguf_pager.serve.sequences import LEAST_MARKED, Memory, Sequence, choose, common_prefix
 
 log = logging.getLogger("gguf_pager")
 
 IDLE_S = 1.0
 """Nobody has asked for anything for so long: it is time to keep what would be lost with the process."""
+
+
+_STOPPED = 2
+"""What llama_decode returns of a batch that was stopped."""
 
 
 class ServerClosing(PagerError):
@@ -84,6 +89,7 @@ class Batcher:
         self.memory = Memory(llm.ctx, bool(llm._is_recurrent or llm._is_hybrid))
         self._n_ubatch = int(low.llama_n_ubatch(llm.ctx))
         self._batch = _internals.LlamaBatch(n_tokens=max(self._n_ubatch, n_sequences), embd=0, n_seq_max=1, verbose=False)
+        self._brake = Brake(llm.ctx)
         self._waiting = deque[Answer]()
         self._asides = deque[Callable[[], None]]()
         self._changed = threading.Condition()
@@ -143,13 +149,25 @@ class Batcher:
             n_running = sum(sequence.answer is not None for sequence in self.sequences)
             return Load(n_running, len(self._waiting), len(self.sequences))
 
-    def close(self) -> None:
-        """End running answers with the token they have, refuse those that wait, keep conversations, free the context."""
+    def close(self, patience_s: float | None = None) -> None:
+        """End running answers with the token they have, refuse those that wait or have none, keep conversations, free the context.
+
+        The batch that is being computed has `patience_s` to come to its end, or as long as it takes.
+        """
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(patience_s)
+        if self._thread.is_alive():
+            self.stop()
+            self._thread.join()
+        self._brake.close()
         self._batch.close()  # twice is fine
+
+    def stop(self) -> None:
+        """Let the batch that is being computed end at once, and begin no other: for who closes, or is about to. May be called in a signal handler."""
+        self._is_closing = True
+        self._brake.pull()
 
     # ---- the thread ----
 
@@ -162,11 +180,12 @@ class Batcher:
                 self._step()
             except BaseException as error:  # noqa: BLE001  told to everybody whose answer it has ended
                 self._fail(error)
+        closing = ServerClosing("The server is shutting down: ask again when it is back.")
         for sequence in self.sequences:
             if sequence.answer is not None:
-                self._end(sequence)
+                self._end(sequence, closing if sequence.answer.n_generated == 0 else None)
         for answer in self._waiting:
-            answer.end(ServerClosing("The server is shutting down: ask again when it is back."))
+            answer.end(closing)
         self._call_asides()
         self._quietly(self.keeper.close)
 
@@ -263,6 +282,10 @@ class Batcher:
         begun = time.monotonic()
         result = int(low.llama_decode(self.llm.ctx, batch))
         self.totals.computing_s += time.monotonic() - begun
+        if result == _STOPPED and self._brake.is_pulled:
+            for sequence, _, _ in added:
+                self.memory.trim(sequence)
+            return
         if result != 0:
             raise EngineError(f"llama_decode returned {result}: report this.")
         self.failure = None

@@ -90,6 +90,12 @@ class Memory:
             sequence.n_ids, sequence.n_saved = n_kept, min(sequence.n_saved, n_kept)
         return n_kept
 
+    def trim(self, sequence: Sequence) -> None:
+        """Forget what a batch that was stopped in the middle has left behind a sequence's tokens."""
+        is_trimmed = not self.is_recurrent and low.llama_memory_seq_rm(self._memory, sequence.number, sequence.n_ids, -1)
+        if sequence.n_ids == 0 or not is_trimmed or not self._is_whole(sequence, sequence.n_ids):
+            self.clear(sequence)
+
     def clear(self, sequence: Sequence) -> None:
         """Forget a sequence, also what a batch that has failed has left of it."""
         low.llama_memory_seq_rm(self._memory, sequence.number, -1, -1)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -19,6 +20,9 @@ from gguf_pager.serve.batcher import Batcher
 from gguf_pager.serve.embeddings import Embedder
 from gguf_pager.serve.metrics import Metrics
 from gguf_pager.serve.states import States
+
+LAST_BATCH_S = 5.0
+"""For the batch that is being computed when it is to end: a long prompt's may take minutes, and Docker kills after ten seconds."""
 
 GRACE_S = 10
 """For answers that were ended to reach those who read them."""
@@ -46,7 +50,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, batcher: Batcher) -> None:
         super().__init__(config)
-        self._batcher = batcher
+        self._batcher, self._n_told = batcher, 0
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -58,8 +62,16 @@ class _Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Let what is being computed end when it is told for the second time; do not wait for who reads the third time."""
+        if self._n_told == 1:
+            self._batcher.stop()
+        else:
+            super().handle_exit(sig, frame)
+        self._n_told += 1
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self._batcher.close)
+        await asyncio.get_running_loop().run_in_executor(None, self._batcher.close, LAST_BATCH_S)
         await super().shutdown(sockets)
 
 
