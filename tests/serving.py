@@ -60,7 +60,7 @@ class Server:
     def metric(self, name: str) -> float:
         """Return a metric's value."""
         text = httpx.get(f"{self.url}/metrics", timeout=60).text
-        found = re.search(rf"^{re.escape(name)}{{[^}}]*}} (\S+)$", text, re.MULTILINE)
+        found = re.search(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
         assert found is not None, name
         return float(found[1])
 

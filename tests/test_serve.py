@@ -260,7 +260,8 @@ def test_client_that_goes_frees_what_it_held(client: openai.OpenAI, server: Serv
 def test_metrics_count(client: openai.OpenAI, server: Server) -> None:
     before = server.metric("vllm:generation_tokens_total")
     client.completions.create(model="talking", prompt="Once", max_tokens=7, logit_bias={"2": -100, "0": -100})
-    assert server.metric("vllm:generation_tokens_total") == before + 7
+    assert server.metric("vllm:generation_tokens_total") == server.metric("llamacpp:tokens_predicted_total") == before + 7
+    assert server.metric("llamacpp:requests_deferred") == 0
     assert server.metric("gguf_pager_expert_hits_total") > 0 and server.metric("gguf_pager_read_bytes_total") > 0
     assert 0 <= server.metric("vllm:kv_cache_usage_perc") <= 1
 

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from gguf_pager.memory import probe
 from gguf_pager.serve.answers import Answer
-from gguf_pager.serve.batcher import Batcher
+from gguf_pager.serve.batcher import Batcher, Load, Totals
 from gguf_pager.serve.joules import Joules
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -83,8 +83,18 @@ class _Counters(Collector):
                           held / (self._batcher.n_ctx * load.n_sequences))
         yield self._gauge("process_resident_memory_bytes", "Resident memory of this process.",
                           probe.process_memory().resident_bytes)
+        yield from self._as_llama_server(totals, load)
         yield from self._energy()
         yield from self._paging()
+
+    @staticmethod
+    def _as_llama_server(totals: Totals, load: Load) -> Iterator[Metric]:
+        """Under the names of llama.cpp's server and without labels, as it has them, for what reads those."""
+        yield CounterMetricFamily("llamacpp:prompt_tokens", "Tokens of prompts that were computed.", totals.prompt_tokens)
+        yield CounterMetricFamily("llamacpp:tokens_predicted", "Tokens of answers.", totals.generated_tokens)
+        yield CounterMetricFamily("llamacpp:n_decode", "Batches that were computed.", totals.batches)
+        yield GaugeMetricFamily("llamacpp:requests_processing", "Answers being computed.", load.n_running)
+        yield GaugeMetricFamily("llamacpp:requests_deferred", "Requests that wait for a sequence.", load.n_waiting)
 
     def _energy(self) -> Iterator[Metric]:
         drawn = self._joules.now()
