@@ -10,6 +10,7 @@ import shutil
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ import gguf_pager
 from gguf_pager import guard, hooks
 from gguf_pager.errors import PagerError
 from gguf_pager.serve import seat
-from gguf_pager.serve.answers import Answer, Token
+from gguf_pager.serve.answers import Answer, Token, likeliest
 from gguf_pager.serve.batcher import Batcher, Keeper, ServerClosing
 from gguf_pager.serve.embeddings import Embedder
 from gguf_pager.serve.seat import RequestError, Seat
@@ -59,12 +60,12 @@ def ask(batcher: Batcher, prompt: list[int], n_tokens: int = 6) -> tuple[list[in
     """Return the tokens of an answer at temperature 0, the logits that each was chosen from, and the answer."""
     answer = begin(batcher, prompt, n_tokens)
     tokens = list(answer.tokens())
-    rows = [token.logits for token in tokens if token.logits is not None]
+    rows = [token.kept for token in tokens]
     return [token.id for token in tokens], np.array(rows), answer
 
 
 def begin(batcher: Batcher, prompt: list[int], n_tokens: int = 6) -> Answer:
-    answer = Answer(np.array(prompt, np.intc), lambda row: 0, n_tokens, wants_logits=True)
+    answer = Answer(np.array(prompt, np.intc), lambda row: 0, n_tokens, keep=lambda row, token: row.copy())
     answer.sample = lambda row: int(np.argmax(np.ctypeslib.as_array(
         hooks.low.llama_get_logits_ith(batcher.llm.ctx, row), shape=(batcher.llm._n_vocab,))))
     batcher.begin(answer)
@@ -397,7 +398,7 @@ def test_conversations_at_once_do_not_mix(zoo_model: Zoo) -> None:
         alone = [ask(batcher, prompt)[1] for prompt in prompts]
     with batching(path, 3) as batcher:
         answers = [begin(batcher, prompt) for prompt in prompts]
-        together = [np.array([token.logits for token in answer.tokens()]) for answer in answers]
+        together = [np.array([token.kept for token in answer.tokens()]) for answer in answers]
     for one, other in zip(alone, together, strict=True):
         assert np.allclose(one[0], other[0], atol=2e-2), "batches of other widths have other last bits, and no more"
 
@@ -545,6 +546,69 @@ def test_seats_at_once_give_what_llama_gives(zoo_model: Zoo) -> None:
     with batching(path) as batcher:
         ours = Seat(batcher).create_completion(prompt, **wanted)["choices"][0]
     assert ours == text
+
+
+# ---- logprobs ---------------------------------------------------------------------------------------------------------------
+
+def sorted_as_stock(logits: np.ndarray) -> list[tuple[float, int]]:
+    found = llama_cpp.Llama.logits_to_logprobs(logits).tolist()
+    return sorted(zip(found, range(len(found)), strict=True), reverse=True)
+
+
+@pytest.mark.parametrize("row", [
+    np.random.default_rng(1).normal(0, 5, 1000).astype(np.single), np.zeros(50, np.single), np.array([3, 1, 3, 2, 3, 2], np.single),
+    np.array([-np.inf, 5, -np.inf, 5, 4], np.single), np.array([0.5, 0.25], np.single),
+])
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 5, 20])
+def test_likeliest_tokens_are_those_that_stock_finds(row: np.ndarray, n_tokens: int) -> None:
+    """To the last bit, and where several are as likely."""
+    expected = sorted_as_stock(row)
+    for token in (0, len(row) - 1):
+        kept = likeliest(row, token, n_tokens)
+        n_as_likely = int(np.sum(row == np.sort(row)[-min(n_tokens, len(row))])) if n_tokens else 0
+        assert len(kept.ids) <= n_tokens + n_as_likely + 1
+        assert sorted_as_stock(kept.row())[:n_tokens] == expected[:n_tokens]
+        logprobs, stocks = ({i: logprob for logprob, i in found} for found in (sorted_as_stock(kept.row()), expected))
+        assert logprobs[token] == stocks[token]
+
+
+def test_logprobs_of_an_answer_are_stocks(zoo_model: Zoo) -> None:
+    path, wanted = zoo_model("qwen3moe"), {"max_tokens": 12, "logprobs": 5, "temperature": 0}
+    with gguf_pager.Llama(str(path), budget="min", n_ctx=256, n_batch=64, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False) as llm:
+        expected = llm.create_completion([7], **wanted)["choices"][0]
+    with batching(path) as batcher:
+        found = Seat(batcher).create_completion([7], **wanted)["choices"][0]
+    assert found["text"] == expected["text"]
+    for name in ("tokens", "token_logprobs", "top_logprobs"):
+        assert found["logprobs"][name] == expected["logprobs"][name]
+
+
+def test_characters_of_several_tokens_come_whole_with_logprobs(zoo_model: Zoo) -> None:
+    """Stock drops them where it streams (llama-cpp-python 0.3.36)."""
+    with batching(zoo_model("qwen3moe")) as batcher:
+        wanted: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
+        text = Seat(batcher).create_completion([7], **wanted)["choices"][0]["text"]
+        assert any(ord(character) > 127 for character in text), "if this fails, the test shows nothing"
+        chunks = list(Seat(batcher).create_completion([7], **wanted, logprobs=1, stream=True))
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+        assert all(chunk["choices"][0]["logprobs"] for chunk in chunks[:-1])
+        for i, character in enumerate(text):
+            ours = Seat(batcher).create_completion([7], **wanted, logprobs=1, stop=[character])["choices"][0]
+            assert ours["text"] == text[:text.index(character)] and ours["finish_reason"] == "stop", i
+
+
+def test_logprobs_that_nobody_has_read_yet_take_little_memory(small: Path) -> None:
+    """The rows of logits of these tokens would take 39 MB."""
+    with batching(small, n_ctx=512) as batcher:
+        place = Seat(batcher)
+        chunks = place.create_completion([5, 6, 7], max_tokens=200, temperature=0, logprobs=20, stream=True, logit_bias={0: -100, 2: -100})
+        next(chunks)
+        tracemalloc.start()
+        while batcher.load().n_running:
+            time.sleep(0.01)
+        assert tracemalloc.get_traced_memory()[0] < 2 << 20
+        tracemalloc.stop()
+        assert len(list(chunks)) >= 199
 
 
 # ---- choosing ---------------------------------------------------------------------------------------------------------------

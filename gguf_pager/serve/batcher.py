@@ -328,15 +328,14 @@ class Batcher:
         answer = sequence.answer
         assert answer is not None
         try:
-            logits = None
-            if answer.wants_logits:
+            token, kept = answer.sample(row), None
+            if answer.keep is not None:
                 address = low.llama_get_logits_ith(self.llm.ctx, row)
-                logits = np.ctypeslib.as_array(address, shape=(self.llm._n_vocab,)).copy()
-            token = answer.sample(row)
+                kept = answer.keep(np.ctypeslib.as_array(address, shape=(self.llm._n_vocab,)), token)
         except BaseException as error:  # noqa: BLE001  told to who has asked
             self._end(sequence, error)
             return
-        answer.put(Token(token, logits))
+        answer.put(Token(token, kept))
         self.totals.generated_tokens += 1
         is_over = low.llama_vocab_is_eog(self.llm._model.vocab, token) or answer.n_generated >= answer.most_tokens
         if is_over or sequence.n_ids >= self.n_ctx:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import ctypes
 import math
@@ -19,7 +20,7 @@ from llama_cpp import llama_cpp as low
 
 from gguf_pager.errors import PagerError
 from gguf_pager.pieces import Pieces
-from gguf_pager.serve.answers import Answer
+from gguf_pager.serve.answers import Answer, likeliest
 from gguf_pager.serve.batcher import Batcher
 
 _SHARED = ("model_path", "verbose", "metadata", "tokenizer_", "spm_infill", "_model", "_n_vocab", "last_n_tokens_size", "chat_format",
@@ -92,9 +93,10 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         self.cache = self.draft_model = None
         self.n_tokens = 0
         self.n_tokens_given = 0
+        self._ids_given: list[int] = []
         self._n_most = 0
         self._rows: Any = None
-        self._wants_logits = False
+        self._n_likeliest: int | None = None
         self._shown = dict[int, bytes]()
 
     @property
@@ -142,13 +144,27 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         if not all(0 <= token < self._n_vocab for token in tokens):
             raise RequestError(f"A token lies outside the vocabulary of {self._n_vocab:,}.", "prompt")
         self._check_grammar(given.get("grammar"))
-        self._wants_logits = given.get("logprobs") is not None
+        self._n_likeliest = given.get("logprobs")
         self._n_most = given.get("max_tokens") or 0
-        if self._wants_logits and given.get("echo"):
+        if self._n_likeliest is not None and given.get("echo"):
             raise RequestError("echo and logprobs cannot be had together.", "echo")
-        if self._wants_logits and not given.get("stream"):
+        if self._n_likeliest is not None and not given.get("stream"):
             return _join(self, self.create_completion(prompt, **{**given, "stream": True}))
-        return super().create_completion(prompt, **given)
+        found = super().create_completion(prompt, **given)
+        return found if self._n_likeliest is None else self._with_whole_characters(found)
+
+    def _with_whole_characters(self, chunks: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Put characters together whose bytes come in several tokens: for logprobs stock decodes each token alone, and drops them."""
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        n_tokens = 0
+        for chunk in chunks:
+            choice = chunk["choices"][0]
+            if choice["logprobs"] is not None:
+                piece = self.detokenize([self._ids_given[n_tokens]])
+                n_tokens += 1
+                if decoder.getstate()[0] or piece.decode(errors="ignore").encode() != piece:
+                    choice["text"] = decoder.decode(piece)
+            yield chunk
 
     def _check_grammar(self, grammar: Any) -> None:
         """Refuse a grammar that llama.cpp cannot read: it would end the process later."""
@@ -175,11 +191,12 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         self.input_ids, self.n_tokens = ids, len(prompt)
         try:
             for token in answer.tokens():
-                if token.logits is not None:
-                    self._rows.put(token.logits)
-                if stopping_criteria is not None and stopping_criteria(ids[: self.n_tokens], token.logits):
+                if token.kept is not None:
+                    self._rows.put(token.kept.row())
+                if stopping_criteria is not None and stopping_criteria(ids[: self.n_tokens], None):
                     return
                 self.n_tokens_given += not low.llama_vocab_is_eog(self._model.vocab, token.id)
+                self._ids_given.append(token.id)
                 yield token.id
                 ids[self.n_tokens] = token.id
                 self.n_tokens += 1
@@ -189,7 +206,9 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
     def _ask(self, prompt: npt.NDArray[np.intc], sampling: dict[str, Any]) -> Answer:
         n_room = self._n_ctx - len(prompt)
         n_most = min(self._n_most, n_room) if self._n_most > 0 else n_room
-        answer = Answer(prompt, lambda row: 0, n_most, self._wants_logits)
+        n_likeliest = self._n_likeliest
+        answer = Answer(prompt, lambda row: 0, n_most,
+                        None if n_likeliest is None else lambda row, token: likeliest(row, token, n_likeliest))
         # What stock's sampler looks at of a Llama: its text so far is what the batcher has computed.
         looked_at = _Looked(answer, SimpleNamespace(
             _model=self._model, _n_vocab=self._n_vocab, _seed=self._seed, last_n_tokens_size=self.last_n_tokens_size))
