@@ -77,6 +77,29 @@ def test_several_choices_and_prompts_are_numbered(client: openai.OpenAI) -> None
     assert {chunk.choices[0].index for chunk in chunks} == {0, 1}
 
 
+def test_answers_differ_unless_a_seed_is_given(client: openai.OpenAI) -> None:
+    def answers(n: int, **given: Any) -> set[str | None]:
+        return {choice.message.content for _ in range(2) for choice in client.chat.completions.create(
+            model="talking", messages=[{"role": "user", "content": "Tell me a story."}], temperature=1.5, max_tokens=12, n=n, **given).choices}
+
+    assert len(answers(3)) > 3
+    assert len(answers(1, seed=7)) == 1
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", ""])
+def test_body_is_json_whatever_curl_says_of_it(server: Server, kind: str) -> None:
+    body = json.dumps({"messages": MESSAGES, "max_tokens": 2})
+    headers = {"Content-Type": kind} if kind else {}
+    assert httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers, timeout=60).status_code == 200
+    foreign = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers={**headers, "Origin": "https://example.com"}, timeout=60)
+    assert foreign.status_code == 400, "a browser asks before it sends JSON from another page, and only then"
+
+
+def test_path_that_is_not_there_is_told_what_is(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="/v1/responses here.*chat/completions"):
+        client.responses.create(model="talking", input="Hello")
+
+
 def test_logprobs_are_of_the_likeliest_tokens(client: openai.OpenAI) -> None:
     for stream in (False, True):
         answer: Any = client.chat.completions.create(model="talking", messages=MESSAGES, temperature=0, max_tokens=5, logprobs=True,

@@ -61,8 +61,12 @@ class _Refusal(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.parameter, "code": self.code}}
 
 
-class _Bounded:
-    """Refuses bodies that would take memory that nobody has counted: a body is read whole, before its key is looked at."""
+class _Bodies:
+    """Takes a request's body as JSON, and refuses one that would take memory that nobody has counted: it is read whole, before its key is looked at.
+
+    curl -d says that it sends a form, and so do many examples of other servers. Pages of other origins are held to what they say, because what
+    says application/json is asked about first by the browser.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -78,7 +82,14 @@ class _Bounded:
                 raise HTTPException(413, f"A request may have {MOST_BODY_BYTES >> 20} MiB: send less.")
             return message
 
-        await self._app(scope, receive_bounded if scope["type"] == "http" else receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        names = {name for name, _ in scope["headers"]}
+        if b"origin" not in names:
+            headers = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope = {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
+        await self._app(scope, receive_bounded, send)
 
 
 def _refusal(error: BaseException) -> _Refusal:
@@ -100,7 +111,7 @@ def make_app(served: Served) -> FastAPI:
     app.state.served = served
     if served.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=served.cors_origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(_Bounded)
+    app.add_middleware(_Bodies)
     pool = ThreadPoolExecutor(MOST_WAITING + 64, "gguf_pager-request")
     _add_errors(app)
     _add_generation(app, served, pool)
@@ -120,9 +131,12 @@ def _add_errors(app: FastAPI) -> None:
         message = f"{where}: {first['msg']}" if where else str(first["msg"])
         return await refuse(_, _Refusal(400, message, "invalid_request_error", where))
 
-    async def missing(_: Request, error: Exception) -> Response:
+    async def missing(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return await refuse(_, _Refusal(error.status_code, str(error.detail), "invalid_request_error"))
+        if error.status_code == 404:
+            return await refuse(request, _Refusal(404, f"There is no {request.url.path} here: see /docs for what there is, /v1/chat/completions first of all.",
+                                            "invalid_request_error"))
+        return await refuse(request, _Refusal(error.status_code, str(error.detail), "invalid_request_error"))
 
     for kind in (_Refusal, PagerError, Exception):
         app.add_exception_handler(kind, refuse)

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import math
 import re
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +90,7 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         self._ctx = None
         self._n_ctx = batcher.n_ctx
         self._logits_all = True  # to stock, what it means is that there are logits
-        self._seed = low.LLAMA_DEFAULT_SEED
+        self._seed = secrets.randbits(31)  # stock makes the seed of an answer from it, and would give all the same
         self.cache = self.draft_model = None
         self.n_tokens = 0
         self.n_tokens_given = 0
