@@ -89,6 +89,27 @@ def test_long_prompt_does_not_hold_up_the_end(small: Path, numbers: tuple[signal
         assert "Traceback" not in "".join(server.said)
 
 
+def test_schema_that_leaves_too_much_open_is_told_by_its_name(small: Path) -> None:
+    """llama.cpp takes exactly 1,000: if it takes more, or fewer, this fails."""
+    with serving(small, "--budget", "25%", "-c", "256") as server:
+        def wanted(schema: dict[str, Any]) -> httpx.Response:
+            return httpx.post(f"{server.url}/v1/chat/completions", timeout=60, json={
+                "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2,
+                "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}})
+
+        items = {"type": "integer"}
+        for least, most, kind in (("minLength", "maxLength", {"type": "string"}), ("minItems", "maxItems", {"type": "array", "items": items})):
+            assert wanted({**kind, most: 1000}).status_code == 200
+            assert wanted({**kind, least: 500, most: 1500}).status_code == 200
+            refused = wanted({"type": "object", "properties": {"a": {**kind, most: 1001}}})
+            assert refused.status_code == 400 and f"{most} 1,001" in refused.json()["error"]["message"], refused.text
+            refused = wanted({**kind, least: 500, most: 1501})
+            assert refused.status_code == 400 and least in refused.json()["error"]["message"], refused.text
+        for pattern in ("^a{0,1001}$", "^a{1,1002}$"):
+            refused = wanted({"type": "string", "pattern": pattern})
+            assert refused.status_code == 400 and "repeats something" in refused.json()["error"]["message"], refused.text
+
+
 # ---- settings -----------------------------------------------------------------------------------------------------------
 
 def test_config_file_of_llama_cpp_server_is_understood(small: Path, tmp_path: Path) -> None:

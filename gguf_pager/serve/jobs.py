@@ -23,6 +23,9 @@ Chunk = dict[str, Any]
 MOST_REPEATED = 4096
 """What a JSON schema may let be repeated: each one is written out in its grammar, and is a frame of llama.cpp's stack."""
 
+MOST_OPTIONAL = 1000
+"""How many characters or items more than there must be llama.cpp 0.3.36 takes: each may be left out, and they are brackets in brackets."""
+
 _DEFAULTS: dict[str, Any] = {name: field.default for name, field in CompletionRequest.model_fields.items() if name in SAMPLING}
 
 
@@ -100,6 +103,11 @@ def _check_schema(schema: Any, parameter: str) -> None:
             if any(isinstance(count, int | float) and count > MOST_REPEATED for count in counts):
                 raise RequestError(f"The JSON schema lets something be repeated more than {MOST_REPEATED:,} times: lower it, or leave it "
                                    "out.", parameter)
+            for most, least in (("maxLength", "minLength"), ("maxItems", "minItems")):
+                n_most, n_least = (count if isinstance(count := part.get(name), int | float) else 0 for name in (most, least))
+                if n_most - n_least > MOST_OPTIONAL:
+                    raise RequestError(f"The JSON schema has {most} {n_most:,}, and llama.cpp takes {MOST_OPTIONAL:,} more than {least} at most: "
+                                       "lower it, or leave it out.", parameter)
             parts += part.values()
         elif isinstance(part, list):
             parts += part

@@ -179,7 +179,8 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
             raise RequestError(f"The grammar is longer than {MOST_GRAMMAR >> 10} KiB, or deeper than {MOST_DEPTH:,} brackets: simplify it.", "grammar")
         sampler = low.llama_sampler_init_grammar(self._model.vocab, grammar._grammar.encode(), grammar._root.encode())
         if not sampler:
-            raise RequestError("The grammar is not understood: write it in GBNF, with a rule called root.", "grammar")
+            raise RequestError("The grammar is not understood, or repeats something more often than llama.cpp takes: write it in GBNF, with a rule "
+                               "called root.", "grammar")
         low.llama_sampler_free(sampler)
 
     def generate(self, tokens: Sequence[int], *, reset: bool = True, stopping_criteria: Any = None,
