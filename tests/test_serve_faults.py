@@ -148,6 +148,7 @@ def test_config_file_that_is_wrong_is_refused(tmp_path: Path, name: str, text: s
 @pytest.mark.parametrize(("arguments", "told"), [
     (("--state-size", "lots"), "not understood"), (("--state-size", "25%"), "a size such as"),
     (("--host", "no.such.host.invalid"), "Cannot listen"), (("--state-dir", "/proc/nowhere"), "--state-dir"),
+    (("--cors", "localhost:3000"), "--cors"), (("--cors", "http://localhost:3000/page"), "--cors"), (("--cors", ""), "--cors"),
     (("--api-key", ""), "--api-key"), (("--parallel", "0"), "parallel"), (("--port", "99999"), "port"),
 ])
 def test_setting_that_cannot_be_is_refused(small: Path, arguments: tuple[str, ...], told: str) -> None:
@@ -161,6 +162,26 @@ def test_open_server_says_so(small: Path) -> None:
         assert any("--api-key" in line for line in server.said)
     with serving(small, "--budget", "25%", "-c", "256", "--host", "0.0.0.0", "--api-key", "x") as server:
         assert not any("Anybody" in line for line in server.said)
+
+
+def test_pages_from_elsewhere_are_let_in_by_name_only(small: Path) -> None:
+    """What a browser asks before, and what it lets a page read: also of an error, and without a key, or nobody could say what is wrong."""
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    page, other = "http://localhost:3000", "http://localhost:3001"
+    with serving(small, "--budget", "25%", "-c", "256", "--api-key", "x", "--cors", f"{page.upper()}/") as server:
+        url = f"{server.url}/v1/chat/completions"
+        allowed = httpx.options(url, headers={"Origin": page, **asked})
+        assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == page
+        assert "authorization" in allowed.headers["access-control-allow-headers"]
+        assert "access-control-allow-origin" not in httpx.options(url, headers={"Origin": other, **asked}).headers
+        for origin, given in ((page, page), (other, None)):
+            refused = httpx.post(url, json={}, headers={"Origin": origin})
+            assert refused.status_code == 401 and refused.headers.get("access-control-allow-origin") == given
+    with serving(small, "--budget", "25%", "-c", "256") as server:
+        url = f"{server.url}/v1/completions"
+        assert "access-control-allow-origin" not in httpx.options(url, headers={"Origin": page, **asked}).headers
+        simple = httpx.post(url, content='{"prompt": "a"}', headers={"Origin": page, "Content-Type": "text/plain"})
+        assert simple.status_code == 400, "what a page may send without asking is not computed"
 
 
 def test_environment_sets_every_option(small: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,6 +121,7 @@ def serve(model: Path, **given: Any) -> None:
     most_bytes = state_bytes(settings.state_size)
     if settings.api_key == "":
         raise PagerError("--api-key is empty: give a key, or leave it out.")
+    origins = [_origin(text) for text in settings.cors]
     try:
         from gguf_pager.serve import server
     except ImportError as error:
@@ -139,11 +141,19 @@ def serve(model: Path, **given: Any) -> None:
         try:
             served = server.Settings(
                 model=settings.alias or model.name.removesuffix(".gguf"), n_sequences=settings.parallel, api_key=settings.api_key,
-                state_dir=settings.state_dir, state_bytes=most_bytes, cors_origins=list(settings.cors), root_path=settings.root_path)
+                state_dir=settings.state_dir, state_bytes=most_bytes, cors_origins=origins, root_path=settings.root_path)
             _say(settings, listening, served.model, n_ctx)
             server.run(llm, served, listening)
         finally:
             llm.close()
+
+
+def _origin(text: str) -> str:
+    """Return an origin as browsers send it: another way to write it would never be the same."""
+    origin = text.rstrip("/").lower()
+    if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@]+", origin):
+        raise PagerError(f"--cors {text!r} is no origin: give it as http://localhost:3000, without a path, or '*' for all.")
+    return origin
 
 
 def _listen(host: str, port: int) -> socket.socket:
