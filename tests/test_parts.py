@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from typing import Any
 
 import pytest
 
 from gguf_pager.serve import calls, parts, templates
 
-WEATHER = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "zip": {"type": "string"}}}
+WEATHER = {"type": "object", "properties": {
+    "city": {"type": "string"}, "days": {"type": "integer"}, "zip": {"type": "string"}, "note": {"type": ["string", "null"]}, "wet": {"$ref": "#/$defs/wet"},
+    "past": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "unit": {"enum": ["1", "2"]}, "any": {}}, "$defs": {"wet": {"type": "boolean"}}}
 TOOLS = {"weather": WEATHER, "now": {}}
 
 HERMES = "{% if tools %}<tool_call>{% endif %}<think></think>"
@@ -88,6 +91,46 @@ ANSWERS: dict[str, tuple[str, str, str, tuple[str, str, list[Any]]]] = {
     "gpt-oss, its other order": (GPT_OSS, "", ("<|channel|>commentary<|message|>I look.<|end|><|start|>assistant to=functions.weather<|channel|>commentary "
                                  '<|constrain|>json<|message|>{"city": "Paris"}<|call|>'), ("", "I look.", [PARIS])),
     "gpt-oss, no header": (GPT_OSS, "", "Yes.", ("", "Yes.", [])),
+    "end mark within an argument": (HERMES, "", '<tool_call>{"name": "weather", "arguments": {"city": "a </tool_call> b"}}</tool_call> So.',
+                                    ("", "So.", [("weather", {"city": "a </tool_call> b"})])),
+    "end marks within an argument without quotes": (
+        HERMES, "", "<tool_call>\n<function=weather>\n<parameter=city>\na </tool_call> </parameter> b\n</parameter>\n</function>\n</tool_call>",
+        ("", "", [("weather", {"city": "a </tool_call> </parameter> b"})])),
+    "begin mark within a text of mistral": ("[TOOL_CALLS]", "", '[TOOL_CALLS]weather[ARGS]{"city": "[TOOL_CALLS] [ARGS]"} [TOOL_CALLS]now[ARGS]{}',
+                                            ("", "", [("weather", {"city": "[TOOL_CALLS] [ARGS]"}), ("now", {})])),
+    "qwen3-coder, cut off in an argument": (HERMES, "", "<tool_call>\n<function=weather>\n<parameter=city>\nPar", (
+        "", "<tool_call>\n<function=weather>\n<parameter=city>\nPar", [])),
+    "qwen3-coder, cut off behind one": (HERMES, "", "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n", (
+        "", "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n", [])),
+    "qwen3-coder, no end mark": (HERMES, "", "<tool_call>\n<function=now>\n</function>", ("", "", [("now", {})])),
+    "glm, cut off in its name": (HERMES, "", "<tool_call>now", ("", "<tool_call>now", [])),
+    "glm, cut off in a key": (HERMES, "", "<tool_call>weather\n<arg_key>ci", ("", "<tool_call>weather\n<arg_key>ci", [])),
+    "glm, cut off behind an argument": (HERMES, "", "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n", (
+        "", "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n", [])),
+    "kimi, cut off in its second call": (KIMI, "", (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_call_begin|>functions.weather:1"), (
+        "", "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_call_begin|>functions.weather:1", [])),
+    "minimax, an argument that does not end": ("<minimax:tool_call>", "", (
+        '<minimax:tool_call><invoke name="weather"><parameter name="city">Par</invoke></minimax:tool_call>'), (
+        "", '<minimax:tool_call><invoke name="weather"><parameter name="city">Par</invoke></minimax:tool_call>', [])),
+    "text about marks, and then a call": (HERMES, "", 'Use the <tool_call> tag, then </tool_call> so: <tool_call>{"name": "now"}</tool_call>\n', (
+        "", "Use the <tool_call> tag, then </tool_call> so:", [("now", {})])),
+    "marks in a code block": (HERMES, "", "```\n<tool_call>\nwhatever\n</tool_call>\n```\nDone.", (
+        "", "```\n<tool_call>\nwhatever\n</tool_call>\n```\nDone.", [])),
+    "arguments as their schemas have them": (HERMES, "", "<tool_call>\n<function=weather>\n" + "".join(
+        f"<parameter={name}>\n{text}\n</parameter>\n" for name, text in (
+            ("note", "123"), ("past", "null"), ("wet", "True"), ("unit", "1"), ("any", "[1]"))) + "</function>\n</tool_call>", (
+        "", "", [("weather", {"note": "123", "past": None, "wet": True, "unit": "1", "any": [1]})])),
+    "no arguments": (HERMES, "", '<tool_call>{"name": "now", "arguments": null}</tool_call>', ("", "", [("now", {})])),
+    "no number": (HERMES, "", '<tool_call>{"name": "now", "arguments": {"a": NaN}}</tool_call>', (
+        "", '<tool_call>{"name": "now", "arguments": {"a": NaN}}</tool_call>', [])),
+    "half a character": (HERMES, "", '<tool_call>{"name": "now", "arguments": {"a": "\\ud83d"}}</tool_call>', ("", "", [("now", {"a": "\ud83d"})])),
+    "a second thought": (HERMES, "", "<think>a</think>b <think>c</think>", ("a", "b <think>c</think>", [])),
+    "the end of a thought that nobody has begun": (HERMES, "", "a\n</think>\n\nb", ("", "a\n</think>\n\nb", [])),
+    "a list that is no call": ("Given functions", "", "[1] says so.", ("", "[1] says so.", [])),
+    "deepseek v4": ("{{ dsml_token + 'tool_calls>' }}<think>{% set dsml_token = '｜DSML｜' %}", "</think>", (
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="city" string="true">Paris</｜DSML｜parameter>\n'
+        '</｜DSML｜invoke>\n</｜DSML｜tool_calls>'), ("", "", [PARIS])),
     "gpt-oss, cut off in a header": (GPT_OSS, "", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|chan", ("Hm.", "", [])),
 }
 
@@ -97,6 +140,52 @@ def test_answer_is_told_apart_however_it_is_cut(name: str) -> None:
     template, prompt_end, text, expected = ANSWERS[name]
     for pieces in cuts(text):
         assert told_apart(pieces, template, prompt_end) == expected, pieces
+
+
+def test_text_of_parts_of_marks_is_told_apart_however_it_is_cut() -> None:
+    dice = random.Random(1)
+    for template, _, _, _ in ANSWERS.values():
+        marks = parts.marks_of(template, has_tools=True)
+        scraps = [*marks.all, *(mark[:-1] for mark in marks.all), *(mark[1:] for mark in marks.all), " ", "\n\n", "a", "<", "[", "}", '{"name": "now"}', "é"]
+        for _ in range(60):
+            text = "".join(dice.choices(scraps, k=8))
+            whole = told_apart([text], template)
+            for pieces in cuts(text)[1:6]:
+                assert told_apart(pieces, template) == whole, (template, pieces)
+            if not whole[2] and not marks.thinking and not marks.is_harmony:
+                assert whole[1] == text, "nothing is lost"
+
+
+@pytest.mark.parametrize(("template", "begin", "end"), [
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": "', '"}}</tool_call>'), (GPT_OSS, '<|channel|>commentary to=functions.now<|message|>{"a": "', '"}'),
+    (HERMES, "<tool_call><function=now><parameter=a>\n", "\n</parameter></function></tool_call>"), ("[TOOL_CALLS]", '[TOOL_CALLS]now[ARGS]{"a": "', '"}')])
+def test_long_arguments_are_not_looked_through_again_for_every_token(template: str, begin: str, end: str) -> None:
+    n_tokens, text = 150_000, "word"
+    begun = time.process_time()
+    assert told_apart([begin, *[text] * n_tokens, end], template) == ("", "", [("now", {"a": text * n_tokens})])
+    assert time.process_time() - begun < 8, "it takes two seconds, and fourteen where gpt-oss's marks are looked for again"
+
+
+@pytest.mark.parametrize("template", [HERMES, GPT_OSS, "Given functions"])
+def test_json_deeper_than_python_reads_is_text(template: str) -> None:
+    header = {HERMES: "<tool_call>", GPT_OSS: "<|channel|>commentary to=functions.now<|message|>"}.get(template, "")
+    assert told_apart([header + "[{" + "[" * 100_000], template)[2] == []
+
+
+def test_arguments_can_be_sent_whatever_they_hold() -> None:
+    split = parts.splitter(parts.marks_of(HERMES, has_tools=True), "", TOOLS)
+    [part] = split.feed('<tool_call>{"name": "now", "arguments": {"a": "\\ud83d", "b": "é"}}</tool_call>')
+    assert part.call is not None and part.call.arguments.encode()
+
+
+def test_schemas_that_make_no_sense_are_no_trouble() -> None:
+    text = "<tool_call>\n<function=now>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+    loop = {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}
+    schemas: list[dict[str, Any]] = [{"properties": []}, {"properties": {"a": True}}, {"properties": {"a": {"type": 5, "enum": 5, "anyOf": [7]}}},
+                                     {"properties": {"a": loop}, "$defs": {"a": loop}}]
+    for schema in schemas:
+        split = parts.splitter(parts.marks_of(HERMES, has_tools=True), "", {"now": schema})
+        assert [json.loads(part.call.arguments) for part in split.feed(text) if part.call] == [{"a": 1}]
 
 
 def test_text_passes_as_it_comes_where_nothing_can_be_a_mark() -> None:

@@ -5,7 +5,6 @@ How a model marks them is read off its chat template. Text that has no marks pas
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import string
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from gguf_pager.serve.calls import FORMS, Call, Form, Tools, from_bare_json
+from gguf_pager.serve.calls import FORMS, Call, Form, Tools, from_bare_json, is_object, is_open
 
 _THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 """Qwen, DeepSeek, GLM, MiniMax, Kimi, Nemotron; Mistral's Magistral; Seed."""
@@ -107,6 +106,7 @@ class _Marked:
         self._thinking, self._form, self._tools = marks.thinking, marks.form, tools
         self._step = self._think if is_thinking else self._begin
         self._text = self._spaces = ""
+        self._n_seen = 0  # of a call's text: so far it has not ended
         self._is_after = is_thinking  # a mark, and spaces there are no text of the answer
 
     def feed(self, text: str) -> list[Part]:
@@ -117,15 +117,19 @@ class _Marked:
         return found
 
     def end(self) -> list[Part]:
-        step, text = self._step, self._text
-        if step == self._think:
+        found: list[Part] = []
+        while self._step == self._call:
+            assert self._form is not None
+            calls = self._form.calls(self._text, self._tools, has_end=False)
+            if calls is not None:
+                return found + _called(calls)
+            self._take_back(found)
+            found += self.feed("")
+        text = self._text
+        if self._step == self._think:
             return _said("reasoning", text.rstrip())
-        if step == self._call:
-            return self._calls(text, "")
-        calls = self._form.calls(text.strip(), self._tools) if self._form is BARE and step == self._begin else None
-        if calls is not None:
-            return [Part("call", call=call) for call in calls]
-        return _said("content", text.lstrip() if self._is_after else text)
+        calls = self._form.calls(text.strip(), self._tools) if self._form is BARE and self._step == self._begin else None
+        return _called(calls) if calls is not None else found + _said("content", text.lstrip() if self._is_after else text)
 
     def _begin(self, _: list[Part]) -> bool:
         """What comes first; false: that is not known yet."""
@@ -135,7 +139,7 @@ class _Marked:
             return True
         if not start or (thinking is not None and thinking[0].startswith(start)):
             return False
-        if self._form is BARE and (start[0] in "{[" or _PYTHON.startswith(start) or start.startswith(_PYTHON)):
+        if self._form is BARE and (_BARE_BEGINS.match(start) or _PYTHON.startswith(start) or start.startswith(_PYTHON)):
             return False  # as a whole it is a call, or none
         self._step = self._speak
         return True
@@ -172,21 +176,36 @@ class _Marked:
 
     def _call(self, found: list[Part]) -> bool:
         assert self._form is not None
-        text, mark, rest = self._text.partition(self._form.end) if self._form.end is not None else (self._text, "", "")
-        if mark:
-            found += self._calls(text, mark)
-            self._text, self._step, self._is_after = rest, self._speak, True
-        return bool(mark)
-
-    def _calls(self, text: str, mark: str) -> list[Part]:
-        """Return the calls between two marks; or all of it as text, where there are none."""
-        assert self._form is not None
+        mark = self._form.end
+        if mark is None:
+            return False
+        n_inner = self._text.find(mark, self._n_seen)
+        if n_inner < 0:
+            self._n_seen = max(0, len(self._text) - len(mark) + 1)
+            return False
+        text = self._text[:n_inner]
         calls = self._form.calls(text, self._tools)
-        if calls is None:
-            return _said("content", f"{self._spaces}{self._form.begin}{text}{mark}")
-        return [Part("call", call=call) for call in calls]
+        if calls is not None:
+            found += _called(calls)
+            self._text, self._n_seen, self._step, self._is_after = self._text[n_inner + len(mark) :], 0, self._speak, True
+        elif is_open(text):
+            self._n_seen = n_inner + len(mark)
+        else:
+            self._take_back(found)
+        return True
+
+    def _take_back(self, found: list[Part]) -> None:
+        """Go on behind a mark of calls that was text."""
+        assert self._form is not None
+        found += _said("content", self._spaces + self._form.begin)
+        self._n_seen, self._step, self._is_after = 0, self._speak, False
 
 
+def _called(calls: Sequence[Call]) -> list[Part]:
+    return [Part("call", call=call) for call in calls]
+
+
+_BARE_BEGINS = re.compile(r"\{|\[\s*(?:\{|$)")
 _PYTHON = "<|python_tag|>"
 
 
@@ -201,6 +220,9 @@ def _without_what_may_be(mark: str, text: str) -> tuple[str, str]:
     return text[:n_kept], text[n_kept:]
 
 
+_LONGEST = max(map(len, _HARMONY))
+
+
 class _Harmony:
     """gpt-oss: messages with a header each, which says the channel and who it is for."""
 
@@ -208,6 +230,7 @@ class _Harmony:
 
     def __init__(self) -> None:
         self._text = ""
+        self._n_seen = 0  # so far there is no mark
         self._header: str | None = ""  # None: in a message
         self._has_begun = False
         self._kind: Literal["reasoning", "content", "call"] = "content"
@@ -216,7 +239,8 @@ class _Harmony:
     def feed(self, text: str) -> list[Part]:
         self._text += text
         found: list[Part] = []
-        while match := self._MARK.search(self._text):
+        while match := self._MARK.search(self._text, self._n_seen):
+            self._n_seen = 0
             before, self._text = self._text[: match.start()], self._text[match.end() :]
             self._take(before, match[0], found)
         if self._header is None and self._kind != "call":
@@ -224,6 +248,7 @@ class _Harmony:
             n_kept = len(self._text) - n_held
             found += _said(self._kind, self._text[:n_kept])
             self._text = self._text[n_kept:]
+        self._n_seen = max(0, len(self._text) - _LONGEST + 1)
         return found
 
     def _take(self, before: str, mark: str, found: list[Part]) -> None:
@@ -255,11 +280,7 @@ class _Harmony:
     def _message(self, text: str) -> list[Part]:
         if self._kind != "call":
             return _said(self._kind, text)
-        try:
-            is_call = isinstance(json.loads(text), dict)
-        except ValueError:
-            is_call = False
-        if not is_call:
+        if not is_object(text):
             return _said("content", text)
         return [Part("call", call=Call(self._recipient.removeprefix("functions."), text.strip()))]
 
