@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import serving
+from serving import Server, serving
 
 TOLERANCE = 1.03
 FOREVER: dict[str, Any] = {"prompt": "A long story:", "logit_bias": {"2": -100, "0": -100}}
@@ -108,6 +108,36 @@ def test_schema_that_leaves_too_much_open_is_told_by_its_name(small: Path) -> No
         for pattern in ("^a{0,1001}$", "^a{1,1002}$"):
             refused = wanted({"type": "string", "pattern": pattern})
             assert refused.status_code == 400 and "repeats something" in refused.json()["error"]["message"], refused.text
+
+
+def test_two_servers_share_a_folder_of_conversations(small: Path, tmp_path: Path) -> None:
+    """Both go on with one conversation, in different ways: neither way is lost. One of them is killed."""
+    def cached(server: Server, prompt: str) -> int:
+        return int(ask(server.url, prompt=prompt, temperature=0).json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    def wait_for(n_states: int) -> None:
+        end = time.monotonic() + 30
+        while len(list(folder.glob("*.state"))) < n_states or list(folder.glob(".new-*")):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    folder, begun = tmp_path / "states", "The cat sat on the mat. " * 20
+    ways = [begun + word * 40 for word in ("red ", "blue ")]
+    arguments = ("--budget", "25%", "-c", "512", "--state-dir", str(folder))
+    with serving(small, *arguments) as first, serving(small, *arguments) as second:
+        assert cached(first, begun) == 0
+        wait_for(1)
+        for server, way in zip((first, second), ways, strict=True):
+            assert cached(server, way) > 100
+        wait_for(2)
+        assert [cached(server, way) > 150 for server, way in zip((second, first), ways, strict=True)] == [True, True]
+        first.process.kill()
+        first.process.wait()
+        assert second.stop() == 0
+        assert not any("damaged" in line or "left alone" in line for line in second.said)
+    with serving(small, *arguments) as server:
+        assert [cached(server, way) > 150 for way in ways] == [True, True]
+    assert not list(folder.glob(".new-*"))
 
 
 # ---- settings -----------------------------------------------------------------------------------------------------------
