@@ -188,6 +188,7 @@ def test_table_and_page_are_written(trace_model: Path, tmp_path: Path) -> None:
     (("--budget", "auto"), "fits into RAM"), (("-p", "0", "-n", "0", "--budget", "min"), "nothing to measure"),
     (("--budget", "nonsense"), "not understood"), (("--budget", "4GB", "--cap", "2GB"), "above --cap"),
     (("--budget", "min", "--cap", "25%"), "--cap '25%' is not understood"),
+    (("--budget", "min", "--cap", "5"), "--cap '5' is not understood"), (("--budget", "min", "--cap", "abc"), "--cap 'abc' is not understood"),
     (("--budget", "min", "--tokens", "text:missing"), "not a file"),
     (("--budget", "min", "--constant", "speed=1"), "no constant"),
     (("--budget", "min", "--report", "missing/out.html"), "no folder"),

@@ -102,7 +102,7 @@ def test_answer_is_the_same_as_without_a_terminal(small: Path) -> None:
         shown = chat.ask("What is the capital of France?")
     done = subprocess.run([sys.executable, "-m", "gguf_pager", "chat", str(small), *ARGUMENTS], input="What is the capital of France?\n",
                           capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0 and done.stdout.strip() == shown, done.stderr
+    assert done.returncode == 0 and done.stdout.strip() == shown.partition("(ended")[0].strip(), done.stderr
     assert "\x1b" not in done.stdout + done.stderr
 
 
@@ -154,8 +154,15 @@ def test_ctrl_c_ends_the_answer_and_keeps_the_conversation(small: Path, tmp_path
 
 def test_conversation_that_is_too_long_can_be_begun_anew(small: Path) -> None:
     with talking(small, "--no-keep", "-c", "256") as chat:
-        assert "--ctx-size" in chat.ask("word " * 300)
+        assert re.search(r"more\s+than\s+the\s+context\s+holds.*/new\s+begins.*-c\s+512", chat.ask("word " * 300), re.DOTALL)
         assert chat.ask("Hello")
+
+
+def test_answer_that_is_cut_off_says_why(small: Path) -> None:
+    with talking(small, "--no-keep", "-n", "5") as chat:
+        assert "(ended after 5 tokens, as -n says)" in " ".join(chat.ask("Tell me a story.").split())
+    with talking(small, "--no-keep", "-c", "256", "-n", "-1") as chat:
+        assert re.search(r"\(the\s+context\s+is\s+full:.*-c\s+512\)", chat.ask("word " * 200), re.DOTALL)
 
 
 def test_what_a_model_thinks_is_no_part_of_the_answer(small: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_text_is_that_of_llama_and_figures_are_on_stderr(models: Path) -> None:
     assert done.stdout.decode() == expected_text(tiny, temperature=0)
     (line,) = done.stderr.decode().splitlines()
     assert re.fullmatch(
-        r"answer [\d.]+ tok/s \(23 tokens\), prompt [\d.]+ tok/s \(2 tokens\), [\d.]+% of the experts were in memory, "
+        r"answer [\d.]+ tok/s \(24 tokens\), prompt [\d.]+ tok/s \(2 tokens\), [\d.]+% of the experts were in memory, "
         r"[\d.]+ MB read per token, \d+% of the time waiting for the disk, peak memory [\d.]+ MiB", line)
 
 
@@ -391,6 +391,8 @@ def test_model_and_prompt_are_taken_as_they_come(models: Path, form: str) -> Non
     (("run", "tiny.gguf", "x", "-p", "y"), "The prompt is given twice"),
     (("run", "tiny.gguf", "-p", "Once", "upon"), 'put it into straight quotes, "like this"'),
     (("run", "tiny.gguf", "Once", "upon", "a"), 'put it into straight quotes, "like this"'),
+    (("run", "tiny.gguf", "yes", "time", "ls"), 'put it into straight quotes, "like this"'),
+    (("list",), "ollama:NAME"), (("show", "tiny.gguf"), "gguf-pager inspect MODEL"),
 ))
 def test_words_that_do_not_fit_are_a_sentence(models: Path, words: tuple[str, ...], message: str) -> None:
     done = call(*words, cwd=models)
@@ -402,6 +404,7 @@ def test_words_that_do_not_fit_are_a_sentence(models: Path, words: tuple[str, ..
     (("model.gguf", "hi"), "Did you mean: gguf-pager run model.gguf"), (("server",), "gguf-pager serve MODEL"),
     (("hf:a/b", "hi"), "Did you mean: gguf-pager run hf:a/b"),
     (("pull", "x"), "gguf-pager run hf:OWNER/REPO"), (("version",), "--version"), (("runn",), "No such command"),
+    (("chat", "tiny.gguf", "--state-size", "5"), "--state-size is a size such as 10GiB, not '5'"),
     (("run", "qwen3:30b", "x"), "ollama:qwen3:30b"),
     (("run", "Qwen/Qwen3-30B-A3B-GGUF", "x"), "hf:Qwen/Qwen3-30B-A3B-GGUF"),
     (("run", "https://huggingface.co/x.gguf", "x"), "names no repository"), (("run", "a/b.gguf", "x"), "a/b.gguf does not exist.\n"),

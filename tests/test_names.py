@@ -107,6 +107,7 @@ def test_folder_without_one_or_with_several_is_refused(zoo_model: Model, tmp_pat
     ("no.gguf", r"no.gguf does not exist\.$"), ("a/no.gguf", r"a/no.gguf does not exist\.$"), ("", r"^ does not exist\.$"),
     ("x" * 300, "cannot be read: File name too long"), ("a\0b", "cannot be read"), ("a b/c", r"does not exist\.$"),
     ("Qwen/Qwen3-30B-A3B-GGUF:Q4_K_M", "If that is a repository of Hugging Face: hf:Qwen/Qwen3-30B-A3B-GGUF:Q4_K_M"),
+    ("qwen3", "If that is a model of Ollama's: ollama:qwen3"),
     ("qwen3:30b", "If that is a model of Ollama's: ollama:qwen3:30b"),
 ))
 def test_path_that_does_not_exist_is_a_value_error(name: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import signal
@@ -128,12 +129,15 @@ class Runner:
 
     def rounds(self, cases: Sequence[Case]) -> Iterator[Run]:
         """Yield the runs of cases that take turns."""
-        n_runs, n_made = self.settings.n_rounds * len(cases), 0
+        n_runs, n_made, begun = self.settings.n_rounds * len(cases), 0, time.monotonic()
         for turn in range(self.settings.n_rounds):
             for case in cases:
                 n_made += 1
                 run = self.run(case, turn)
                 self._tell(f"[{n_made}/{n_runs}] {label(run)}: {outcome(run)}")
+                if n_made == len(cases) < n_runs:
+                    left_s = (time.monotonic() - begun) / n_made * (n_runs - n_made)
+                    self._tell(f"about {math.ceil(left_s / 60)} minutes more; Ctrl-C keeps the rows that are finished")
                 yield run
 
     def run(self, case: Case, turn: int) -> Run:

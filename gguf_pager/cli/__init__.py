@@ -20,6 +20,9 @@ _COMMANDS = ("run", "chat", "serve", "bench", "inspect", "doctor", "energy", "co
 _ELSEWHERE = {
     "server": "The server is: gguf-pager serve MODEL",
     "pull": "A model is downloaded when it is opened: gguf-pager run hf:OWNER/REPO:Q4_K_M. Ollama's are read in place: ollama:NAME.",
+    "list": "There is no list of models: gguf-pager opens any GGUF file, and what Ollama has under ollama:NAME, LM Studio under lmstudio:NAME.",
+    "ps": "What is served where is told by http://127.0.0.1:8000/health, or the page at http://127.0.0.1:8000.",
+    "show": "What a model is made of: gguf-pager inspect MODEL",
     "help": "Ask with --help.", "version": "Ask with --version.",
 }
 """What people type who come from other programs."""

@@ -37,7 +37,7 @@ from gguf_pager.doctor import LINUX_READ_AHEAD_KB, physical_cores
 from gguf_pager.energy import meter
 from gguf_pager.energy.model import override
 from gguf_pager.energy.source import Absent
-from gguf_pager.errors import PagerError
+from gguf_pager.errors import BudgetError, PagerError
 from gguf_pager.memory import budget, probe
 from gguf_pager.model.layout import Layout, read_layout
 from gguf_pager.pager import Options, Pager
@@ -165,9 +165,9 @@ class _Request:
 @click.option("--report", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False, writable=True),
               help="Write a page in HTML, too.")
 def bench(is_cold: bool, **given: Any) -> None:
-    """Measure decode and prefill beside stock llama-cpp-python, in the same memory.
+    """Measure speed and energy beside stock llama-cpp-python.
 
-    Every run is a process of its own. A round runs each case once; ratios are taken within rounds, under the same memory
+    Prompts and answers, in the same memory. Every run is a process of its own. A round runs each case once; ratios are taken within rounds, under the same memory
     cap, against stock at the best of the read-aheads that were measured. Lists multiply: -p 64,512 -n 64,128 are four
     shapes. Numbers may be given as 64,128 or 16-64+16 or 1-8*2.
 
@@ -288,7 +288,10 @@ def _energy_source(power_command: str | None) -> meter.Found:
 
 
 def _cap_bytes(text: str) -> int:
-    n_bytes = budget_bytes(text)
+    try:
+        n_bytes = budget_bytes(text)
+    except BudgetError:
+        n_bytes = None
     if n_bytes is None:
         raise PagerError(f"--cap {text!r} is not understood: give a size such as 4GiB, or 'budget' or 'none'.")
     return n_bytes

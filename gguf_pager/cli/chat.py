@@ -167,14 +167,15 @@ class _Talk:
                 else:
                     self._ask(text)
             except PagerError as error:
-                _say(f"Error: {error}")
+                is_full = getattr(error, "code", None) == "context_length_exceeded"
+                _say(f"This is more than the context holds: {self._way_on()}." if is_full else f"Error: {error}")
 
     def _obey(self, line: str) -> bool:
         """Do what a command says; return whether it was the last."""
         word, _, rest = line[1:].strip().partition(" ")
         commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: _say(_HELP), "?": lambda _: _say(_HELP), "stats": lambda _: _say(self._last or "Nothing was answered yet."),
-            "regenerate": self._regenerate, "system": self._system, "new": self._new, "save": self._save, "load": self._load,
+            "regenerate": self._regenerate, "system": self._system, "new": self._new, "clear": self._new, "save": self._save, "load": self._load,
         }
         if word in ("exit", "quit", "bye"):
             return True
@@ -254,10 +255,10 @@ class _Talk:
             seed=settings.seed, max_tokens=settings.n_predict if settings.n_predict > 0 else None, repeat_penalty=1.0))
         parts = split_chunks(chunks, splitting(seat, marks_of(template_of(seat), has_tools=False), {}))
         before, begun = self._stats(), time.monotonic()
-        text, is_thinking, is_interrupted = "", False, False
+        text, reason, is_thinking, is_interrupted = "", None, False, False
         try:
             for chunk in parts:
-                delta = chunk["choices"][0]["delta"]
+                delta, reason = chunk["choices"][0]["delta"], chunk["choices"][0]["finish_reason"]
                 if (thought := delta.get("reasoning_content") or "") and not is_thinking:
                     _say("(thinking)")
                 if (piece := delta.get("content") or "") and is_thinking:
@@ -273,11 +274,23 @@ class _Talk:
         click.echo()
         if is_interrupted:
             _say("(ended)")
+        elif reason == "length":
+            _say(self._cut_off(seat))
         self.conversation.say("assistant", text)
         self._keep()
         self._last = self._figures(seat, before, time.monotonic() - begun)
         if is_interrupted and not sys.stdin.isatty():
             raise KeyboardInterrupt
+
+    def _cut_off(self, seat: Seat) -> str:
+        """Say why an answer has no end."""
+        answer = seat.answers[-1]
+        if len(answer.prompt) + answer.n_generated >= self._batcher.n_ctx:
+            return f"(the context is full: {self._way_on()})"
+        return f"(ended after {answer.n_generated:,} tokens, as -n says)"
+
+    def _way_on(self) -> str:
+        return f"/new begins another conversation, or leave and come back with a larger one, -c {2 * self._batcher.n_ctx}"
 
     def _stats(self) -> Stats | None:
         pager = self._batcher.llm.pager

@@ -10,7 +10,7 @@ from click.shell_completion import get_completion_class
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print what makes a shell complete gguf-pager's commands and options.
+    """Print what makes a shell complete commands and options.
 
     \b
     bash: gguf-pager completion bash >> ~/.bashrc

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,7 @@ import click
 
 from gguf_pager.cli.model import local_model
 from gguf_pager.doctor import physical_cores
-from gguf_pager.errors import PagerError, printable
+from gguf_pager.errors import BudgetError, PagerError, printable
 from gguf_pager.memory import probe
 from gguf_pager.memory.budget import auto_budget_bytes, fits_whole, format_bytes, full_arena_bytes, parse_budget
 from gguf_pager.model.layout import read_layout
@@ -33,6 +34,9 @@ MOST_TOKENS = 2**31 - CTX_STEP
 
 MOST_THREADS = 512
 """GGML_MAX_N_THREADS of ggml.h."""
+
+_WARN = 3
+"""GGML_LOG_LEVEL_WARN of ggml.h. To llama_cpp 0.3.36 it is that of an error, which it prints also with verbose=False."""
 
 _DEFAULT = Options()
 
@@ -95,8 +99,11 @@ STATE_SIZE_OPTION = click.option("--state-size", metavar="SIZE", default="10GiB"
 
 def state_bytes(text: str) -> int:
     """Return the bytes that --state-size means."""
-    budget = parse_budget(text)
-    if budget.kind != "bytes":
+    try:
+        budget = parse_budget(text)
+    except BudgetError:
+        budget = None
+    if budget is None or budget.kind != "bytes":
         raise PagerError(f"--state-size is a size such as 10GiB, not {text!r}.")
     return int(budget.value or 0)
 
@@ -134,6 +141,7 @@ def open_model(opening: Opening, n_ctx: int, n_seq_max: int = 1) -> Llama:
     with progress.bar(f"opening {printable(opening.model.name)}", lambda: _opening_bytes(opening, memory),
                       lambda: probe.process_memory().resident_bytes):
         llm = _open(opening, n_ctx, n_seq_max)
+    _warn_of_length(llm, n_ctx // n_seq_max, is_said=n_seq_max == 1 or opening.verbose)
     if llm.not_paged_reason:
         click.echo(f"Not paged: {llm.not_paged_reason}.", err=True)
     taken = _budget_taken(llm, opening, memory)
@@ -147,13 +155,14 @@ def _open(opening: Opening, n_ctx: int, n_seq_max: int) -> Llama:
 
     n_threads = opening.threads or physical_cores()
     try:
-        return Llama(
-            str(opening.model), budget=opening.budget, policy=opening.policy, io=opening.io,
-            n_readers=opening.readers, mirror=opening.mirror, profile=opening.profile,
-            adapt_threads=opening.adapt_threads, overcommit=opening.overcommit, n_ctx=n_ctx, n_seq_max=n_seq_max,
-            n_batch=opening.batch_size, n_ubatch=opening.ubatch_size, n_threads=n_threads, n_threads_batch=n_threads,
-            verbose=opening.verbose,
-        )
+        with _no_warnings() if n_seq_max > 1 and not opening.verbose else nullcontext():
+            return Llama(
+                str(opening.model), budget=opening.budget, policy=opening.policy, io=opening.io,
+                n_readers=opening.readers, mirror=opening.mirror, profile=opening.profile,
+                adapt_threads=opening.adapt_threads, overcommit=opening.overcommit, n_ctx=n_ctx, n_seq_max=n_seq_max,
+                n_batch=opening.batch_size, n_ubatch=opening.ubatch_size, n_threads=n_threads, n_threads_batch=n_threads,
+                verbose=opening.verbose,
+            )
     except MemoryError:
         raise PagerError("There is no memory for a context of that size: give a smaller -c or -b.") from None
     except PagerError:  # LayoutError is a ValueError, and says all there is
@@ -161,6 +170,27 @@ def _open(opening: Opening, n_ctx: int, n_seq_max: int) -> Llama:
     except ValueError as error:  # what llama_cpp raises for a file or context that llama.cpp refuses
         hint = "" if opening.verbose else ". Run with --verbose to see llama.cpp's reason"
         raise PagerError(f"{str(error).rstrip('.')}{hint}.") from error
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Let llama_cpp print no warning meanwhile: llama.cpp compares the tokens of all sequences together with what a model was trained for."""
+    from llama_cpp import _logger
+
+    levels = _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL
+    before = levels[_WARN]
+    levels[_WARN] = logging.DEBUG
+    try:
+        yield
+    finally:
+        levels[_WARN] = before
+
+
+def _warn_of_length(llm: Llama, n_ctx: int, *, is_said: bool) -> None:
+    """Say what llama.cpp says, where it was not let, of conversations longer than what the model has learned."""
+    n_train = int(llm._model.n_ctx_train())
+    if n_ctx > n_train > 0 and not is_said:
+        click.echo(f"The model was trained for {n_train:,} tokens, and may lose the thread in a context of {n_ctx:,}.", err=True)
 
 
 def _opening_bytes(opening: Opening, memory: probe.Memory) -> int | None:

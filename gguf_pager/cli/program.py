@@ -48,8 +48,13 @@ def run(command: list[str], given: dict[str, Any]) -> NoReturn:
 
 
 def forgotten_dashes(words: Sequence[str]) -> str | None:
-    """Return what to say to somebody who has left out the two dashes; None where that is not it."""
+    """Return what to say to somebody who has left out the two dashes; None where that is not it.
+
+    Words of a prompt are programs, too: time, yes. So nothing after a model counts.
+    """
     for at, word in enumerate(words):
+        if os.path.exists(word) or ":" in word:
+            return None
         if not word.startswith("-") and not word.endswith(".gguf") and shutil.which(word):
             return f"To run a program: gguf-pager run {' '.join([*words[:at], '--', *words[at:at + 2]])}"
     return None

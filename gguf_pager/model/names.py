@@ -74,6 +74,6 @@ def _meant(name: str) -> str:
         return ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", name):
         return f" If that is a repository of Hugging Face: hf:{name}"
-    if re.fullmatch(r"[\w.-]+:[\w.-]+", name):
+    if re.fullmatch(r"[\w.-]+(:[\w.-]+)?", name):
         return f" If that is a model of Ollama's: ollama:{name}"
     return ""

@@ -70,7 +70,8 @@ def run_line(facts: dict[str, Any]) -> str:
     memory = f"peak memory {format_bytes(peak) if peak is not None else '-'}"
     if not prompt["tokens"]:
         return f"Stopped before the first token, {memory}"
-    parts = [f"answer {number(decode['tokens_per_s'], '.1f')} tok/s ({decode['tokens']:,} tokens)"]
+    n_tokens = decode["tokens"] + 1  # the first one comes of the prompt
+    parts = [f"answer {number(decode['tokens_per_s'], '.1f')} tok/s ({n_tokens:,} token{'s' * (n_tokens > 1)})"]
     if prompt["tokens"] > 1:
         parts.append(f"prompt {number(prompt['tokens_per_s'], '.1f')} tok/s ({prompt['tokens']:,} tokens)")
     if facts["is_paged"]:

@@ -120,7 +120,11 @@ def inspection_text(facts: dict[str, Any], *, has_details: bool = False) -> str:
     if not facts["layers"]:
         return "\n".join([*lines, "It has no experts: there is nothing to page."])
     lines.append(f"  {'budget':8} {'experts in memory':>21} {'whole program':>15} {'read per token':>15}")
+    told = set[str]()
     for row in facts["budgets"]:
+        if row["budget"] in told:  # what is useful may be a quarter
+            continue
+        told.add(row["budget"])
         if row["reason"]:
             lines.append(f"  {row['budget']:8} {row['reason']}")
             continue
