@@ -176,7 +176,7 @@ def test_config_file_that_is_wrong_is_refused(tmp_path: Path, name: str, text: s
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
-    (("--state-size", "lots"), "not understood"), (("--state-size", "25%"), "a size such as"),
+    (("--state-size", "lots"), "'lots'"), (("--state-size", "25%"), "a size such as"),
     (("--host", "no.such.host.invalid"), "Cannot listen"), (("--state-dir", "/proc/nowhere"), "--state-dir"),
     (("--cors", "localhost:3000"), "--cors"), (("--cors", "http://localhost:3000/page"), "--cors"), (("--cors", ""), "--cors"),
     (("--api-key", ""), "--api-key"), (("--parallel", "0"), "parallel"), (("--port", "99999"), "port"),
