@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shutil
 import sys
@@ -96,16 +97,17 @@ def chat(model: Path, **given: Any) -> None:
     settings = _Settings(**given)
     most_bytes = state_bytes(settings.state_size)
     llm = open_model(opening, whole_steps(settings.ctx_size))
+    from gguf_pager.saved import state_key
     from gguf_pager.serve.batcher import Batcher
-    from gguf_pager.serve.states import States, key_of
+    from gguf_pager.serve.states import States
 
     try:
         batcher = Batcher(llm, 1)
         try:
             folder, key = (_folder(settings) if settings.keep else None), ""
             if folder is not None:
-                key = key_of(llm)
-                batcher.keeper = States(batcher, folder / "states", most_bytes, key)
+                key = state_key(llm) or ""
+                batcher.keeper = States(batcher, folder / "states", most_bytes, foreign_level=logging.INFO)
             talk = _Talk(batcher, settings, folder, key)
             if isinstance(sys.stdin, io.TextIOWrapper):
                 sys.stdin.reconfigure(errors="replace")  # a message may hold bytes that are no text: a diff, say

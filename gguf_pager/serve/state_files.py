@@ -23,6 +23,9 @@ _MARK = b"gpstate1"
 _MOST_DESCRIPTION = 1 << 16
 _PIECE_BYTES = 1 << 20
 
+FOREIGN = "it is of another model, or of other settings"
+"""Why a state cannot be used that another one may use."""
+
 
 Stamp = tuple[int, int, int]
 """A file's inode, size and time: inodes are given to the next file as soon as they are free."""
@@ -117,7 +120,7 @@ def read_state(path: Path, key: str) -> State | str:
     if described.get("version") != VERSION:
         return "it is of another version"
     if described.get("key") != key:
-        return "it is of another model, or of other settings"
+        return FOREIGN
     if described.get("n_tokens") != len(tokens) // 4 or len(tokens) % 4:
         return "it is damaged"
     return State(path, np.frombuffer(tokens, "<i4").astype(np.intc), str(described.get("digest")), stamp)

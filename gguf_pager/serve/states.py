@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
-import json
 import logging
 import os
 import stat
@@ -22,19 +20,17 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as low
 
 from gguf_pager.cache import PARTIAL_PREFIX
 from gguf_pager.errors import PagerError
-from gguf_pager.llama import Llama
-from gguf_pager.model import engine, metadata
+from gguf_pager.saved import state_key
 from gguf_pager.serve.batcher import Batcher, Keeper
 from gguf_pager.serve.sequences import Ids, Sequence, common_prefix
 from gguf_pager.serve.state_files import (
+    FOREIGN,
     Stamp,
     State,
     digest_of,
@@ -57,45 +53,23 @@ LEAST_GAIN = 32
 LEAST_KEPT = 32
 """Tokens of a conversation that are worth a file."""
 
-_SAMPLE_BYTES = 1024
-
-
-def key_of(llm: Llama) -> str:
-    """Return what a state depends on: the model's header and samples of each of its tensors, the engine, what its context was given.
-
-    llama.cpp does not tell models of the same shape apart.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    first = engine.read_header(Path(llm.model_path))
-    for path in metadata.find_parts(first):
-        with open(path, "rb") as file:
-            for tensor in engine.read_header(path).tensors:
-                digest.update(f"{tensor.name} {tensor.type} {tensor.ne}".encode())
-                digest.update(os.pread(file.fileno(), min(_SAMPLE_BYTES, tensor.n_bytes), tensor.offset_bytes + tensor.n_bytes // 2))
-    params = llm.context_params
-    settings: dict[str, Any] = {name: getattr(params, name) for name in (
-        "type_k", "type_v", "flash_attn_type", "swa_full", "rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor",
-        "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx")}
-    stretched = any(".rope.scaling." in name for name in llm.metadata)
-    settings |= {"engine": llama_cpp.__version__, "lora": (llm.lora_path, llm.lora_scale),
-                 "metadata": sorted(llm.metadata.items()), "n_ctx": int(llm.n_ctx()) if stretched else None}
-    digest.update(json.dumps(settings, default=repr).encode())
-    return digest.hexdigest()
-
-
 class States(Keeper):
     """Keeps the conversations of a batcher's sequences in a folder, up to so many bytes; who was not used for longest goes.
 
     Called in the batcher's thread.
 
     Raises:
-        PagerError: the folder cannot be written to.
+        PagerError: the folder cannot be written to, or the model's file cannot be read any more.
     """
 
-    def __init__(self, batcher: Batcher, folder: Path, most_bytes: int, key: str | None = None) -> None:
-        """`key` is that of the batcher's model, where somebody has it already."""
+    def __init__(self, batcher: Batcher, folder: Path, most_bytes: int, *, foreign_level: int = logging.WARNING) -> None:
+        """`foreign_level`: at which level the log says that there are conversations of other models; in some folders there always are."""
         self._batcher, self._folder, self._most_bytes = batcher, folder, most_bytes
-        self._key = key or key_of(batcher.llm)
+        self._foreign_level = foreign_level
+        key = state_key(batcher.llm)
+        if key is None:
+            raise PagerError(f"{batcher.llm.model_path} cannot be read any more: open the model again.")
+        self._key = key
         self._states: list[State] = []
         self._of_sequence: dict[int, State] = {}
         self._refused: dict[Path, Stamp] = {}
@@ -132,14 +106,17 @@ class States(Keeper):
         """Take in what is new in the folder, and forget what is not there any more."""
         known = {state.path: state for state in self._states if state.path in found}
         self._refused = {path: stamp for path, stamp in self._refused.items() if path in found}
-        now_ns = time.time_ns()
+        now_ns, n_foreign = time.time_ns(), 0
         for path, status in found.items():
             old = known.get(path)
             if stamp_of(status) == (self._refused.get(path) if old is None else old.stamp):
                 continue
             state = read_state(path, self._key)
             if isinstance(state, str):
-                log.log(level, "the conversation in %s is left alone: %s", path, state)
+                if state == FOREIGN:
+                    n_foreign += 1
+                else:
+                    log.log(level, "the conversation in %s is left alone: %s", path, state)
                 self._refused[path] = stamp_of(status)
                 known.pop(path, None)
                 continue
@@ -150,6 +127,8 @@ class States(Keeper):
                 old.stamp = state.stamp
             else:
                 known[path] = state
+        if n_foreign:
+            log.log(min(level, self._foreign_level), "conversations of other models or settings in %s, left alone: %d", self._folder, n_foreign)
         self._states = list(known.values())
 
     def _look(self) -> None:
