@@ -212,7 +212,11 @@ GLM = "{% for m in messages %}{% for c in m.tool_calls or [] %}{% for k, v in c.
 DEEPSEEK = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ '```' + c.function.arguments + '```' }}{% endfor %}{% endfor %}"
 
 
-@pytest.mark.parametrize(("template", "expected"), [(QWEN, False), (LLAMA, True), (GLM, True), (DEEPSEEK, False), ("{{ messages[0].content }}", False),
+MISTRAL = """{% for m in messages if m.role in ("user", "assistant") and not m.tool_calls %}{% if (m.role == "user") != loop.index0 is even %}
+{{ raise_exception("they alternate") }}{% endif %}{% endfor %}{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{% endfor %}"""
+
+
+@pytest.mark.parametrize(("template", "expected"), [(QWEN, False), (MISTRAL, True), (LLAMA, True), (GLM, True), (DEEPSEEK, False), ("{{ messages[0].content }}", False),
                                                     ("{{ raise_exception('no tools') }}", False), ("{% nonsense", False)])
 def test_arguments_go_into_a_template_as_it_takes_them(template: str, expected: bool) -> None:
     assert templates.takes_objects(template) is expected

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import llama_cpp
@@ -57,20 +57,32 @@ class Job:
 
 
 class ChatJob(Job):
-    """An answer of a chat, whose parts are told apart."""
+    """An answer of a chat, whose parts are told apart. `is_old` where it calls functions as OpenAI's API had them before tools."""
 
-    def __init__(self, seat: Seat, index: int, ask: Callable[[], Any], open_splitter: Callable[[], Splitter]) -> None:
+    def __init__(self, seat: Seat, index: int, ask: Callable[[], Any], open_splitter: Callable[[], Splitter], *, is_old: bool) -> None:
         super().__init__(seat, index, ask)
-        self._open_splitter = open_splitter
+        self._open_splitter, self._is_old = open_splitter, is_old
 
     def whole(self) -> Chunk:
         """Return the answer in one piece."""
         answer = super().whole()
         split_answer(answer, self._open_splitter())
-        return answer
+        return _as_functions(answer, "message") if self._is_old else answer
 
     def _numbered(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        return super()._numbered(split_chunks(chunks, self._open_splitter))
+        found = split_chunks(chunks, self._open_splitter)
+        return super()._numbered((_as_functions(chunk, "delta") for chunk in found) if self._is_old else found)
+
+
+def _as_functions(answer: Chunk, name: str) -> Chunk:
+    """Say a call as it was said before there were tools."""
+    choice = answer["choices"][0]
+    calls = choice[name].pop("tool_calls", None)
+    if calls:
+        choice[name]["function_call"] = calls[0]["function"]
+    if choice["finish_reason"] == "tool_calls":
+        choice["finish_reason"] = "function_call"
+    return answer
 
 
 # ---- how tokens are chosen ------------------------------------------------------------------------------------------
@@ -113,12 +125,12 @@ def _check_schema(schema: Any, parameter: str) -> None:
             parts += part
 
 
-def _schema_grammar(schema: dict[str, Any] | None) -> LlamaGrammar:
-    _check_schema(schema, "response_format")
+def _schema_grammar(schema: dict[str, Any] | None, parameter: str = "response_format") -> LlamaGrammar:
+    _check_schema(schema, parameter)
     try:
         return LlamaGrammar.from_json_schema(json.dumps(schema if schema is not None else {"type": "object"}))
     except Exception as error:  # whatever llama_cpp's converter stumbles over in a schema
-        raise RequestError(f"The JSON schema cannot be made into a grammar: {error}", "response_format") from error
+        raise RequestError(f"The JSON schema cannot be made into a grammar: {error}", parameter) from error
 
 
 def _grammar(text: str | None, wanted: ResponseFormat | None = None) -> LlamaGrammar | None:
@@ -185,11 +197,10 @@ def _asking(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable
 def chat_jobs(request: ChatRequest, open_seat: Callable[[], Seat], model: str) -> list[Job]:
     """Return the answers that are wanted: `n` to the conversation."""
     use = _tool_use(request)
-    for function in request.functions or []:
-        _check_schema(function.setdefault("parameters", {"type": "object", "properties": {}}), "functions")
-        if not isinstance(function.get("name"), str):
-            raise RequestError("A function needs a name.", "functions")
-    grammar = _schema_grammar(use.schema) if use.schema is not None else _grammar(request.grammar, request.response_format)
+    if use.schema is not None:
+        grammar: LlamaGrammar | None = _schema_grammar(use.schema, "tools")
+    else:
+        grammar = _grammar(request.grammar, request.response_format)
     most = _most(request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens)
     jobs: list[Job] = []
     for i in range(request.n or 1):
@@ -207,17 +218,17 @@ def chat_jobs(request: ChatRequest, open_seat: Callable[[], Seat], model: str) -
                                "chat_template_kwargs")
         jobs.append(ChatJob(seat, i, _asking(
             handler, llama=seat, messages=[_message(message, template) for message in request.messages], tools=use.tools,
-            tool_choice=use.choice, functions=request.functions, function_call=request.function_call, max_tokens=most, stream=request.stream,
+            tool_choice="auto" if use.tools else None, max_tokens=most, stream=request.stream,
             logprobs=request.logprobs, top_logprobs=request.top_logprobs if request.top_logprobs is not None else 0,
             logit_bias=_bias(request, seat._n_vocab), grammar=grammar, model=model, **arguments,
             **({"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}) | kwargs),
-            splitting(seat, use.marks(request, template), tools_of(use.tools or []), is_free=grammar is None)))
+            splitting(seat, use.marks(request, template), tools_of(use.tools or []), is_free=grammar is None), is_old=use.is_old))
     return jobs
 
 
 def _message(message: Message, template: str) -> dict[str, Any]:
     """Return a message as templates have it: text in one piece, and OpenAI's newer name of a role by its older one."""
-    found = message.model_dump(exclude_unset=True)
+    found = {name: value for name, value in message.model_dump(exclude_unset=True).items() if value is not None}  # templates ask what is there
     if isinstance(message.content, list):
         if any(part.get("type") not in ("text", "input_text") for part in message.content):
             raise RequestError("Messages may hold text only: pictures and sound are not understood here.", "messages")
@@ -226,48 +237,98 @@ def _message(message: Message, template: str) -> dict[str, Any]:
         found["role"] = "system"
     if found.get("content") is None:
         found["content"] = ""
+    if not found.get("tool_calls", True):
+        del found["tool_calls"]
     if isinstance(found.get("tool_calls"), list) and takes_objects(template):
         found["tool_calls"] = with_objects(found["tool_calls"])
+    if isinstance(thought := found.get("reasoning_content"), str) and thought and marks_of(template, has_tools=False).is_harmony:
+        found.setdefault("thinking", thought)
+        if found.get("tool_calls") and found["content"]:  # gpt-oss's template takes one of them beside a call, and as a thought
+            found["thinking"], found["content"] = f"{found['thinking']}\n\n{found['content']}", ""
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class _ToolUse:
-    """The tools of an answer; the one that must be used, if one is named; the schema of a call, where any of several must be used."""
+    """The tools of an answer; what it is held to where it must be a call: the arguments of the tool that is `named`, or a call of any."""
 
     tools: list[dict[str, Any]] | None = None
-    choice: Any = None
     schema: dict[str, Any] | None = None
+    named: str | None = None
+    is_old: bool = False
+    most_calls: int | None = None
 
     def marks(self, request: ChatRequest, template: str) -> Marks:
         """Return what is to be told apart in the answer."""
+        if self.schema is not None:
+            return Marks(form=BARE if self.named is None else None, named=self.named)
         if request.response_format is not None and request.response_format.type != "text":
             return Marks()
-        if self.schema is not None:
-            return Marks(form=BARE)
-        marks = marks_of(template, has_tools=self.tools is not None and not isinstance(self.choice, dict))
-        return marks if request.reasoning_format != "none" else Marks(form=marks.form)
+        marks = marks_of(template, has_tools=self.tools is not None)
+        if request.reasoning_format == "none":
+            marks = Marks(form=marks.form, shown=marks.all)
+        return replace(marks, most_calls=self.most_calls)
 
 
 def _tool_use(request: ChatRequest) -> _ToolUse:
-    tools, choice = request.tools, request.tool_choice
+    tools, field, is_old = request.tools, "tool_choice", False
+    choice: Any = request.tool_choice
+    if request.functions and not tools:
+        tools, field, is_old = [{"type": "function", "function": one} for one in request.functions], "function_call", True
+        choice = request.function_call
+        if isinstance(choice, dict):
+            choice = {"type": "function", "function": choice}
     if not tools or choice == "none":
+        if not tools and choice not in (None, "auto", "none"):
+            raise RequestError(f"{field} asks for a tool, and there are no tools.", field)
         return _ToolUse()
     for tool in tools:
-        if not isinstance(tool.get("function"), dict) or not isinstance(tool["function"].get("name"), str):
-            raise RequestError("A tool needs function.name.", "tools")
-        tool["function"].setdefault("parameters", {"type": "object", "properties": {}})
-        _check_schema(tool["function"]["parameters"], "tools")
-    if choice == "required" and len(tools) > 1:
-        if request.grammar is not None or request.response_format is not None:
-            raise RequestError("tool_choice 'required' cannot be had together with grammar or response_format.", "tool_choice")
-        return _ToolUse(tools, None, _any_call(tools))
-    if choice == "required":
+        _check_tool(tool, "functions" if is_old else "tools")
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        tools, choice = _allowed(tools, choice.get("allowed_tools"))
+    if choice == "required" and len(tools) == 1:
         choice = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
-    named = choice.get("function") if isinstance(choice, dict) else None
-    if isinstance(choice, dict) and not any(isinstance(named, dict) and tool["function"]["name"] == named.get("name") for tool in tools):
-        raise RequestError("tool_choice names a tool that is not among the tools.", "tool_choice")
-    return _ToolUse(tools, choice)
+    if choice not in (None, "auto", "required") and not isinstance(choice, dict):
+        raise RequestError(f"{field} is 'auto' or 'none', or 'required' for tools, or names a function.", field)
+    if choice in (None, "auto"):
+        return _ToolUse(tools, is_old=is_old, most_calls=1 if is_old or request.parallel_tool_calls is False else None)
+    if request.grammar is not None or (request.response_format is not None and request.response_format.type != "text"):
+        raise RequestError(f"{field} that asks for a call cannot be had together with grammar or response_format.", field)
+    if choice == "required":
+        return _ToolUse(tools, _any_call(tools))
+    named = choice.get("function")
+    name = named.get("name") if isinstance(named, dict) else None
+    schema = next((tool["function"]["parameters"] for tool in tools if tool["function"]["name"] == name), None)
+    if schema is None:
+        form = '{"name": NAME}' if is_old else '{"type": "function", "function": {"name": NAME}}'
+        raise RequestError(f"{field} names a tool that is not among the tools: it is {form}.", field)
+    return _ToolUse(tools, schema, name, is_old=is_old)
+
+
+def _check_tool(tool: dict[str, Any], parameter: str) -> None:
+    """Refuse what is no function, and have a schema for the arguments of one."""
+    function = tool.get("function")
+    if tool.get("type", "function") != "function":
+        raise RequestError(f"A tool of type {tool['type']!r} is not known here: say it as a function.", parameter)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RequestError("A tool needs function.name." if parameter == "tools" else "A function needs a name.", parameter)
+    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    if not isinstance(parameters, dict):
+        raise RequestError(f"The parameters of {function['name']!r} are no JSON schema.", parameter)
+    _check_schema(parameters, parameter)
+    function["parameters"] = parameters
+
+
+def _allowed(tools: list[dict[str, Any]], allowed: Any) -> tuple[list[dict[str, Any]], str]:
+    """Return the tools that may be called among those there are, and whether one must."""
+    given = allowed if isinstance(allowed, dict) else {}
+    wanted: Any = given.get("tools")
+    wanted = wanted if isinstance(wanted, list) else []
+    found = [tool for tool in tools if any(isinstance(one, dict) and isinstance(one.get("function"), dict)
+                                           and one["function"].get("name") == tool["function"]["name"] for one in wanted)]
+    if not found or len(found) != len(wanted) or given.get("mode") not in ("auto", "required"):
+        raise RequestError("tool_choice.allowed_tools needs a mode, 'auto' or 'required', and tools that are among the tools.", "tool_choice")
+    return found, given["mode"]
 
 
 def _any_call(tools: list[dict[str, Any]]) -> dict[str, Any]:

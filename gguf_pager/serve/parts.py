@@ -44,17 +44,23 @@ class Splitter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """How a model marks the parts of its answers."""
+    """How a model marks the parts of its answers.
+
+    `shown` are marks that stay in the text, `named` is a tool whose arguments are the whole answer; of calls come `most_calls`, the first.
+    """
 
     thinking: tuple[str, str] | None = None
     form: Form | None = None
     is_harmony: bool = False
+    shown: tuple[str, ...] = ()
+    named: str | None = None
+    most_calls: int | None = None
 
     @property
     def all(self) -> tuple[str, ...]:
         """All marks: some are control tokens, whose text is not part of an answer otherwise."""
         form = self.form
-        found = [*(self.thinking or ()), *(_HARMONY if self.is_harmony else ())]
+        found = [*self.shown, *(self.thinking or ()), *(_HARMONY if self.is_harmony else ())]
         if form is not None:
             found += [form.begin, *form.inner, *([form.end] if form.end else [])]
         return tuple(found)
@@ -75,10 +81,11 @@ def marks_of(template: str, *, has_tools: bool) -> Marks:
 
 def splitter(marks: Marks, prompt_end: str, tools: Tools) -> Splitter:
     """Return what tells an answer's parts apart. Where a prompt ends with the mark of thinking, the answer begins with it."""
-    if marks.is_harmony:
-        return _Harmony()
+    if marks.named is not None:
+        return _Arguments(marks.named)
     is_thinking = marks.thinking is not None and prompt_end.rstrip().endswith(marks.thinking[0])
-    return _Marked(marks, tools, is_thinking=is_thinking)
+    found = _Harmony() if marks.is_harmony else _Marked(marks, tools, is_thinking=is_thinking)
+    return found if marks.most_calls is None else _Few(found, marks.most_calls)
 
 
 class Answering(Protocol):
@@ -97,6 +104,42 @@ def splitting(seat: Answering, marks: Marks, tools: Tools, *, is_free: bool = Tr
     """Return what opens a splitter for the answer. One that a grammar holds does not begin in the middle of a thought."""
     seat.show(marks.all)
     return lambda: splitter(marks, seat.prompt_end() if is_free else "", tools)
+
+
+class _Arguments:
+    """An answer that a grammar holds to the arguments of a tool."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._text = name, ""
+
+    def feed(self, text: str) -> list[Part]:
+        self._text += text
+        return []
+
+    def end(self) -> list[Part]:
+        text = self._text.strip()
+        return _called([Call(self._name, text)]) if is_object(text) else _said("content", self._text)
+
+
+class _Few:
+    """Another splitter's parts, without the calls that are too many."""
+
+    def __init__(self, split: Splitter, most_calls: int) -> None:
+        self._split, self._n_left = split, most_calls
+
+    def feed(self, text: str) -> list[Part]:
+        return self._few(self._split.feed(text))
+
+    def end(self) -> list[Part]:
+        return self._few(self._split.end())
+
+    def _few(self, parts: list[Part]) -> list[Part]:
+        found = []
+        for part in parts:
+            self._n_left -= part.call is not None
+            if part.call is None or self._n_left >= 0:
+                found.append(part)
+        return found
 
 
 class _Marked:

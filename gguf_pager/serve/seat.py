@@ -8,6 +8,7 @@ import ctypes
 import math
 import re
 import secrets
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,10 @@ def checked(ask: Callable[[], Any]) -> Any:
         raise RequestError(f"The model's chat template refuses these messages: {error}", "messages") from error
     except ValueError as error:
         raise RequestError(f"The request cannot be answered: {error}") from error
+    except TypeError as error:  # a template's, of something that is not there: anybody else's is a mistake of ours
+        if not any(frame.f_globals.get("__name__") == "jinja2.environment" for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise
+        raise RequestError(f"The model's chat template cannot make a prompt of these messages: {error}", "messages") from error
 
 
 class _Rows:

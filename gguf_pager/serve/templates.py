@@ -30,7 +30,8 @@ def takes_objects(template: str) -> bool:
 def _shows(template: str, arguments: Any) -> bool:
     call = {"id": "123456789", "type": "function", "function": {"name": "probe", "arguments": arguments}}
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]},
-                {"role": "tool", "tool_call_id": "123456789", "name": "probe", "content": "y"}, {"role": "user", "content": "z"}]
+                {"role": "tool", "tool_call_id": "123456789", "name": "probe", "content": "y"}, {"role": "assistant", "content": "w"},
+                {"role": "user", "content": "z"}]  # a whole conversation: Mistral's templates want user and assistant to alternate
     tool = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}}
     try:
         text = Jinja2ChatFormatter(template=template, eos_token="", bos_token="")(messages=messages, tools=[tool]).prompt
