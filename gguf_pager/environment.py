@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from gguf_pager.errors import PagerError
 from gguf_pager.pager import Options
 
 PREFIX = "GGUF_PAGER_"
+VERBOSE = f"{PREFIX}VERBOSE"
 AUTOSTART = Path(__file__).parent / "autostart"
 """The folder whose sitecustomize.py a program finds first that is started so."""
 
@@ -45,9 +47,7 @@ def settings(environment: Mapping[str, str] = os.environ) -> tuple[str, dict[str
 def _value(name: str, text: str) -> Any:
     default = _FIELDS[name].default
     if isinstance(default, bool):
-        if text.lower() not in _BOOLEANS:
-            raise PagerError(f"{_NAMES[name]} must be true or false, not {text!r}.")
-        return _BOOLEANS[text.lower()]
+        return _boolean(_NAMES[name], text)
     if name == "mirror":
         return tuple(part for part in text.split(os.pathsep) if part)
     if name in ("n_readers", "piece_bytes"):
@@ -58,8 +58,14 @@ def _value(name: str, text: str) -> Any:
     return text
 
 
+def _boolean(name: str, text: str) -> bool:
+    if text.lower() not in _BOOLEANS:
+        raise PagerError(f"{name} must be true or false, not {text!r}.")
+    return _BOOLEANS[text.lower()]
+
+
 def install() -> None:
-    """Page what llama_cpp opens in this process, as the environment says.
+    """Page what llama_cpp opens in this process, as the environment says, and show the log if it says so.
 
     Raises:
         PagerError: a value that does not exist.
@@ -67,6 +73,13 @@ def install() -> None:
     import gguf_pager
 
     budget, options = settings()
+    if _boolean(VERBOSE, os.environ.get(VERBOSE, "false")):
+        # A descriptor of our own, because llama_cpp points 2 at /dev/null while it loads.
+        handler = logging.StreamHandler(os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace"))
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        log = logging.getLogger("gguf_pager")
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
     gguf_pager.install(budget, **options)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from gguf_pager import _native, profile
-from gguf_pager.errors import BudgetError, EngineError, PagerError, PagerIOError
+from gguf_pager.errors import BudgetError, EngineError, PagerError, PagerIOError, printable
 from gguf_pager.files import ModelFiles
 from gguf_pager.memory import budget
 from gguf_pager.model.layout import Layout
@@ -299,6 +299,8 @@ class Pager:
             self._native.compare_with(self.compare_read)
         self._check_names()
         self.n_slots = tuple(n_slots)
+        log.info("%s is paged: %s of %s experts in %s", printable(self.layout.paths[0].name), f"{sum(n_slots):,}",
+                 f"{sum(need.n_all for need in self.needs):,}", budget.format_bytes(self.arena_bytes))
         if self.options.profile:
             with contextlib.suppress(OSError):  # a file is gone that has just been opened: it would have no name
                 self._keeper = profile.Keeper(self.layout, self._count_choices)

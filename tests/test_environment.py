@@ -88,6 +88,18 @@ def test_however_it_is_imported(way: str, zoo_model: Callable[..., Path]) -> Non
     assert done.returncode == 0 and done.stdout.startswith("paged True"), done.stderr
 
 
+def test_what_is_paged_is_said_where_that_is_wanted(zoo_model: Callable[..., Path], dense_model: Path) -> None:
+    path = zoo_model("qwen3moe")
+    for words, variables in ((("--verbose",), {}), ((), {"GGUF_PAGER_VERBOSE": "1"})):
+        done = run("--budget", "min", *words, "--", sys.executable, "-c", OPEN, str(path), **variables)
+        assert done.returncode == 0 and f"gguf_pager: {path.name} is paged: " in done.stderr, done.stderr
+    program = "import sys; from llama_cpp import Llama; Llama(sys.argv[1], n_ctx=64, verbose=False)"
+    done = run("--verbose", "--", sys.executable, "-c", program, str(dense_model))
+    assert done.returncode == 0 and "runs as stock llama.cpp" in done.stderr, done.stderr
+    quiet = run("--budget", "min", "--", sys.executable, "-c", OPEN, str(path))
+    assert quiet.returncode == 0 and "gguf_pager" not in quiet.stderr, quiet.stderr
+
+
 def test_console_script_and_pytest_are_paged(zoo_model: Callable[..., Path], tmp_path: Path) -> None:
     body = "".join(f"    {line}\n" for line in OPEN.replace("sys.argv[1]", repr(str(zoo_model("qwen3moe")))).splitlines())
     (tmp_path / "test_it.py").write_text(f"def test_it():\n{body}    assert hooks.is_paged(llm)\n")

@@ -87,7 +87,7 @@ _OPTIONS = (
               help="Compute with fewer threads while other programs take the processors, where that is faster."),
     click.option("--overcommit", is_flag=True,
               help="Take the budget's word even where the machine seems to have less memory."),
-    click.option("--verbose", is_flag=True, help="Show llama.cpp's own output, on stderr."),
+    click.option("--verbose", is_flag=True, help="Show llama.cpp's own output and what is paged, on stderr."),
     click.option("--progress/--no-progress", default=None,
               help="Say on stderr what takes longer than a second. [default: when stderr is a terminal]"),
 )

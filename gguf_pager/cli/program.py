@@ -37,6 +37,8 @@ def run(command: list[str], given: dict[str, Any]) -> NoReturn:
     paging = {name: given[option] for option, name in _OPTIONS.items()}
     paging["mirror"] = tuple(os.path.abspath(path) for path in paging["mirror"])  # the program may be in another folder by then
     told = environment.with_settings(os.environ, given["budget"], **paging)
+    if given["verbose"]:
+        told[environment.VERBOSE] = "true"
     budget, options = environment.settings(told)
     parse_budget(budget)
     Options(**options)
@@ -65,7 +67,7 @@ def _refuse_what_means_nothing() -> None:
     context = click.get_current_context()
     for parameter in context.command.params:
         name = parameter.name or ""
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE and name not in (*_OPTIONS, "budget"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE and name not in (*_OPTIONS, "budget", "verbose"):
             raise click.UsageError(f"{max(parameter.opts, key=len)} says nothing to a program: set that in the program itself.")
 
 
