@@ -45,6 +45,7 @@ from gguf_pager.memory.sizing import Request, check_cache, open_or_shrink, suita
 from gguf_pager.model import engine
 from gguf_pager.threads import Threads
 from gguf_pager.turns import take_all
+from gguf_pager.windows import with_whole_window
 from gguf_pager.wrapping import Wrapping
 
 log = logging.getLogger("gguf_pager")
@@ -63,31 +64,6 @@ _OF_A_CONTEXT = {
 _OF_A_MEMORY = ("llama_memory_clear", "llama_memory_seq_rm", "llama_memory_seq_cp", "llama_memory_seq_keep",
                 "llama_memory_seq_add", "llama_memory_seq_div")
 """The same for a context's memory, their first argument."""
-
-
-def with_whole_window(method: Callable[..., None], is_guarded: Callable[[Any], bool]) -> Callable[..., None]:
-    """Return llama_cpp.Llama.eval, which first computes the text again where a sliding window has lost tokens that come into view.
-
-    Who takes back the last tokens, as generate() does for a prompt that begins like the last one, sees older ones again. After
-    load_state() llama.cpp has given their places away, also in a cache as large as the context, and computes without them
-    (findings/window-forgets-after-load.sh).
-    """
-
-    @functools.wraps(method)
-    def evaluate(llm: Any, tokens: Any) -> None:
-        n_tokens, first = int(llm.n_tokens), 0
-        n_window = int(low.llama_model_n_swa(llm._model.model)) if is_guarded(llm) and n_tokens > 0 and len(tokens) > 0 else 0
-        if n_window > 0 and not (llm._is_recurrent or llm._is_hybrid):
-            first = int(low.llama_memory_seq_pos_min(low.llama_get_memory(llm._ctx.ctx), 0))
-        if first > max(0, n_tokens - n_window):  # what is kept has no gaps; whoever only goes on never comes here
-            try:
-                llm.n_tokens = 0
-                method(llm, llm.input_ids[:n_tokens].tolist())
-            finally:
-                llm.n_tokens = n_tokens  # of a call that fails: what is missing is known to whoever goes on
-        method(llm, tokens)
-
-    return evaluate
 
 
 class _Scope:

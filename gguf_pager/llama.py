@@ -14,13 +14,14 @@ from llama_cpp.llama_cache import BaseLlamaCache
 from gguf_pager import guard
 from gguf_pager.arguments import OPTION_NAMES, take_request
 from gguf_pager.errors import EngineError, LayoutError, PagerError
-from gguf_pager.hooks import hooks, with_whole_window
+from gguf_pager.hooks import hooks
 from gguf_pager.memory.budget import parse_budget
 from gguf_pager.memory.sizing import Request
 from gguf_pager.model.names import local_path
 from gguf_pager.pager import Options, Pager
 from gguf_pager.pieces import Pieces
 from gguf_pager.saved import KeptCache, loading, saving
+from gguf_pager.windows import with_whole_window
 
 _NEED_THE_MODEL = (
     "tokenize", "n_ctx", "n_embd", "n_vocab", "token_eos", "token_bos", "token_nl", "set_seed", "pooling_type",

@@ -19,7 +19,7 @@ ORDER = (
     "model.engine", "llama_log", "model.metadata", "model.variants", "model.hub", "model.stores", "model.names", "model.layout", "model.mirror",
     "memory.budget", "memory.allocator", "memory.cgroup", "memory.probe", "aftermath", "memory.cap",
     "profile", "pager", "environment", "disk.bandwidth", "disk.device", "verdict", "memory.residency", "fingerprint", "memory.sizing",
-    "loading", "threads", "pace", "contention", "turns", "wrapping", "guard", "arguments", "contexts", "hooks", "pieces", "saved", "llama",
+    "loading", "threads", "pace", "contention", "turns", "wrapping", "guard", "arguments", "contexts", "windows", "hooks", "pieces", "saved", "llama",
     "autostart", "energy", "serve", "doctor", "bench", "report", "cli", "__main__",
 )
 
@@ -29,7 +29,7 @@ FOLDERS = ("serve", "energy", "bench", "report", "cli")  # files of one topic, w
 ANY_NAME = ("__version__",)  # of the package itself, which is complete before any module is
 
 OPEN_MODELS = {"bench", "cli"}
-USERS_OF_LLAMA_CPP = {"contexts", "arguments", "guard", "hooks", "pieces", "saved", "llama", "loading", "serve"}
+USERS_OF_LLAMA_CPP = {"contexts", "arguments", "guard", "windows", "hooks", "pieces", "saved", "llama", "loading", "serve"}
 USERS_OF_NATIVE = {"profile", "model.engine", "pager", "memory.residency", "loading", "turns", "contexts", "hooks",
                    "doctor", "llama_log", "fingerprint"}
 
@@ -179,7 +179,7 @@ def test_importing_the_package_loads_nothing() -> None:
     assert not {"llama_cpp", "numpy", "gguf", "psutil", "ctypes", "click"} & set(loaded)
 
 
-@pytest.mark.parametrize("module", [name for name in ORDER if name not in ("loading", "guard", "arguments", "contexts", "hooks", "pieces", "saved", "llama", "serve", "autostart", "cli", "__main__")])
+@pytest.mark.parametrize("module", [name for name in ORDER if name not in {*USERS_OF_LLAMA_CPP, "autostart", "cli", "__main__"}])
 def test_modules_load_without_llama_cpp(module: str) -> None:
     assert python(f"import sys, gguf_pager.{module}; print('llama_cpp' in sys.modules)") == "False"
 

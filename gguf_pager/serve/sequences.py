@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as low
 
+from gguf_pager.windows import is_whole
+
 if TYPE_CHECKING:
     from gguf_pager.serve.answers import Answer
 
@@ -116,12 +118,7 @@ class Memory:
         return n_kept if n_kept and low.llama_memory_seq_rm(self._memory, sequence.number, n_kept, -1) else 0
 
     def _is_whole(self, sequence: Sequence, n_tokens: int) -> bool:
-        """Return whether all is there that a token looks at which comes after a sequence's first ones.
-
-        Behind a sliding window llama.cpp gives a token's place to whoever needs one, another sequence included, also in a cache that is
-        as large as the context. What it has kept has no gaps: it is all from one position on.
-        """
-        return 0 <= int(low.llama_memory_seq_pos_min(self._memory, sequence.number)) <= max(0, n_tokens - self._n_window)
+        return is_whole(self._memory, sequence.number, n_tokens, self._n_window)
 
     def mark(self, sequence: Sequence) -> None:
         """Keep the state of a recurrent model as it is now, to come back to; nothing where tokens can simply be taken back."""
