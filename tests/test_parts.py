@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from typing import Any
 
 import pytest
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from gguf_pager.serve import calls, parts, templates
+from gguf_pager.serve.seat import RequestError, checked
 
 WEATHER = {"type": "object", "properties": {
     "city": {"type": "string"}, "days": {"type": "integer"}, "zip": {"type": "string"}, "note": {"type": ["string", "null"]}, "wet": {"$ref": "#/$defs/wet"},
@@ -159,11 +160,9 @@ def test_text_of_parts_of_marks_is_told_apart_however_it_is_cut() -> None:
 @pytest.mark.parametrize(("template", "begin", "end"), [
     (HERMES, '<tool_call>{"name": "now", "arguments": {"a": "', '"}}</tool_call>'), (GPT_OSS, '<|channel|>commentary to=functions.now<|message|>{"a": "', '"}'),
     (HERMES, "<tool_call><function=now><parameter=a>\n", "\n</parameter></function></tool_call>"), ("[TOOL_CALLS]", '[TOOL_CALLS]now[ARGS]{"a": "', '"}')])
-def test_long_arguments_are_not_looked_through_again_for_every_token(template: str, begin: str, end: str) -> None:
-    n_tokens, text = 150_000, "word"
-    begun = time.process_time()
+def test_arguments_may_be_long(template: str, begin: str, end: str) -> None:
+    n_tokens, text = 20_000, "word"
     assert told_apart([begin, *[text] * n_tokens, end], template) == ("", "", [("now", {"a": text * n_tokens})])
-    assert time.process_time() - begun < 8, "it takes two seconds, and fourteen where gpt-oss's marks are looked for again"
 
 
 @pytest.mark.parametrize("template", [HERMES, GPT_OSS, "Given functions"])
@@ -220,6 +219,20 @@ MISTRAL = """{% for m in messages if m.role in ("user", "assistant") and not m.t
                                                     ("{{ raise_exception('no tools') }}", False), ("{% nonsense", False)])
 def test_arguments_go_into_a_template_as_it_takes_them(template: str, expected: bool) -> None:
     assert templates.takes_objects(template) is expected
+
+
+def test_template_that_finds_no_end_of_a_schema_is_an_error_of_the_request() -> None:
+    template = Jinja2ChatFormatter(template="{% macro kind(x) %}{{ x.type or kind(x) }}{% endmacro %}{{ kind(tools[0]) }}", eos_token="", bos_token="")
+    with pytest.raises(RequestError, match="give each schema in them a type"):
+        checked(lambda: template(messages=[], tools=[{}]))
+
+
+@pytest.mark.parametrize(("template", "is_given"), [
+    ("{% for t in tools %}{{ '// ' + t.function.description }}{% endfor %}", True), ("{{ tools | tojson }}", False), ("{{ raise_exception('no') }}", False)])
+def test_tools_get_the_description_that_a_template_wants(template: str, is_given: bool) -> None:
+    tools = [{"type": "function", "function": {"name": "now"}}, {"type": "function", "function": {"name": "then", "description": "Later."}}]
+    first, second = (tool["function"].get("description") for tool in templates.with_descriptions(tools, template))
+    assert first == ("" if is_given else None) and second == "Later."
 
 
 def test_arguments_that_are_no_json_stay_what_they_are() -> None:

@@ -77,6 +77,16 @@ def test_several_choices_and_prompts_are_numbered(client: openai.OpenAI) -> None
     assert {chunk.choices[0].index for chunk in chunks} == {0, 1}
 
 
+def test_prompt_counts_once_however_many_answers_there_are(client: openai.OpenAI) -> None:
+    one = client.chat.completions.create(model="talking", messages=MESSAGES, max_tokens=4).usage
+    three = client.chat.completions.create(model="talking", messages=MESSAGES, max_tokens=4, n=3).usage
+    assert one is not None and three is not None and three.prompt_tokens == one.prompt_tokens
+    assert three.total_tokens == three.prompt_tokens + three.completion_tokens and three.completion_tokens > 4
+    two = client.completions.create(model="talking", prompt=["Once", "Once upon a time"], max_tokens=2, n=2).usage
+    assert two is not None and two.prompt_tokens == sum(client.completions.create(model="talking", prompt=text, max_tokens=2).usage.prompt_tokens  # type: ignore[union-attr]
+                                                        for text in ("Once", "Once upon a time"))
+
+
 def test_answers_differ_unless_a_seed_is_given(client: openai.OpenAI) -> None:
     def answers(n: int, **given: Any) -> set[str | None]:
         return {choice.message.content for _ in range(2) for choice in client.chat.completions.create(

@@ -14,7 +14,7 @@ from conftest import ARGUMENTS, with_vocabulary
 from serving import Server, serving
 
 import gguf_pager
-from gguf_pager.serve import jobs, schemas
+from gguf_pager.serve import jobs, parts, schemas
 from gguf_pager.serve.batcher import Batcher
 from gguf_pager.serve.seat import Seat
 
@@ -291,6 +291,13 @@ def test_thoughts_of_gpt_oss_stay_in_the_text_with_their_marks_where_that_is_ask
     request = schemas.ChatRequest(messages=MESSAGES, reasoning_format="none", max_tokens=len(tokens) - 1)
     [job] = jobs.chat_jobs(request, scripted(batcher, tokens), "x")
     assert job.whole()["choices"][0]["message"]["content"] == text
+
+
+def test_marks_that_are_control_tokens_stay_in_a_text_that_is_not_told_apart() -> None:
+    template = "[THINK][/THINK]"
+    for form, marks in ((None, parts.marks_of(template, has_tools=False)), ("none", parts.Marks(shown=("[THINK]", "[/THINK]")))):
+        assert jobs._ToolUse().marks(schemas.ChatRequest(messages=MESSAGES, reasoning_format=form), template) == marks
+        assert marks.all == ("[THINK]", "[/THINK]")
 
 
 def test_thoughts_of_earlier_turns_come_back_as_gpt_oss_has_them() -> None:

@@ -16,7 +16,7 @@ from gguf_pager.serve.calls import tools_of
 from gguf_pager.serve.parts import BARE, Marks, Splitter, marks_of, split_answer, split_chunks, splitting
 from gguf_pager.serve.schemas import MOST_ANSWERS, SAMPLING, ChatRequest, CompletionRequest, Message, ResponseFormat
 from gguf_pager.serve.seat import RequestError, Seat, checked
-from gguf_pager.serve.templates import takes_objects, template_of, with_objects
+from gguf_pager.serve.templates import takes_objects, template_of, with_descriptions, with_objects
 
 Chunk = dict[str, Any]
 
@@ -30,10 +30,12 @@ _DEFAULTS: dict[str, Any] = {name: field.default for name, field in CompletionRe
 
 
 class Job:
-    """One answer of a request: a seat, and what it is asked. `index` is its place among the request's choices."""
+    """One answer of a request: a seat, and what it is asked. `index` is its place among the request's choices, `is_first` tells whether
+    its prompt is none of those before.
+    """
 
-    def __init__(self, seat: Seat, index: int, ask: Callable[[], Any]) -> None:
-        self.seat, self.index, self._ask = seat, index, ask
+    def __init__(self, seat: Seat, index: int, ask: Callable[[], Any], *, is_first: bool) -> None:
+        self.seat, self.index, self._ask, self.is_first = seat, index, ask, is_first
 
     def whole(self) -> Chunk:
         """Return the answer in one piece."""
@@ -60,7 +62,7 @@ class ChatJob(Job):
     """An answer of a chat, whose parts are told apart. `is_old` where it calls functions as OpenAI's API had them before tools."""
 
     def __init__(self, seat: Seat, index: int, ask: Callable[[], Any], open_splitter: Callable[[], Splitter], *, is_old: bool) -> None:
-        super().__init__(seat, index, ask)
+        super().__init__(seat, index, ask, is_first=index == 0)
         self._open_splitter, self._is_old = open_splitter, is_old
 
     def whole(self) -> Chunk:
@@ -165,7 +167,7 @@ def completion_jobs(request: CompletionRequest, open_seat: Callable[[], Seat], m
             jobs.append(Job(seat, len(jobs), _asking(
                 seat.create_completion, prompt, suffix=request.suffix, max_tokens=_most(request.max_tokens), echo=request.echo,
                 logprobs=request.logprobs, stream=request.stream, logit_bias=_bias(request, seat._n_vocab), grammar=grammar,
-                model=model, **arguments)))
+                model=model, **arguments), is_first=i == 0))
     return jobs
 
 
@@ -217,7 +219,7 @@ def chat_jobs(request: ChatRequest, open_seat: Callable[[], Seat], model: str) -
             raise RequestError(f"chat_template_kwargs is for the model's template, which has no {taken[0]!r} of its own: leave it out.",
                                "chat_template_kwargs")
         jobs.append(ChatJob(seat, i, _asking(
-            handler, llama=seat, messages=[_message(message, template) for message in request.messages], tools=use.tools,
+            handler, llama=seat, messages=[_message(message, template) for message in request.messages], tools=with_descriptions(use.tools, template) if use.tools else None,
             tool_choice="auto" if use.tools else None, max_tokens=most, stream=request.stream,
             logprobs=request.logprobs, top_logprobs=request.top_logprobs if request.top_logprobs is not None else 0,
             logit_bias=_bias(request, seat._n_vocab), grammar=grammar, model=model, **arguments,
@@ -356,11 +358,13 @@ def join(answers: list[Chunk], jobs: list[Job]) -> Chunk:
 
 
 def usage(jobs: list[Job]) -> dict[str, Any]:
-    """Return what a request took."""
-    found = [job.seat.usage() for job in jobs]
-    n_prompt, n_answer = (sum(one[name] for one in found) for name in ("prompt_tokens", "completion_tokens"))
+    """Return what a request took; a prompt counts once, however many answers there are to it."""
+    found = [(job.seat.usage(), job.is_first) for job in jobs]
+    n_answer = sum(one["completion_tokens"] for one, _ in found)
+    prompts = [one for one, is_first in found if is_first]
+    n_prompt = sum(one["prompt_tokens"] for one in prompts)
     return {"prompt_tokens": n_prompt, "completion_tokens": n_answer, "total_tokens": n_prompt + n_answer,
-            "prompt_tokens_details": {"cached_tokens": sum(one["prompt_tokens_details"]["cached_tokens"] for one in found)}}
+            "prompt_tokens_details": {"cached_tokens": sum(one["prompt_tokens_details"]["cached_tokens"] for one in prompts)}}
 
 
 def last_chunk(first: Chunk, jobs: list[Job]) -> Chunk:

@@ -53,6 +53,8 @@ def checked(ask: Callable[[], Any]) -> Any:
         raise RequestError(f"The model's chat template refuses these messages: {error}", "messages") from error
     except ValueError as error:
         raise RequestError(f"The request cannot be answered: {error}") from error
+    except RecursionError as error:  # some look into a schema until it ends, and take one without a type for endless
+        raise RequestError("The model's chat template cannot make a prompt of these tools: give each schema in them a type.", "tools") from error
     except TypeError as error:  # a template's, of something that is not there: anybody else's is a mistake of ours
         if not any(frame.f_globals.get("__name__") == "jinja2.environment" for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise

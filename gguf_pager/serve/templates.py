@@ -1,4 +1,4 @@
-"""What chat templates want: some take the arguments of earlier calls as the text that they were, others as objects."""
+"""What chat templates want, found out by trying: how calls and tools go into them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,40 @@ def template_of(seat: Any) -> str:
 def takes_objects(template: str) -> bool:
     """Whether the arguments of a call go into this template as an object; else as JSON in text, which leaves them as the model wrote them.
 
-    Found out by trying, as llama.cpp does: text may be refused, left out, or put between quotes once more.
+    As llama.cpp finds it out: text may be refused, left out, or put between quotes once more.
     """
     return not _shows(template, _PROBE) and _shows(template, json.loads(_PROBE))
 
 
 def _shows(template: str, arguments: Any) -> bool:
     call = {"id": "123456789", "type": "function", "function": {"name": "probe", "arguments": arguments}}
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]},
-                {"role": "tool", "tool_call_id": "123456789", "name": "probe", "content": "y"}, {"role": "assistant", "content": "w"},
-                {"role": "user", "content": "z"}]  # a whole conversation: Mistral's templates want user and assistant to alternate
-    tool = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}}
+    text = _prompt(template, {"description": ""}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+                   {"role": "tool", "tool_call_id": "123456789", "name": "probe", "content": "y"}, {"role": "assistant", "content": "w"},
+                   {"role": "user", "content": "z"})  # a whole conversation: Mistral's templates want user and assistant to alternate
+    return text is not None and '\\"needle\\"' not in text and "needle" in text
+
+
+def _prompt(template: str, tool: dict[str, Any], *messages: dict[str, Any]) -> str | None:
+    """Return what a template makes of these messages and a tool; None where it refuses them."""
+    function = {"name": "probe", "parameters": {"type": "object", "properties": {}}, **tool}
     try:
-        text = Jinja2ChatFormatter(template=template, eos_token="", bos_token="")(messages=messages, tools=[tool]).prompt
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError):  # whatever a template does with what it does not expect
-        return False
-    return '\\"needle\\"' not in text and "needle" in text
+        return str(Jinja2ChatFormatter(template=template, eos_token="", bos_token="")(
+            messages=list(messages), tools=[{"type": "function", "function": function}]).prompt)
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError, RecursionError):  # whatever a template does with what it does not expect
+        return None
+
+
+@functools.lru_cache(maxsize=16)
+def _wants_descriptions(template: str) -> bool:
+    asked = {"role": "user", "content": "x"}
+    return _prompt(template, {}, asked) is None and _prompt(template, {"description": ""}, asked) is not None
+
+
+def with_descriptions(tools: Sequence[dict[str, Any]], template: str) -> list[dict[str, Any]]:
+    """Return tools as a template takes them: gpt-oss's and others refuse one without a description, which OpenAI's API lets be left out."""
+    if not _wants_descriptions(template):
+        return list(tools)
+    return [{**tool, "function": {"description": "", **tool["function"]}} for tool in tools]
 
 
 def with_objects(calls: Sequence[Any]) -> list[Any]:
