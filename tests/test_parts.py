@@ -91,6 +91,7 @@ ANSWERS: dict[str, tuple[str, str, str, tuple[str, str, list[Any]]]] = {
                        '<|constrain|>json<|message|>{"city": "Paris"}'), ("Hm.", "", [PARIS])),
     "gpt-oss, its other order": (GPT_OSS, "", ("<|channel|>commentary<|message|>I look.<|end|><|start|>assistant to=functions.weather<|channel|>commentary "
                                  '<|constrain|>json<|message|>{"city": "Paris"}<|call|>'), ("", "I look.", [PARIS])),
+    "gpt-oss, calls with nothing": (GPT_OSS, "", "<|channel|>commentary to=functions.now <|constrain|>json<|message|>", ("", "", [("now", {})])),
     "gpt-oss, no header": (GPT_OSS, "", "Yes.", ("", "Yes.", [])),
     "end mark within an argument": (HERMES, "", '<tool_call>{"name": "weather", "arguments": {"city": "a </tool_call> b"}}</tool_call> So.',
                                     ("", "So.", [("weather", {"city": "a </tool_call> b"})])),

@@ -323,9 +323,10 @@ class _Harmony:
     def _message(self, text: str) -> list[Part]:
         if self._kind != "call":
             return _said(self._kind, text)
-        if not is_object(text):
+        arguments = text.strip() or "{}"  # of a tool that takes none
+        if not is_object(arguments):
             return _said("content", text)
-        return [Part("call", call=Call(self._recipient.removeprefix("functions."), text.strip()))]
+        return _called([Call(self._recipient.removeprefix("functions."), arguments)])
 
     def end(self) -> list[Part]:
         text, self._text = self._text, ""
