@@ -167,8 +167,8 @@ class _Request:
 def bench(is_cold: bool, **given: Any) -> None:
     """Measure speed and energy beside stock llama-cpp-python.
 
-    Prompts and answers, in the same memory. Every run is a process of its own. A round runs each case once; ratios are taken within rounds, under the same memory
-    cap, against stock at the best of the read-aheads that were measured. Lists multiply: -p 64,512 -n 64,128 are four
+    Prompts and answers, in the same memory. Every run is a process of its own. A round runs each case once; ratios are taken within
+    rounds, under the same memory cap, against stock at the best of the read-aheads that were measured. Lists multiply: -p 64,512 -n 64,128 are four
     shapes. Numbers may be given as 64,128 or 16-64+16 or 1-8*2.
 
     A Ctrl-C leaves the rows that were finished. The exit code is 1 where no row has a result, or where logits differ from

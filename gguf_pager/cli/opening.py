@@ -141,7 +141,8 @@ def open_model(opening: Opening, n_ctx: int, n_seq_max: int = 1) -> Llama:
     with progress.bar(f"opening {printable(opening.model.name)}", lambda: _opening_bytes(opening, memory),
                       lambda: probe.process_memory().resident_bytes):
         llm = _open(opening, n_ctx, n_seq_max)
-    _warn_of_length(llm, n_ctx // n_seq_max, is_said=n_seq_max == 1 or opening.verbose)
+    if _holds_warnings(opening, n_seq_max):
+        _warn_of_length(llm, n_ctx // n_seq_max)
     if llm.not_paged_reason:
         click.echo(f"Not paged: {llm.not_paged_reason}.", err=True)
     taken = _budget_taken(llm, opening, memory)
@@ -155,7 +156,7 @@ def _open(opening: Opening, n_ctx: int, n_seq_max: int) -> Llama:
 
     n_threads = opening.threads or physical_cores()
     try:
-        with _no_warnings() if n_seq_max > 1 and not opening.verbose else nullcontext():
+        with _no_warnings() if _holds_warnings(opening, n_seq_max) else nullcontext():
             return Llama(
                 str(opening.model), budget=opening.budget, policy=opening.policy, io=opening.io,
                 n_readers=opening.readers, mirror=opening.mirror, profile=opening.profile,
@@ -172,9 +173,14 @@ def _open(opening: Opening, n_ctx: int, n_seq_max: int) -> Llama:
         raise PagerError(f"{str(error).rstrip('.')}{hint}.") from error
 
 
+def _holds_warnings(opening: Opening, n_seq_max: int) -> bool:
+    """Whether llama.cpp's warnings are held back: it compares the tokens of all sequences together with what a model was trained for."""
+    return n_seq_max > 1 and not opening.verbose
+
+
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """Let llama_cpp print no warning meanwhile: llama.cpp compares the tokens of all sequences together with what a model was trained for."""
+    """Let llama_cpp print no warning meanwhile."""
     from llama_cpp import _logger
 
     levels = _logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL
@@ -186,10 +192,10 @@ def _no_warnings() -> Iterator[None]:
         levels[_WARN] = before
 
 
-def _warn_of_length(llm: Llama, n_ctx: int, *, is_said: bool) -> None:
-    """Say what llama.cpp says, where it was not let, of conversations longer than what the model has learned."""
+def _warn_of_length(llm: Llama, n_ctx: int) -> None:
+    """Say in llama.cpp's place that conversations may be longer than what the model has learned."""
     n_train = int(llm._model.n_ctx_train())
-    if n_ctx > n_train > 0 and not is_said:
+    if n_ctx > n_train > 0:
         click.echo(f"The model was trained for {n_train:,} tokens, and may lose the thread in a context of {n_ctx:,}.", err=True)
 
 
