@@ -54,6 +54,13 @@ so that the first run after a rest would pay for the next. All cases of a round
 compute the same tokens; rounds begin at places spread over the text or trace. At the end of each round the logits of ours
 and of stock are compared, bit for bit. Of lists every combination is measured, and each budget beside stock.
 
+With `--parallel 1,2,4,8` several sequences are computed in the same batches, as llama-batched-bench does it: each has its own
+`-d` and `-p` tokens, then `-n` steps compute one token of each. All numbers of sequences take turns in the same rounds. The first
+sequence has the tokens that a single one has; the others begin elsewhere in the text or trace, so that they want other experts. Ours
+and stock have one context of the same size for all of them (`kv_unified`), and the cap is found with as many. Speeds, bytes
+and joules are of all sequences together; logits are compared of each. Above the number in `-ub` a step is more than one batch, and
+an expert may count more than once. One sequence is computed by llama-cpp-python's `eval`, several by `llama_decode` itself.
+
 The device's read-ahead decides stock's figures, so that stock runs at the present one and at 128 KiB, Linux's default, where it
 can be set (as root, and while no other `bench` has set it). It is restored, also after a kill -9. Elsewhere stock runs at the
 present one alone, and the words beside a ratio say so. The cap is a memory cgroup below the one that this process is in (version
@@ -69,7 +76,9 @@ repacked weights, llama.cpp's fastest. On processors with AMX llama-cpp-python 0
 Columns of the table: `t/s` median and range of the runs; `vs stock` the median of the ratios to stock within rounds,
 under the same cap, against stock at the best of the read-aheads that were measured; `limit` the speed that computing with all weights in RAM plus reading
 the missed bytes at the device's best bandwidth would give, and `eff.` how much of it was reached (above 1 where reads and
-computing overlap); `J/token` joules, with `~` where they are modelled. A row whose `status` is not "ok" has a line below
+computing overlap); where there are several sequences, `t/s each` the speed of one of them, `over 1` the median of the ratios of `t/s`
+to that of one sequence in the same round, with the same budget and read-ahead, and `union` the experts that a step wants, each
+once, over those that one token wants: 4 sequences with a union of 2.4 want 0.6 times as many per token; `J/token` joules, with `~` where they are modelled. A row whose `status` is not "ok" has a line below
 the table: `invalid` (other logits than stock, a page cache that was not cold, more reads counted than the system has seen, or
 than the experts wanted have), `timeout`, `failed`, `interrupted`, or `disturbed`: it cannot be as it was measured. That is a
 resident model, or a case with more memory and otherwise the same, more than 1.25 times slower than one with less (not for our
@@ -116,6 +125,10 @@ generation, as `-p` and `-n` do in llama-bench. Then ours:
 | `same_logits`, `same_logits_rounds` | whether ours and stock ended with equal logits, in how many rounds that could be told; null where batches differ |
 | `energy_*`, `j_per_token`, `j_per_token_net`, `j_per_prompt_token`, `tokens_per_j`, `avg_power_w` | all runs together; `energy_reason` says why something is null |
 | `status`, `status_reason` | `ok`, or what is wrong with the row |
+| `n_parallel` | sequences; `n_prompt`, `n_gen` and `n_depth` are of each, all other figures of all together |
+| `sequence_ts` | tokens per second of one of them: `median_ts` / `n_parallel` |
+| `expert_union` | experts that a step wants, each once per batch, over those that one token wants; null for stock and for prompts |
+| `over_1`, `over_1_low`, `over_1_high` | ratio of tokens per second to one sequence in the same rounds, and its range; null where that was not measured, or was disturbed |
 """,
     "energy": """\
 `--model-paper` computes the energy per token of arXiv 2508.06978 again, for experts in HBM, DDR5 or on an SSD, from its

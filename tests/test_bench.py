@@ -14,8 +14,19 @@ from typing import Any
 import pytest
 
 from gguf_pager.bench import details, rows, tokens
-from gguf_pager.bench.cases import Case, Shape, budget_bytes, cases_of, parse_numbers, parse_read_aheads, shapes
+from gguf_pager.bench.cases import (
+    Case,
+    Shape,
+    budget_bytes,
+    cases_of,
+    parse_numbers,
+    parse_read_aheads,
+    rounds_of,
+    shapes,
+)
 from gguf_pager.bench.runner import Run, outcome
+from gguf_pager.bench.runner import _reached as reached
+from gguf_pager.bench.runner import _take as take_event
 from gguf_pager.bench.worker import PhaseResult, Task
 from gguf_pager.energy.meter import Reading
 from gguf_pager.energy.model import CONSTANTS
@@ -61,6 +72,18 @@ def test_lists_multiply_and_what_computes_nothing_is_left_out() -> None:
     assert [(shape.n_prompt, shape.n_gen, shape.n_ubatch) for shape in made] == [
         (0, 64, 512), (0, 64, 64), (512, 0, 512), (512, 0, 64), (512, 64, 512), (512, 64, 64)]
     assert Shape(512, 64, 100, 1, 1, 1).n_tokens == 676 and Shape(512, 64, 100, 1, 1, 1).n_ctx == 768
+
+
+def test_shapes_that_differ_in_sequences_alone_share_their_rounds() -> None:
+    made = shapes((8, 16), (4,), (0,), (2,), (64,), (64,), (1, 2, 2))
+    assert [[(shape.n_prompt, shape.n_parallel) for shape in group] for group in rounds_of(made)] == [[(8, 1), (8, 2)], [(16, 1), (16, 2)]]
+    assert [len(group) for group in rounds_of(shapes((8, 16), (4,), (0,), (2,), (64,), (64,)))] == [1, 1]
+
+
+def test_sequences_share_a_context_that_holds_them_all() -> None:
+    shape = Shape(512, 64, 100, 1, 1, 1, 3)
+    assert (shape.n_sequence_tokens, shape.n_tokens, shape.n_ctx) == (676, 2028, 2048)
+    assert Case("paged", shape, None, "25%").label == "paged 25%, 3 sequences"
 
 
 def test_stock_runs_under_each_cap_once_at_every_read_ahead() -> None:
@@ -136,9 +159,19 @@ def test_ids_come_from_each_source(tmp_path: Path) -> None:
 
 def test_rounds_take_tokens_from_places_spread_over_the_sequence() -> None:
     ids = list(range(100))
-    assert [tokens.take(ids, 10, turn, 3)[0] for turn in range(3)] == [0, 45, 90]
-    assert tokens.take(ids, 10, 0, 1) == ids[:10]
-    assert tokens.take([1, 2, 3], 7, 1, 2) == [1, 2, 3, 1, 2, 3, 1], "a short one repeats"
+    assert [tokens.take(ids, 10, turn, 3)[0][0] for turn in range(3)] == [0, 45, 90]
+    assert tokens.take(ids, 10, 0, 1) == [ids[:10]]
+    assert tokens.take([1, 2, 3], 7, 1, 2) == [[1, 2, 3, 1, 2, 3, 1]], "a short one repeats"
+
+
+def test_sequences_of_a_round_take_tokens_from_other_places_than_the_one_that_is_alone() -> None:
+    ids = list(range(100))
+    for turn in range(3):
+        several = tokens.take(ids, 10, turn, 3, 4)
+        assert several[0] == tokens.take(ids, 10, turn, 3)[0] and all(len(own) == 10 for own in several)
+        assert len({token for own in several for token in own}) == 40, "no two have a token in common"
+    assert [own[0] for own in tokens.take(ids, 10, 2, 3, 4)] == [90, 15, 40, 65], "behind the end comes the beginning"
+    assert tokens.take([1, 2, 3], 4, 0, 1, 3) == [[1, 2, 3, 1], [2, 3, 1, 2], [3, 1, 2, 3]], "too few: at least never in step"
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -566,6 +599,101 @@ def test_model_counts_reads_of_ram_for_stock_as_for_ours() -> None:
     assert "reads of RAM are not known" in alone["energy_reason"]
 
 
+# ---- several sequences ----------------------------------------------------------------------------------------------
+
+OF_SEQUENCES = ["n_parallel", "sequence_ts", "expert_union", "over_1", "over_1_low", "over_1_high"]
+
+
+def of_four(case: Case, cap_bytes: int | None = None) -> Case:
+    return dataclasses.replace(case, shape=dataclasses.replace(case.shape, n_parallel=4), cap_bytes=cap_bytes or case.cap_bytes)
+
+
+def runs_of_one_and_four() -> list[Run]:
+    """Return three rounds of ours and stock: of one sequence, and of four under a cap that is larger by their caches. The machine
+    halves its speed in round 1. Four want 2.5 times the experts of one."""
+    runs = []
+    for turn, speed in enumerate((10.0, 5.0, 10.0)):
+        ours = a_run(PAGED, turn, speed)
+        four = a_run(of_four(PAGED, 2_200_000_000), turn, speed * (1.5, 2.0, 3.0)[turn])
+        four.gen = dataclasses.replace(four.gen, n_tokens=4 * 128, ns=4 * four.gen.ns, hits=24 * 128, misses=16 * 128) if four.gen else None
+        for run in (ours, four):
+            run.facts["experts_per_token"] = 16
+        runs += [ours, a_run(STOCK, turn, speed / 2), four, a_run(of_four(STOCK, 2_200_000_000), turn, speed)]
+    return runs
+
+
+def test_several_sequences_are_compared_with_one_within_rounds() -> None:
+    row = decode_rows(runs_of_one_and_four())[of_four(PAGED, 2_200_000_000)]
+    assert (row["n_parallel"], row["n_gen"]) == (4, 128)
+    assert row["samples_ts"] == pytest.approx([15, 10, 30]), "of all together"
+    assert row["sequence_ts"] == pytest.approx(15 / 4) and row["expert_union"] == pytest.approx(2.5)
+    assert (row["over_1"], row["over_1_low"], row["over_1_high"]) == pytest.approx((2, 1.5, 3))
+    assert row["vs_stock"] == pytest.approx(2), "of four sequences, too"
+    assert row["read_bytes_per_token"] == 10_000_000, "of all tokens"
+
+
+def test_stock_is_compared_with_its_one_sequence_under_the_cap_of_the_same_budget() -> None:
+    more = dataclasses.replace(PAGED, budget="50%", cap_bytes=3_000_000_000)
+    decoy = [run for turn in range(3) for run in (a_run(more, turn, 12.0), a_run(dataclasses.replace(STOCK, cap_bytes=3_000_000_000), turn, 11.0))]
+    made = decode_rows([*decoy, *runs_of_one_and_four()])
+    assert made[of_four(STOCK, 2_200_000_000)]["over_1"] == pytest.approx(2)
+    assert made[of_four(STOCK, 2_200_000_000)]["expert_union"] is None, "nobody counts them"
+    assert made[STOCK]["over_1"] is None
+
+
+def test_there_is_no_ratio_to_one_sequence_that_was_not_measured_or_was_disturbed() -> None:
+    four = of_four(PAGED, 2_200_000_000)
+    runs = runs_of_one_and_four()
+    assert decode_rows([run for run in runs if run.case.shape.n_parallel == 4])[four]["over_1"] is None
+    slow = next(run for run in runs if run.case == PAGED)
+    assert slow.gen is not None
+    slow.gen = dataclasses.replace(slow.gen, ns=slow.gen.ns * 9)
+    assert decode_rows(runs)[four]["over_1"] is None
+
+
+def test_prompt_of_several_has_a_speed_and_no_union() -> None:
+    four = [row for row in rows.rows_of(runs_of_one_and_four(), common()) if row["n_prompt"] and row["n_parallel"] == 4]
+    assert all(row["expert_union"] is None and row["over_1"] == pytest.approx(1) for row in four) and len(four) == 2
+
+
+def test_row_of_one_sequence_is_as_before_with_the_new_names_at_its_end(some_rows: list[dict[str, Any]]) -> None:
+    for row in some_rows:
+        assert list(row)[-8:] == ["status", "status_reason", *OF_SEQUENCES]
+        assert row["n_parallel"] == 1 and row["sequence_ts"] == row["median_ts"] and row["over_1"] is None
+    head = table(some_rows).splitlines()[0]
+    assert not any(word in head for word in ("parallel", "each", "over 1", "union")) and "sequences" not in printed("md", some_rows)
+
+
+def test_table_shows_sequences_where_there_are_several() -> None:
+    made = rows.rows_of(runs_of_one_and_four(), common())
+    head, _, *lines = table(made).splitlines()
+    assert [cell.strip() for cell in head.split("|")][3:9] == ["test", "parallel", "t/s", "t/s each", "over 1", "union"]
+    ours = next(line for line in lines if "paged" in line and "tg128" in line and "15.00" in line)
+    assert [cell.strip() for cell in ours.split("|")][4:9] == ["4", "15.00 (10.00 to 30.00)", "3.75", "2.00", "2.50"]
+    only = table([row for row in made if row["n_parallel"] == 4]).splitlines()[0]
+    assert "parallel" in only, "also where all rows have as many"
+    assert "tg128 @ d512, 4 sequences: vs stock is to" in printed("md", made)
+    assert sum("paged 25%, 4 sequences" in line for line in bars(made).splitlines()) == 2
+
+
+def test_columns_of_sequences_have_types_that_their_numbers_need(some_rows: list[dict[str, Any]]) -> None:
+    database = sqlite3.connect(":memory:")
+    database.executescript(printed("sql", some_rows))
+    types = {name: kind for _, name, kind, *_ in database.execute(f"PRAGMA table_info({SQL_TABLE})")}
+    assert [types[name] for name in OF_SEQUENCES] == ["INTEGER", *["REAL"] * 5]
+
+
+def test_progress_of_several_is_told_in_tokens_of_each() -> None:
+    run = Run(of_four(PAGED), 0)
+    take_event(run, b'{"event": "loaded", "load_s": 1}')
+    take_event(run, b'{"event": "decoding", "n_done": 5}')
+    run.prompt = phase(2048, 1.0)
+    assert reached(run) == "5 of 128 tokens of each sequence were decoded"
+    done = json.dumps({"event": "decoded", "phase": phase(512, 1.0).to_json(), "token_ns": [1] * 128, "token_stall_ns": []})
+    take_event(run, done.encode())
+    assert run.n_done == 128
+
+
 # ---- details --------------------------------------------------------------------------------------------------------
 
 def test_timeline_and_heat_are_those_of_the_median_run() -> None:
@@ -573,8 +701,8 @@ def test_timeline_and_heat_are_those_of_the_median_run() -> None:
             for turn, n in enumerate((30, 10, 20))]
     runs += [a_run(STOCK, 0, 10.0, token_ns=[40], token_stall_ns=[]), a_run(RESIDENT, 0, None)]
     assert details.timelines(runs) == [
-        {"label": "paged 25%, cap 2.10 GB", "mode": "paged", "is_disturbed": False, "token_ns": [20, 20], "token_stall_ns": [1, 1]},
-        {"label": "stock, read-ahead 128 KiB, cap 2.10 GB", "mode": "stock", "is_disturbed": False, "token_ns": [40],
+        {"label": "paged 25%, cap 2.10 GB", "mode": "paged", "n_parallel": 1, "is_disturbed": False, "token_ns": [20, 20], "token_stall_ns": [1, 1]},
+        {"label": "stock, read-ahead 128 KiB, cap 2.10 GB", "mode": "stock", "n_parallel": 1, "is_disturbed": False, "token_ns": [40],
          "token_stall_ns": None}]
     assert details.heat(runs) == [{"label": "paged 25%", "layers": [{"block": 2}]}]
 

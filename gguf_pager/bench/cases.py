@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import groupby, product
 from typing import Literal
 
 from gguf_pager.memory.budget import parse_budget
@@ -40,7 +40,10 @@ def parse_numbers(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What one run computes: `n_depth` tokens before the clock starts, then a prompt, then tokens one by one."""
+    """What one run computes: `n_depth` tokens before the clock starts, then a prompt, then tokens one by one.
+
+    Of `n_parallel` sequences each has so many. Their prompts share batches, and a step computes a token of each.
+    """
 
     n_prompt: int
     n_gen: int
@@ -48,15 +51,21 @@ class Shape:
     n_threads: int
     n_batch: int
     n_ubatch: int
+    n_parallel: int = 1
+
+    @property
+    def n_sequence_tokens(self) -> int:
+        """Tokens of each sequence at the end."""
+        return self.n_depth + self.n_prompt + self.n_gen
 
     @property
     def n_tokens(self) -> int:
         """Tokens in the context at the end."""
-        return self.n_depth + self.n_prompt + self.n_gen
+        return self.n_parallel * self.n_sequence_tokens
 
     @property
     def n_ctx(self) -> int:
-        """The context to ask for, in the steps that llama.cpp rounds it up to."""
+        """The context to ask for, which all sequences share, in the steps that llama.cpp rounds it up to."""
         return -(-self.n_tokens // 256) * 256
 
 
@@ -78,6 +87,8 @@ class Case:
     def label(self) -> str:
         """A name for people: "paged 25%", "stock, read-ahead 128 KiB"."""
         parts = [f"{self.mode} {budget_label(self.budget)}" if self.budget else self.mode]
+        if self.shape.n_parallel > 1:
+            parts.append(f"{self.shape.n_parallel} sequences")
         if self.is_repacked:
             parts.append("repacked")
         if self.read_ahead_kb is not None and self.mode == "stock":
@@ -100,11 +111,16 @@ def parse_read_aheads(text: str) -> tuple[int | None, ...]:
 
 
 def shapes(n_prompt: Sequence[int], n_gen: Sequence[int], n_depth: Sequence[int], n_threads: Sequence[int],
-           n_batch: Sequence[int], n_ubatch: Sequence[int]) -> list[Shape]:
+           n_batch: Sequence[int], n_ubatch: Sequence[int], n_parallel: Sequence[int] = (1,)) -> list[Shape]:
     """Return every combination, but those that compute nothing; the last list changes fastest."""
-    lists = map(dict.fromkeys, (n_prompt, n_gen, n_depth, n_threads, n_batch, n_ubatch))
+    lists = map(dict.fromkeys, (n_prompt, n_gen, n_depth, n_threads, n_batch, n_ubatch, n_parallel))
     return [shape for numbers in product(*lists)
             if (shape := Shape(*numbers)).n_prompt + shape.n_gen > 0]
+
+
+def rounds_of(made: Sequence[Shape]) -> list[list[Shape]]:
+    """Return shapes in groups whose cases take turns in the same rounds: those that differ in `n_parallel` alone."""
+    return [list(group) for _, group in groupby(made, key=lambda shape: replace(shape, n_parallel=1))]
 
 
 def cases_of(shape: Shape, budgets: Sequence[str], baselines: Sequence[Baseline], read_ahead: Sequence[int | None],

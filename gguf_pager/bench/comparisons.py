@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gguf_pager.bench.cases import Case
@@ -158,13 +159,36 @@ def unsteady(row: Mapping[str, Any]) -> str | None:
     return f"its ratio to stock was between {low:.2f} and {high:.2f} in {row['n_rounds']} rounds"
 
 
+# ---- several sequences beside one --------------------------------------------------------------------------------------
+
+def over_one(case: Case, name: PhaseName, runs: Sequence[Run], known: Disturbed) -> dict[str, float | None]:
+    """Return how many times as fast several sequences together are as one was, otherwise the same and in the same rounds; None
+    where one was not measured, or was disturbed."""
+    one = _of_one_sequence(case, list(dict.fromkeys(run.case for run in runs)))
+    found = ([] if one is None or (one, name) in known
+             else paired(samples_of(runs, case, name), samples_of(runs, one, name)))
+    return {"over_1": median(found), "over_1_low": min(found, default=None), "over_1_high": max(found, default=None)}
+
+
+def _of_one_sequence(case: Case, cases: Sequence[Case]) -> Case | None:
+    """Return the same case with one sequence. A cap made for several may be another: stock's is then that of the same budget."""
+    if case.shape.n_parallel == 1:
+        return None
+    shape = replace(case.shape, n_parallel=1)
+    budgets = {other.budget for other in cases if (other.mode, other.shape, other.cap_bytes) == ("paged", case.shape, case.cap_bytes)}
+    caps = {other.cap_bytes for other in cases if (other.mode, other.shape) == ("paged", shape) and other.budget in budgets}
+    return next((other for other in cases
+                 if other == replace(case, shape=shape, cap_bytes=other.cap_bytes)
+                 and (case.mode != "stock" or other.cap_bytes in caps)), None)
+
+
 def _same_logits(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
     """Return whether ours ended with the logits of the others of its round, and in how many rounds that could be told.
 
     Only the same kernels and the same batches give the same bits: so not repacked ones, and not those of another n_ubatch,
     unless both take the prompt in one piece.
     """
-    longest = max(case.shape.n_prompt, case.shape.n_depth)
+    longest = case.shape.n_parallel * max(case.shape.n_prompt, case.shape.n_depth, 1)
     answers: dict[int, bool] = {}
     for run in runs:
         if run.case == case and "digest" in run.facts:

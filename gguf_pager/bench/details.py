@@ -12,9 +12,11 @@ from gguf_pager.bench.runner import Run, label
 
 
 def timelines(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return per case the decode times of its run of median speed, in ns per token, and what of them was stalled."""
+    """Return per case the decode times of its run of median speed, in ns per step of one token of each sequence, and what of them
+    was stalled."""
     known = comparisons.disturbed(runs)
-    return [{"label": label(run), "mode": case.mode, "is_disturbed": (case, "gen") in known, "token_ns": run.token_ns,
+    return [{"label": label(run), "mode": case.mode, "n_parallel": case.shape.n_parallel,
+             "is_disturbed": (case, "gen") in known, "token_ns": run.token_ns,
              "token_stall_ns": run.token_stall_ns if case.mode == "paged" else None}
             for case, run in _middle_runs(runs)]
 

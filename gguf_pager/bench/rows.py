@@ -57,7 +57,7 @@ def _row(case: Case, name: PhaseName, runs: Sequence[Run], known: Disturbed, com
     row |= _limit(case, name, samples, runs, common) | comparisons.ratios(case, name, runs, known)
     row |= _energy(name, samples, runs, common)
     row["status"], row["status_reason"] = _status(case, name, own, samples, row, known, common)
-    return row
+    return row | _sequences(case, name, samples, row) | comparisons.over_one(case, name, runs, known)
 
 
 def _llama_bench_fields(case: Case, name: PhaseName, own: Sequence[Run], samples: Sequence[Sample],
@@ -173,6 +173,21 @@ def _work(name: PhaseName, samples: Sequence[Sample], own: Sequence[Run], common
         "peak_rss_bytes": _most([run.facts.get("peak_rss_bytes") for run in own]),
         "cap_peak_bytes": _most([run.cap_peak_bytes for run in own]),
     }
+
+
+def _sequences(case: Case, name: PhaseName, samples: Sequence[Sample], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells of several sequences: all other figures are of all of them together."""
+    n_parallel, speed = case.shape.n_parallel, row["median_ts"]
+    unions = [union for sample in samples if (union := _union(sample, n_parallel)) is not None] if name == "gen" else []
+    return {"n_parallel": n_parallel, "sequence_ts": _ratio(speed, n_parallel), "expert_union": median(unions)}
+
+
+def _union(sample: Sample, n_parallel: int) -> float | None:
+    """Return the experts that a step wants, each once, over those that one token wants; None where nobody has counted them."""
+    phase, of_one = sample.phase, sample.run.facts.get("experts_per_token")
+    if phase.hits is None or phase.misses is None or not of_one:
+        return None
+    return (phase.hits + phase.misses) / (phase.n_tokens / n_parallel) / int(of_one)
 
 
 def _stall_bytes_per_s(phase: PhaseResult) -> float | None:

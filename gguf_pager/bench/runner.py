@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -36,10 +36,11 @@ SETTLE_S = 60.0
 CALIBRATE_SHARE, CALIBRATE_BYTES = 1.02, 16 << 20
 """What a cap leaves above the memory that ours took uncapped, for what differs from run to run."""
 
-CALIBRATE_TOKENS = 8
+CALIBRATE_STEPS = 8
+"""Of decoding, in a context for all of it: the cache for what was not decoded is in memory all the same."""
 
 ESTIMATE_BYTES = 256 << 20
-"""For what an estimate does not know: KV cache and compute buffers."""
+"""For what an estimate does not know: KV cache and compute buffers, of each sequence."""
 
 STOCK_SPIN_COUNT = "300000"
 """What libgomp takes where nobody has said anything (gomp_spin_count_var in env.c of GCC's libgomp). Reading a model's
@@ -120,12 +121,11 @@ class Runner:
             can_cap = trial.method != "none"
         if can_cap:
             self._tell(f"finding out how much memory {budget} of the experts take, for the cap ...")
-            short = replace(shape, n_gen=min(shape.n_gen, CALIBRATE_TOKENS))
-            run = self._make(Case("paged", short, None, budget), 0)
+            run = self._make(Case("paged", shape, None, budget), 0, most_steps=CALIBRATE_STEPS)
             if run.status == "ok":
                 return int(run.facts["peak_rss_bytes"] * CALIBRATE_SHARE) + CALIBRATE_BYTES
             self._tell(f"that run {run.status}: {run.reason}; the cap is an estimate")
-        return estimate_cap_bytes(self.layout, budget)
+        return estimate_cap_bytes(self.layout, budget, shape.n_parallel)
 
     def rounds(self, cases: Sequence[Case]) -> Iterator[Run]:
         """Yield the runs of cases that take turns."""
@@ -156,7 +156,7 @@ class Runner:
             self._given_up[case] = run
         return run
 
-    def _make(self, case: Case, turn: int, *, is_prompt_only: bool = False) -> Run:
+    def _make(self, case: Case, turn: int, *, is_prompt_only: bool = False, most_steps: int | None = None) -> Run:
         self.interrupts.check()
         run = Run(case, turn, begun_at=time.time())
         try:
@@ -167,7 +167,7 @@ class Runner:
             with disk.read_ahead(self._setting, case.read_ahead_kb) as kb, memory_cap(case.cap_bytes) as cap:
                 run.read_ahead_kb = kb
                 run.cap, run.cap_bytes, run.cap_reason = cap.method, cap.limit_bytes, cap.reason
-                self._spawn(run, cap, is_prompt_only=is_prompt_only)
+                self._spawn(run, cap, is_prompt_only=is_prompt_only, most_steps=most_steps)
                 if probe.read_ahead_kb(self.layout.paths[0]) != kb:
                     run.read_ahead_kb = None  # somebody else has set it meanwhile
                 self.device.sample()  # around each run: of the few samples of a short benchmark the best is too low
@@ -184,7 +184,7 @@ class Runner:
         wanted = case.cap_bytes if case.cap_bytes is not None else self.layout.tensor_bytes
         memory.touch(min(wanted, probe.memory().available_bytes * 3 // 4), self.interrupts.check)
 
-    def _spawn(self, run: Run, cap: Cap, *, is_prompt_only: bool) -> None:
+    def _spawn(self, run: Run, cap: Cap, *, is_prompt_only: bool, most_steps: int | None) -> None:
         settings, case = self.settings, run.case
         # A cap is made of what a run took, which is less than what a context may come to use: so the kernel decides.
         is_made_for_it = case.cap_bytes is not None and case.budget is not None and parse_budget(case.budget).kind != "bytes"
@@ -192,7 +192,7 @@ class Runner:
         task = Task(str(settings.model), case.mode, case.shape, is_prompt_only, case.budget, options,
                     case.is_repacked, settings.is_warm, settings.tokens, run.turn, settings.n_rounds,
                     settings.power_command, settings.energy_source, settings.no_energy_reason, os.getpid(),
-                    time.monotonic_ns())
+                    time.monotonic_ns(), most_steps)
         command = cap.command([sys.executable, "-m", "gguf_pager.bench.worker", task.to_json()])
         with tempfile.TemporaryFile() as complaints:
             # A session of its own: a Ctrl-C is for this process, which then ends that one.
@@ -253,7 +253,7 @@ def _take(run: Run, line: bytes) -> None:
         run.n_done = values["n_done"]
     elif event == "decoded":
         run.gen = PhaseResult.from_json(values["phase"])
-        run.n_done = run.gen.n_tokens
+        run.n_done = len(values["token_ns"])
         run.token_ns, run.token_stall_ns = values["token_ns"], values["token_stall_ns"]
     elif event == "failed":
         run.status, run.reason = "failed", values["reason"]
@@ -272,7 +272,8 @@ def _reached(run: Run) -> str:
         return "it was still loading"
     if run.case.shape.n_prompt and run.prompt is None:
         return "it was still computing the prompt"
-    return f"{run.n_done} of {run.case.shape.n_gen} tokens were decoded"
+    each = " of each sequence" if run.case.shape.n_parallel > 1 else ""
+    return f"{run.n_done} of {run.case.shape.n_gen} tokens{each} were decoded"
 
 
 def _complaint(complaints: IO[bytes], returncode: int) -> str:
@@ -287,13 +288,13 @@ def label(run: Run) -> str:
     return run.case.label + (f", cap {run.cap_bytes / 1e9:.2f} GB" if run.cap_bytes is not None else "")
 
 
-def estimate_cap_bytes(layout: Layout, budget: str) -> int:
+def estimate_cap_bytes(layout: Layout, budget: str, n_parallel: int = 1) -> int:
     """Return about what a process of ours takes with a budget that is a share, "min" or "auto"."""
     needs, asked = Pager(layout, Options()).needs, parse_budget(budget)
     share = asked.value if asked.kind == "share" else None
     arena_bytes = (least_arena_bytes(needs) if asked.kind == "min"
                    else int((share or 1.0) * full_arena_bytes(needs)))
-    return int(process_bytes(layout, arena_bytes) * CALIBRATE_SHARE) + ESTIMATE_BYTES
+    return int(process_bytes(layout, arena_bytes) * CALIBRATE_SHARE) + n_parallel * ESTIMATE_BYTES
 
 
 def outcome(run: Run) -> str:

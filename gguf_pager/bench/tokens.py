@@ -76,8 +76,13 @@ def read_ids(source: str, values: Mapping[str, Any], n_vocab: int, tokenize: Cal
     return ids
 
 
-def take(ids: Sequence[int], n_needed: int, turn: int, n_turns: int) -> list[int]:
-    """Return the tokens of one round: rounds begin at places spread evenly over the sequence; a short one repeats."""
+def take(ids: Sequence[int], n_needed: int, turn: int, n_turns: int, n_parallel: int = 1) -> list[list[int]]:
+    """Return the tokens of one round, of each sequence: rounds begin at places spread evenly over the ids; short ones repeat.
+
+    The first sequence is the one that a round of one has. The others begin at places spread evenly over all ids from there on,
+    behind whose end the beginning follows, so that the experts of a step differ.
+    """
     spare = max(0, len(ids) - n_needed)
     start = spare * turn // max(1, n_turns - 1)
-    return [ids[(start + i) % len(ids)] for i in range(n_needed)]
+    starts = [start + len(ids) * number // n_parallel for number in range(n_parallel)]
+    return [[ids[(start + i) % len(ids)] for i in range(n_needed)] for start in starts]

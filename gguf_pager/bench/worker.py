@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from gguf_pager import kernel
 from gguf_pager.bench import disk, tokens
 from gguf_pager.bench.cases import Mode, Shape
+from gguf_pager.bench.sequences import sequences_of
 from gguf_pager.energy import meter
 from gguf_pager.energy.meter import Reading
 from gguf_pager.energy.source import Absent
@@ -42,7 +43,7 @@ class Task:
     """What a worker is to do. `turn` of `n_turns` says which part of the tokens; `spawned_ns` is the parent's clock.
 
     `energy_source` is the name of the source to read, the same in all runs; None: there is none, and `no_energy_reason`
-    says why.
+    says why. `most_steps` ends decoding earlier, in a context for all of it.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Task:
     no_energy_reason: str | None
     parent_pid: int
     spawned_ns: int
+    most_steps: int | None = None
 
     def to_json(self) -> str:
         """Return the argument that a worker is started with."""
@@ -75,7 +77,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class PhaseResult:
-    """What the prompt, or the tokens after it, took. Pager's counters are None in other modes.
+    """What the prompts of all sequences, or the tokens after them, took. Pager's counters are None in other modes.
 
     `expert_bytes`: experts wanted, found or not, each once per batch. `ram_read_bytes`: weights that computing had to
     read, each once per batch; None where the experts are not known.
@@ -225,18 +227,23 @@ def open_model(task: Task) -> Any:
         "n_threads_batch": shape.n_threads, "verbose": False,
     }
     if task.mode == "paged":
-        return Llama(budget=task.budget or "auto", **arguments, **task.options)
-    load = low.llama_model_load_from_file
+        return Llama(budget=task.budget or "auto", n_seq_max=shape.n_parallel, **arguments, **task.options)
+    load, make = low.llama_model_load_from_file, low.llama_init_from_model
 
     def load_as_asked(path: bytes, params: Any, /) -> Any:
         params.use_extra_bufts = task.is_repacked
         return load(path, params)
 
-    low.llama_model_load_from_file = load_as_asked
+    def make_as_asked(model: Any, params: Any, /) -> Any:
+        if shape.n_parallel > 1:  # as ours has it: one cache, of which each sequence takes what it needs
+            params.n_seq_max, params.kv_unified = shape.n_parallel, True
+        return make(model, params)
+
+    low.llama_model_load_from_file, low.llama_init_from_model = load_as_asked, make_as_asked
     try:
         return Stock(**arguments, use_mmap=task.mode == "stock")
     finally:
-        low.llama_model_load_from_file = load
+        low.llama_model_load_from_file, low.llama_init_from_model = load, make
 
 
 def energy_source(task: Task) -> meter.Found:
@@ -264,39 +271,44 @@ class Run:
         ids = tokens.read_ids(task.tokens, layout.values, layout.n_vocab,
                               lambda raw: llm.tokenize(raw, add_bos=True, special=False), task.turn, shape.n_tokens)
         self.n_source_tokens = len(ids)
-        taken = tokens.take(ids, shape.n_tokens, task.turn, task.n_turns)
-        before_prompt, before_gen = shape.n_depth, shape.n_depth + shape.n_prompt
-        self._depth, self._prompt, self._gen = (taken[:before_prompt], taken[before_prompt:before_gen],
-                                                taken[before_gen:])
+        taken = tokens.take(ids, shape.n_sequence_tokens, task.turn, task.n_turns, shape.n_parallel)
+        before_gen = shape.n_depth + shape.n_prompt
+        self._depths = [own[: shape.n_depth] for own in taken]
+        self._prompts = [own[shape.n_depth : before_gen] for own in taken]
+        self._steps = [list(step) for step in zip(*(own[before_gen:] for own in taken), strict=True)][: task.most_steps]
+        self._sequences = sequences_of(llm, shape.n_parallel)
 
     def prefill(self) -> PhaseResult:
-        """Compute the prompt, batch by batch."""
-        if self._depth:
-            self.llm.eval(self._depth)
+        """Compute the prompts, batch by batch."""
+        shape = self.task.shape
+        if shape.n_depth:
+            self._sequences.extend(self._depths)
         phase = _Phase(self._counters, self._meter)
-        self.llm.eval(self._prompt)
-        n_batches = -(-len(self._prompt) // self.n_ubatch)
-        return phase.end(len(self._prompt), n_batches * self.layout.dense_bytes, None)
+        n_ubatches = self._sequences.extend(self._prompts)
+        return phase.end(shape.n_parallel * shape.n_prompt, n_ubatches * self.layout.dense_bytes, None)
 
     def decode(self) -> PhaseResult:
-        """Compute the tokens after it, one by one."""
-        if self._depth and not self._prompt:
-            self.llm.eval(self._depth)
+        """Compute the tokens after them, one by one, or one of each sequence."""
+        shape = self.task.shape
+        if shape.n_depth and not shape.n_prompt:
+            self._sequences.extend(self._depths)
         ends, stalls = [], []
         told_s = time.monotonic()
         phase = _Phase(self._counters, self._meter)
         begun_ns, begun_stall_ns = time.monotonic_ns(), self._counters.stall_ns()
-        for i, token in enumerate(self._gen):
-            self.llm.eval([token])
+        for i, step in enumerate(self._steps):
+            self._sequences.step(step)
             ends.append(time.monotonic_ns())
             stalls.append(self._counters.stall_ns())
             if ends[-1] / 1e9 - told_s > _PROGRESS_S:
                 told_s = ends[-1] / 1e9
                 tell("decoding", n_done=i + 1)
-        result = phase.end(len(self._gen), len(self._gen) * self.layout.dense_bytes,
-                           len(self._gen) * self.layout.bytes_per_token)
-        self.token_ns = _steps(begun_ns, ends)
-        self.token_stall_ns = _steps(begun_stall_ns, stalls) if self.pager else []
+        n_ubatches = len(self._steps) * -(-shape.n_parallel // self.n_ubatch)
+        is_alone = shape.n_parallel == 1  # several may want the same experts
+        result = phase.end(len(self._steps) * shape.n_parallel, n_ubatches * self.layout.dense_bytes,
+                           len(self._steps) * self.layout.bytes_per_token if is_alone else None)
+        self.token_ns = _differences(begun_ns, ends)
+        self.token_stall_ns = _differences(begun_stall_ns, stalls) if self.pager else []
         return result
 
     @property
@@ -307,11 +319,8 @@ class Run:
         return int(low.llama_n_ubatch(self.llm.ctx))
 
     def digest(self) -> str:
-        """Return a hash of the last token's logits, which every token before it has a part in."""
-        from llama_cpp import llama_cpp as low
-
-        logits = low.llama_get_logits_ith(self.llm.ctx, -1)
-        return hashlib.sha256(ctypes.string_at(logits, 4 * self.llm.n_vocab())).hexdigest()
+        """Return a hash of the logits of each sequence's last token, which every token before it has a part in."""
+        return hashlib.sha256(b"".join(self._sequences.logits())).hexdigest()
 
     def facts(self) -> dict[str, Any]:
         """Return what is worth knowing of the model and of the pager."""
@@ -326,6 +335,7 @@ class Run:
             "model_n_params": int(low.llama_model_n_params(self.llm.model)),
             "n_ubatch": self.n_ubatch,
             "n_source_tokens": self.n_source_tokens,
+            "experts_per_token": sum(layer.n_used for layer in self.layout.layers),
             "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
             "not_paged_reason": getattr(self.llm, "not_paged_reason", None),
             "io": ("direct" if pager.is_direct else "buffered") if pager else None,
@@ -345,7 +355,7 @@ class Run:
                 for i, layer in enumerate(self.layout.layers)]
 
 
-def _steps(first: int, later: Sequence[int]) -> list[int]:
+def _differences(first: int, later: Sequence[int]) -> list[int]:
     return [after - before for before, after in zip([first, *later], later, strict=False)]
 
 

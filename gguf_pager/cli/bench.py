@@ -25,6 +25,7 @@ from gguf_pager.bench.cases import (
     cases_of,
     parse_numbers,
     parse_read_aheads,
+    rounds_of,
     shapes,
 )
 from gguf_pager.bench.disk import Device
@@ -32,6 +33,8 @@ from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.runner import Run, Runner, Settings
 from gguf_pager.cli.energy import CONSTANT_OPTION, POWER_COMMAND_OPTION
 from gguf_pager.cli.model import GPU_LAYERS_OPTION, local_model, takes_model
+from gguf_pager.cli.opening import MOST_TOKENS
+from gguf_pager.cli.serve import MOST_SEQUENCES
 from gguf_pager.disk.device import fill
 from gguf_pager.doctor import LINUX_READ_AHEAD_KB, physical_cores
 from gguf_pager.energy import meter
@@ -55,13 +58,15 @@ _BASELINES: tuple[Baseline, ...] = ("stock", "resident", "repacked")
 
 
 def _numbers(_: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> tuple[int, ...]:
-    least = 1 if parameter.name in ("threads", "batch_size", "ubatch_size") else 0
+    least = 1 if parameter.name in ("threads", "batch_size", "ubatch_size", "parallel") else 0
     try:
         numbers = tuple(number for text in given for number in parse_numbers(text))
     except ValueError as error:
         raise click.BadParameter(f"{error}.") from None
     if any(number < least for number in numbers):
         raise click.BadParameter(f"the least is {least}.")
+    if parameter.name == "parallel" and max(numbers) > MOST_SEQUENCES:
+        raise click.BadParameter(f"the most is {MOST_SEQUENCES}: llama.cpp keeps no more sequences apart.")
     return numbers
 
 
@@ -102,6 +107,7 @@ class _Request:
     threads: tuple[int, ...]
     batch_size: tuple[int, ...]
     ubatch_size: tuple[int, ...]
+    parallel: tuple[int, ...]
     output: str
     budgets: tuple[str, ...]
     baselines: tuple[Baseline, ...]
@@ -131,6 +137,8 @@ class _Request:
 @_list("-t", "--threads", default=None, text="Threads that compute. [default: physical cores]")
 @_list("-b", "--batch-size", default="2048", text="Prompt tokens per call of llama.cpp.")
 @_list("-ub", "--ubatch-size", default="512", text="Prompt tokens computed at once.")
+@_list("-npl", "--parallel", default="1", text="Sequences, each with its own prompt and depth, that share every batch and take "
+                                                "steps of one token each. Speeds are of all together.")
 @click.option("-o", "--output", type=click.Choice(list(PRINTERS)), default="md", show_default=True,
               help="Format of the rows on stdout.")
 @click.option("--budget", "budgets", metavar="SIZE", multiple=True, callback=_words, default=["auto"], show_default=True,
@@ -192,11 +200,10 @@ def _bench(request: _Request, interrupts: Interrupts) -> None:
     click.echo(printer.head(), nl=False)
     try:
         runner.settle()
-        for shape in shapes(request.n_prompt, request.n_gen, request.n_depth,
-                            request.threads or (physical_cores(),), request.batch_size, request.ubatch_size):
+        for group in rounds_of(_shapes(request)):
             runs: list[Run] = []
             try:
-                for run in runner.rounds(_cases(request, shape, read_ahead, runner)):
+                for run in runner.rounds([case for shape in group for case in _cases(request, shape, read_ahead, runner)]):
                     runs += [run]  # at once, so that an interrupt leaves it
             finally:
                 made = rows.rows_of(runs, rows.Common(
@@ -210,6 +217,11 @@ def _bench(request: _Request, interrupts: Interrupts) -> None:
             request.report.write_text(page.page(_page_facts(layout, machine, all_rows, all_runs)), "utf-8")
             click.echo(f"{request.report} written", err=True)
     _judge(all_rows)
+
+
+def _shapes(request: _Request) -> list[Shape]:
+    return shapes(request.n_prompt, request.n_gen, request.n_depth, request.threads or (physical_cores(),), request.batch_size,
+                  request.ubatch_size, request.parallel)
 
 
 def _judge(made: list[dict[str, Any]]) -> None:
@@ -256,8 +268,16 @@ def _check(request: _Request, layout: Layout) -> None:
     """Refuse what cannot be measured, before anything runs."""
     if not layout.layers:
         raise PagerError("This model has no experts: there is nothing to page. Measure it with llama-bench.")
-    if not shapes(request.n_prompt, request.n_gen, (0,), (1,), (1,), (1,)):
+    wanted = _shapes(request)
+    if not wanted:
         raise PagerError("There is nothing to measure: give -p, -n or both above 0.")
+    for shape in wanted:
+        if shape.n_parallel > shape.n_batch:
+            raise PagerError(f"--parallel {shape.n_parallel} puts as many tokens into a batch, and -b {shape.n_batch} allows "
+                             f"{shape.n_batch}: give -b {shape.n_parallel} or more.")
+        if shape.n_ctx > MOST_TOKENS:
+            raise PagerError(f"A context of {shape.n_ctx:,} tokens is needed, and llama.cpp's most is {MOST_TOKENS:,}: give less of -p, "
+                             "-n, -d or --parallel.")
     cap_bytes = None if request.cap in ("budget", "none") else _cap_bytes(request.cap)
     memory = probe.memory()
     fits = budget.fits_whole(layout.tensor_bytes, min(memory.available_bytes, cap_bytes or memory.available_bytes),

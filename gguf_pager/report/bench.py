@@ -47,7 +47,15 @@ class Printer(ABC):
 # ---- for people -----------------------------------------------------------------------------------------------------
 
 def test_name(row: Row) -> str:
-    """Return llama-bench's name of a test: "pp512", "tg128 @ d512"."""
+    """Return llama-bench's name of a test, and of how many sequences: "pp512", "tg128 @ d512", "tg128 @ d512, 4 sequences"."""
+    return _test_of_each(row) + _sequences(row)
+
+
+def _sequences(row: Row) -> str:
+    return f", {row['n_parallel']} sequences" if labels.is_of_several(row) else ""
+
+
+def _test_of_each(row: Row) -> str:
     name = f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}"
     return f"{name} @ d{row['n_depth']}" if row["n_depth"] else name
 
@@ -94,8 +102,12 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str], bool], ...] = (
     ("batch", lambda row: str(row["n_batch"]), False),
     ("ubatch", lambda row: str(row["n_ubatch"]), False),
     ("cap", _cap, True),
-    ("test", test_name, True),
+    ("test", _test_of_each, True),
+    ("parallel", lambda row: str(row["n_parallel"]), True),
     ("t/s", _speed, True),
+    ("t/s each", lambda row: number(row["sequence_ts"], ",.2f"), True),
+    ("over 1", lambda row: number(row["over_1"], ".2f"), True),
+    ("union", lambda row: number(row["expert_union"], ".2f"), True),
     ("vs stock", lambda row: number(row["vs_stock"], ".2f"), True),
     ("limit", lambda row: number(row["limit_ts"], ",.2f"), True),
     ("eff.", lambda row: number(row["efficiency"], ".2f"), True),
@@ -107,6 +119,9 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str], bool], ...] = (
     ("load s", lambda row: number(row["load_s"], ".1f"), True),
 )
 """Head, cell, and whether it is shown even where all rows are alike."""
+
+_OF_SEVERAL = ("parallel", "t/s each", "over 1", "union")
+"""Not shown where all rows are of one sequence."""
 
 
 class Table(Printer):
@@ -134,7 +149,10 @@ def _heading(row: Row) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Return rows as a table in Markdown, numbers to the right; columns that say the same everywhere are left out."""
     columns = []
+    has_several = any(map(labels.is_of_several, rows))
     for head, cell, is_always in _COLUMNS:
+        if head in _OF_SEVERAL and not has_several:
+            continue
         cells = [cell(row) for row in rows]
         if (is_always and any(text != "-" for text in cells)) or len(set(cells)) > 1:
             width = max(len(head), *(len(text) for text in cells))
@@ -171,18 +189,18 @@ def _short(text: str) -> str:
 def bars(rows: Sequence[Row]) -> str:
     """Return a bar per row, those of one test at one scale."""
     lines = []
-    labels = [_full_name(row) for row in rows]
-    width = max(len(label) for label in labels)
+    names = [_full_name(row) + _sequences(row) for row in rows]
+    width = max(map(len, names))
     for kind in ("n_prompt", "n_gen"):
-        chosen = [(label, row) for label, row in zip(labels, rows, strict=True) if row[kind]]
+        chosen = [(name, row) for name, row in zip(names, rows, strict=True) if row[kind]]
         most = max((row["median_ts"] or 0.0 for _, row in chosen), default=0.0)
         if chosen:
             lines.append("prefill, tok/s" if kind == "n_prompt" else "decode, tok/s")
-        for label, row in chosen:
+        for name, row in chosen:
             speed = row["median_ts"]
             status = "" if row["status"] == "ok" else row["status"]
             value = f"{number(speed, ',.2f') if speed is not None else ''} {status}".strip()
-            lines.append(f"  {label:{width}} {_bar(speed / most if speed is not None and most else 0.0)} {value}")
+            lines.append(f"  {name:{width}} {_bar(speed / most if speed is not None and most else 0.0)} {value}")
     return "\n".join(lines)
 
 
@@ -270,7 +288,8 @@ def _name(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-_REAL = ("_ts", "_s", "_w", "_j", "_share", "_rate", "_low", "_high", "_per_token", "efficiency", "vs_", "_token")
+_REAL = ("_ts", "_s", "_w", "_j", "_share", "_rate", "_low", "_high", "_per_token", "efficiency", "vs_", "_token", "over_1",
+         "expert_union")
 
 
 def _type(name: str, value: Any) -> str:

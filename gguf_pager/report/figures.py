@@ -79,7 +79,9 @@ def _point(row: Row, unit: int, *, is_told: bool = False) -> Point:
 
 
 def timelines(timelines: Sequence[dict[str, Any]]) -> str:
-    """Return the section of the tokens of one run, one by one."""
+    """Return the section of the tokens of one run, one by one, or step by step of several sequences."""
+    n_parallel = _n_parallel(next((line for line in timelines if line["token_ns"] and line["mode"] == "paged"), {}))
+    timelines = [line for line in timelines if _n_parallel(line) == n_parallel]
     first = {line["mode"]: line for line in reversed(timelines) if line["token_ns"]}
     if "paged" in first and "stock" in first:
         first["stock"] = _best_rival(first["paged"], timelines)
@@ -95,10 +97,18 @@ def timelines(timelines: Sequence[dict[str, Any]]) -> str:
     level = Level("whole model in RAM, median", "pinned", "dash", median(whole["token_ns"]) / 1e6) if whole else None
     words = {"stock": "Same scale as above. " if is_one_scale else "A scale of its own. "} if len(drawn) == 2 else {}
     each = -(-max(len(line["token_ns"]) for line in drawn.values()) // MOST_BARS)
-    return boxes.section("Token by token", "Decode, a bar per token." if each == 1 else
-                    f"Decode, a bar per {each} tokens: their mean.",
+    what = "token" if n_parallel == 1 else "step"
+    said = f"Decode, a bar per {what}." if each == 1 else f"Decode, a bar per {each} {what}s: their mean."
+    if n_parallel > 1:
+        said += f" A step computes a token of each of {n_parallel} sequences."
+    return boxes.section("Token by token", said,
                     "".join(_timeline(line, bars[mode], top[mode], level, words.get(mode, ""))
                             for mode, line in drawn.items()), "column")
+
+
+def _n_parallel(timeline: dict[str, Any]) -> int:
+    """Return the sequences of a run; those of older versions do not say."""
+    return timeline.get("n_parallel") or 1
 
 
 def _top(heights: Sequence[float]) -> float:

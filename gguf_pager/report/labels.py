@@ -87,8 +87,14 @@ def name(row: Row, *, is_short: bool = False) -> str:
 
 
 def phase(row: Row) -> str:
-    """Return "decode" or "prefill"."""
-    return "decode" if row.get("n_gen") else "prefill" if row.get("n_prompt") else "phase not recorded"
+    """Return "decode" or "prefill", and of how many sequences."""
+    name = "decode" if row.get("n_gen") else "prefill" if row.get("n_prompt") else "phase not recorded"
+    return f"{name} of {row['n_parallel']} sequences" if is_of_several(row) else name
+
+
+def is_of_several(row: Row) -> bool:
+    """Return whether a row is of more sequences than one; rows of older versions do not say."""
+    return (row.get("n_parallel") or 1) > 1
 
 
 def is_ok(row: Row) -> bool:
@@ -120,12 +126,12 @@ def memory_bytes(row: Row) -> int | None:
 
 
 def groups_of(rows: Sequence[Row]) -> list[Group]:
-    """Return rows that may be compared: of one phase, length, depth and number of threads; decode first."""
+    """Return rows that may be compared: of one phase, length, depth, number of sequences and of threads; decode first."""
     are_threads_told = len({row.get("n_threads") for row in rows}) > 1
     found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (not row.get("n_gen"), not row.get("n_prompt"))):
-        title = (f"Decode, {row['n_gen']:,} tokens" if row.get("n_gen") else
-                 f"Prefill, {row['n_prompt']:,} tokens" if row.get("n_prompt") else "Phase not recorded")
+        n_tokens = row.get("n_gen") or row.get("n_prompt")
+        title = phase(row).capitalize() + (f", {n_tokens:,} tokens{' each' if is_of_several(row) else ''}" if n_tokens else "")
         title += f" after {row['n_depth']:,}" if row.get("n_depth") else ""
         title += f", {row.get('n_threads') or DASH} threads" if are_threads_told else ""
         found.setdefault(title, []).append(row)

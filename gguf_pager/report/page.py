@@ -179,6 +179,9 @@ def _times_stock(row: Row) -> str:
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("tok/s", lambda r: _cell(labels.figure(r.get("median_ts")), labels.spread(r.get("min_ts"), r.get("max_ts")))),
+    ("each tok/s", lambda r: _cell(labels.figure(r.get("sequence_ts")))),
+    ("times one", lambda r: _cell(labels.times(r.get("over_1")), labels.spread(r.get("over_1_low"), r.get("over_1_high"), labels.times))),
+    ("union", lambda r: _cell(labels.times(r.get("expert_union")))),
     ("times stock", _times_stock),
     ("limit tok/s", lambda r: _cell(labels.figure(r.get("limit_ts")))),
     ("% of limit", lambda r: _cell(labels.figure(r.get("efficiency"), 100))),
@@ -200,19 +203,29 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 
+OF_SEVERAL = ("each tok/s", "times one", "union")
+"""Columns that are shown where a row is of several sequences; tok/s and what stands per token are of all of them together."""
+
+
 def _table(groups: Sequence[Group]) -> str:
-    head = "<th>case</th>" + "".join(f"<th>{name}</th>" for name, _ in COLUMNS)
+    has_several = any(labels.is_of_several(row) for _, rows in groups for row in rows)
+    columns = [(name, show) for name, show in COLUMNS if has_several or name not in OF_SEVERAL]
+    head = "<th>case</th>" + "".join(f"<th>{name}</th>" for name, _ in columns)
     body = ""
     for title, rows in groups:
-        body += f'<tbody><tr class="group"><th colspan="{len(COLUMNS) + 1}">{escape(title)}</th></tr>'
+        body += f'<tbody><tr class="group"><th colspan="{len(columns) + 1}">{escape(title)}</th></tr>'
         for row in rows:
-            cells = "".join(show(row) for _, show in COLUMNS)
+            cells = "".join(show(row) for _, show in columns)
             css = "" if labels.is_ok(row) else ' class="lost"'
             body += f"<tr{css}><th>{escape(labels.name(row, is_short=True))}</th>{cells}</tr>"
             if not labels.is_ok(row):
-                body += f'<tr class="why"><td colspan="{len(COLUMNS) + 1}"><span>{escape(labels.why(row))}</span></td></tr>'
+                body += f'<tr class="why"><td colspan="{len(columns) + 1}"><span>{escape(labels.why(row))}</span></td></tr>'
         body += "</tbody>"
-    return boxes.section("All rows", "Median, and below it the range. A dash is what is not known.",
+    words = "Median, and below it the range. A dash is what is not known."
+    if has_several:
+        words += (" Of several sequences tok/s, and all that stands per token, is of all of them together; times one: over the tok/s of one in "
+                  "the same rounds; union: the experts that a step wants over those that one token wants.")
+    return boxes.section("All rows", words,
                     f"<table><thead><tr>{head}</tr></thead>{body}</table>", "wide")
 
 
