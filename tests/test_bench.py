@@ -673,6 +673,7 @@ def test_table_shows_sequences_where_there_are_several() -> None:
     only = table([row for row in made if row["n_parallel"] == 4]).splitlines()[0]
     assert "parallel" in only, "also where all rows have as many"
     assert "tg128 @ d512, 4 sequences: vs stock is to" in printed("md", made)
+    assert "- paged 25%, 4 sequences: the logits of stock llama.cpp, to the bit" in printed("md", made)
     assert sum("paged 25%, 4 sequences" in line for line in bars(made).splitlines()) == 2
 
 

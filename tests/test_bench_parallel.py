@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -176,6 +177,16 @@ def test_every_sequence_has_stocks_logits_after_every_step_and_they_are_its_own(
     for step, logits in enumerate(ours):
         for own, row in zip(places, logits, strict=True):
             assert int(np.frombuffer(row, np.single).argmax()) == first + own[29 + step] + 1
+
+
+def test_digest_is_of_the_logits_of_all_sequences(trace_model: Path) -> None:
+    shape = Shape(4, 2, 0, 1, 64, 64, 3)
+    with a_run(trace_model, "paged", shape) as run:
+        run.prefill()
+        before = run.digest()
+        run.decode()
+        assert len(run.token_ns) == 2 and before != run.digest()
+        assert run.digest() == hashlib.sha256(b"".join(steps_of(trace_model, "stock", shape)[-1])).hexdigest()
 
 
 def test_sequence_among_others_computes_what_it_computes_alone(trace_model: Path) -> None:

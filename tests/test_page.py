@@ -443,3 +443,46 @@ def test_ticks_are_round_even_and_cover(low: float, high: float) -> None:
     steps = {round((b - a) / (found[1] - found[0]), 6) for a, b in pairwise(found)}
     assert steps == {1.0}
     assert len(set(svg.tick_texts(found))) == len(found)
+
+
+# ---- several sequences ----------------------------------------------------------------------------------------------
+
+def facts_of_sequences() -> dict[str, Any]:
+    """Return facts of a bench of one sequence and of four, which are twice as fast together."""
+    facts = bench_facts()
+    one = [row | {"n_parallel": 1, "sequence_ts": row["median_ts"], "expert_union": 1.0, "over_1": None} for row in facts["rows"]]
+    four = [row | {"n_parallel": 4, "over_1": 2.0, "over_1_low": 1.5, "over_1_high": 2.25, "expert_union": 2.43}
+            | ({"median_ts": 2 * row["median_ts"], "sequence_ts": row["median_ts"] / 2} if row["median_ts"] else {}) for row in one]
+    steps = [line | {"n_parallel": 4, "label": f"{line['label']}, 4 sequences"} for line in facts["timelines"]]
+    return facts | {"rows": one + four, "timelines": [line | {"n_parallel": 1} for line in facts["timelines"]] + steps}
+
+
+def test_sequences_are_groups_of_their_own_with_their_columns() -> None:
+    html = page(facts_of_sequences())
+    table = words(section(html, "All rows"))
+    for head in ("each tok/s", "times one", "union"):
+        assert f"<th>{head}</th>" in html
+    for title in ("Decode, 128 tokens", "Decode of 4 sequences, 128 tokens each", "Prefill of 4 sequences, 512 tokens each"):
+        assert title in table and title in words(section(html, "Speed against memory"))
+    assert "2.0 1.50 to 2.2" in table and "2.4" in table
+    said = words(html.split("</header>")[0])
+    assert "18.2 tok/s decode of 4 sequences" in said and "9.1 tok/s decode 4.3" in said
+    assert said.index("Decode with 12.5") < said.index("decode of 4 sequences"), "headlines are of one where that was measured"
+    assert "(decode, prefill, decode of 4 sequences, prefill of 4 sequences)" in said
+
+
+def test_page_of_one_sequence_says_nothing_of_several(html: str) -> None:
+    facts = bench_facts()
+    facts["rows"] = [row | {"n_parallel": 1, "sequence_ts": row["median_ts"], "over_1": None, "expert_union": 1.0} for row in facts["rows"]]
+    facts["timelines"] = [line | {"n_parallel": 1} for line in facts["timelines"]]
+    assert page(facts) == html and "sequences" not in words(html)
+
+
+def test_timelines_drawn_beside_each_other_are_of_as_many_sequences() -> None:
+    facts = facts_of_sequences()
+    drawn = words(section(page(facts), "Token by token"))
+    assert "a bar per token" in drawn and "4 sequences" not in drawn
+    facts["timelines"] = facts["timelines"][1:]  # no run of ours with one sequence came so far
+    drawn = words(section(page(facts), "Token by token"))
+    assert "a bar per step. A step computes a token of each of 4 sequences." in drawn
+    assert drawn.count("4 sequences: median") == 2 and "stock in 2.08 GiB, read-ahead 128 KiB: median" not in drawn

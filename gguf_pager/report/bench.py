@@ -174,7 +174,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes += [f"{mode_name(row)}, {test_name(row)}: vs stock is to {labels.rival(row)}" if row["vs_stock"] is not None
               else f"{mode_name(row)}, {test_name(row)}: not compared with stock: {row['vs_stock_reason']}"
               for row in rows if row["mode"] == "paged" and row["samples_ts"] and row["vs_stock_reason"] != UNASKED]
-    notes += [f"{mode_name(row)}: the logits of stock llama.cpp, to the bit, at the end of "
+    notes += [f"{mode_name(row)}{_sequences(row)}: the logits of stock llama.cpp, to the bit, at the end of "
               f"{row['same_logits_rounds']} of {row['n_rounds']} rounds" for row in rows if row["same_logits"]]
     notes += [f"tokens: {row['tokens']} has fewer than needed and repeats" for row in rows if row["tokens_repeat"]]
     notes += [f"energy is {row['energy_status']}: {_short(row['energy_reason'] or row['energy_scope'])}" for row in rows
