@@ -146,8 +146,8 @@ def test_table_and_page_tell_of_sequences_and_without_them_are_as_before(trace_m
 # ---- sequences ------------------------------------------------------------------------------------------------------
 
 @contextmanager
-def a_run(model: Path, mode: Mode, shape: Shape) -> Iterator[worker.Run]:
-    task = worker.Task(str(model), mode, shape, False, "40%" if mode == "paged" else None, {}, False, False, "trace", 0, 1, None, None,
+def a_run(model: Path, mode: Mode, shape: Shape, source: str = "trace") -> Iterator[worker.Run]:
+    task = worker.Task(str(model), mode, shape, False, "60%" if mode == "paged" else None, {}, False, False, source, 0, 1, None, None,
                        "not asked for", os.getpid(), time.monotonic_ns())
     llm = worker.open_model(task)
     try:
@@ -189,10 +189,27 @@ def test_digest_is_of_the_logits_of_all_sequences(trace_model: Path) -> None:
         assert run.digest() == hashlib.sha256(b"".join(steps_of(trace_model, "stock", shape)[-1])).hexdigest()
 
 
-def test_sequence_among_others_computes_what_it_computes_alone(trace_model: Path) -> None:
-    together, alone = (steps_of(trace_model, "paged", Shape(30, 6, 0, 1, 64, 64, n)) for n in (3, 1))
-    for several, (one,) in zip(together, alone, strict=True):
-        np.testing.assert_allclose(np.frombuffer(several[0], np.single), np.frombuffer(one, np.single), rtol=0, atol=0.05)
+def test_sequences_compute_together_what_each_computes_alone(zoo_model: Callable[..., Path]) -> None:
+    """To the rounding of other batches: up to 0.03 was seen, and 1.4 where a third of the prompt was missing."""
+    model = zoo_model("qwen3moe")
+    with a_run(model, "paged", Shape(30, 6, 0, 1, 64, 64, 3), "random") as run:
+        run.prefill()
+        prompts, steps, together = run._prompts, run._steps, [run._sequences.logits()]
+        for step in steps:
+            run._sequences.step(step)
+            together.append(run._sequences.logits())
+        memory = low.llama_get_memory(run.llm.ctx)
+        ends = [(low.llama_memory_seq_pos_min(memory, n), low.llama_memory_seq_pos_max(memory, n)) for n in range(3)]
+        assert ends == [(0, 35)] * 3
+    with a_run(model, "stock", Shape(30, 6, 0, 1, 64, 64), "random") as run:
+        for number in range(3):
+            run.llm.reset()
+            alone = [run._sequences.extend([prompts[number]]) and run._sequences.logits()[0]]
+            for step in steps:
+                run._sequences.step([step[number]])
+                alone.append(run._sequences.logits()[0])
+            for row, own in zip(alone, together, strict=True):
+                np.testing.assert_allclose(np.frombuffer(own[number], np.single), np.frombuffer(row, np.single), rtol=0, atol=0.2)
 
 
 def test_one_sequence_is_evals_and_several_are_not(trace_model: Path) -> None:
