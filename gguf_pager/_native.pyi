@@ -12,14 +12,15 @@ _Layer: TypeAlias = tuple[int, int, int, Sequence[_Slice]]
 """n_experts, n_used, shape class, slices"""
 _Table: TypeAlias = tuple[str, int, tuple[int, int], int, int, int]
 """name, ggml type, ne, file, offset_bytes, row_bytes"""
-_Counters: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int]
-"""hits, misses, bytes_read, bytes_wasted, stall_ns, stall_bytes, evictions, left_alone, visits, tokens, resident"""
+_Counters: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int]
+"""hits, misses, bytes_read, bytes_wasted, stall_ns, stall_bytes, evictions, left_alone, visits, tokens, foreseen, in_vain, sight (gp_sight),
+resident"""
 _Failure: TypeAlias = tuple[int, int, int]
 """errno, file (of the model's paths, then of each mirror's), offset_bytes"""
-_Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, tuple[int, ...], int, int, int, int, int, int,
-                         tuple[int, ...]]
+_Ggml: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, tuple[int, ...], tuple[int, ...], int, int, int, int,
+                         int, int, tuple[int, ...]]
 """op_none, op_mul_mat_id, op_argsort, op_top_k, op_view, op_reshape, op_custom, op_add_id, op_get_rows; flag_compute; the operations that work row by
-row (row_ops of gp_ggml); type_i32, type_f32; the addresses of ggml_backend_buffer_is_host, ggml_get_type_traits_cpu, ggml_blck_size, ggml_type_size; those of the functions in gp_graphs"""
+row (row_ops of gp_ggml); op_mul, op_add, op_repeat, op_norm, op_rms_norm; type_i32, type_f32; the addresses of ggml_backend_buffer_is_host, ggml_get_type_traits_cpu, ggml_blck_size, ggml_type_size; those of the functions in gp_graphs"""
 
 class OpenError(OSError):
     """A pager could not be opened for want of "memory", a "thread" or a "file", or of "sense" in what it was given."""
@@ -42,6 +43,7 @@ class Pager:
         policy: str,
         direct: bool,
         read_ahead: bool,
+        look_ahead: int,
         offset_align: int,
         memory_align: int,
         n_readers: int,

@@ -46,7 +46,9 @@ def settings(environment: Mapping[str, str] = os.environ) -> tuple[str, dict[str
 
 def _value(name: str, text: str) -> Any:
     default = _FIELDS[name].default
-    if isinstance(default, bool):
+    if name == "look_ahead" and text.lower() == "auto":
+        return "auto"
+    if isinstance(default, bool) or name == "look_ahead":
         return _boolean(_NAMES[name], text)
     if name == "mirror":
         return tuple(part for part in text.split(os.pathsep) if part)

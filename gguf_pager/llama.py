@@ -43,7 +43,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
             few experts as can compute one token. "auto": what the machine can spare; if the model fits, it runs as stock
             llama.cpp.
         profile: keep, from one process to the next, how often each expert was chosen, and begin with the most used ones.
-        policy, io, n_readers, piece_bytes, read_ahead, lock_dense, mirror, adapt_threads, overcommit: see
+        policy, io, n_readers, piece_bytes, read_ahead, look_ahead, lock_dense, mirror, adapt_threads, overcommit: see
             `gguf_pager.Options`.
         n_seq_max: sequences that the context can hold, in one cache of `n_ctx` tokens for all, for who calls llama_decode himself.
 

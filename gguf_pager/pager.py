@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,12 @@ DEFAULT_READERS, DEFAULT_PIECE_BYTES = 4, 512 << 10
 """What decoded fastest where it was measured, on a disk of 3 to 4 GB/s (benchmarks/LOG.md, 2026-11-24)."""
 _SHRINK_S = 2.0
 """How long slots may be in use, by a token or a read in the background, before a context that needs their memory is refused."""
+
+_SIGHTS = ("on", "off", "no layer before it", "no token yet", "a router of another kind", "too little came true", "no faster")
+"""By number, gp_sight in native/gguf_pager.h."""
+
+_LOOK_AHEAD = {False: 0, "auto": 1, True: 2}
+"""gp_look_ahead in native/gguf_pager.h."""
 
 MAX_MIRRORS = 7
 """GP_MAX_COPIES - 1 in native/gguf_pager.h."""
@@ -48,6 +55,9 @@ class Options:
             was found is kept in $GGUF_PAGER_CACHE, or where the system keeps caches. Until then, and where only one of
             the two is given, the other is 4 or 512 KiB. `Pager.options` tells what is used.
         read_ahead: while a batch computes one layer, read what the next will probably want.
+        look_ahead: while a token passes one layer, ask the next layers' routers what they will probably choose, and begin to read
+            it; the model's own routers decide as ever, so results are the same. "auto" measures whether that is faster, and leaves
+            it where it is not: of layers where too little comes true, or altogether. Also for a few sequences at once.
         lock_dense: the weights that every token needs are read into ordinary memory. "auto" locks it in RAM where that is
             allowed, "lock" fails where it is not, "copy" and "off" do not lock.
         mirror: further copies of the model, byte for byte, on other disks; of a split model the first files, the others
@@ -69,6 +79,7 @@ class Options:
     n_readers: int | None = None
     piece_bytes: int | None = None
     read_ahead: bool = True
+    look_ahead: Literal["auto"] | bool = "auto"
     lock_dense: Literal["auto", "lock", "copy", "off"] = "auto"
     mirror: Sequence[str | Path] = ()
     profile: bool = True
@@ -82,6 +93,8 @@ class Options:
             raise PagerError(f"io {self.io!r} does not exist: choose 'auto', 'direct' or 'buffered'.")
         if self.lock_dense not in ("auto", "lock", "copy", "off"):
             raise PagerError(f"lock_dense {self.lock_dense!r} does not exist: choose 'auto', 'lock', 'copy' or 'off'.")
+        if self.look_ahead not in ("auto", True, False):
+            raise PagerError(f"look_ahead {self.look_ahead!r} does not exist: choose 'auto', True or False.")
         if self.n_readers is not None and not (type(self.n_readers) is int and 1 <= self.n_readers <= 256):
             raise PagerError(f"n_readers must lie between 1 and 256, not {self.n_readers!r}.")
         if self.piece_bytes is not None and not (
@@ -101,7 +114,10 @@ def _mirror_paths(given: object) -> tuple[Path, ...]:
 
 @dataclass(frozen=True, slots=True)
 class LayerStats:
-    """What one layer has counted. A hit or miss is one distinct expert of one batch."""
+    """What one layer has counted. A hit or miss is one distinct expert of one batch.
+
+    `look_ahead` says whether its experts are foretold now: "on", or why not.
+    """
 
     block: int
     hits: int
@@ -114,6 +130,9 @@ class LayerStats:
     left_alone: int
     visits: int
     tokens: int
+    foreseen: int
+    in_vain: int
+    look_ahead: str
     resident_experts: int
     resident_bytes: int
 
@@ -124,6 +143,8 @@ class Stats:
 
     `bytes_wasted` are those of `bytes_read` that were read ahead and given up before anybody wanted them, `stall_ns` is the time that
     decoding waited for reads, `stall_bytes` what arrived meanwhile, of whole sectors;
+    `foreseen` are those of the misses that had begun to be read before their layer's router chose them, `in_vain` the experts that were read
+    so and not chosen; `look_ahead` says in how many layers experts are foretold now, and why not in the others.
     `left_alone` the graph nodes that llama.cpp computed from its own mapping because they could not be served: right, but
     slow. `copies` are the bytes read from the model's own files and from each mirror, of experts; `rows_read` and
     `row_bytes_read` the rows of embedding tables, which come through the page cache. `n_threads` computed the last single
@@ -149,12 +170,21 @@ class Stats:
     row_bytes_read: int = 0
     n_ubatch: int | None = None
     n_ubatch_asked: int | None = None
+    foreseen: int = 0
+    in_vain: int = 0
 
     @property
     def hit_rate(self) -> float | None:
         """Hits over all experts wanted."""
         wanted = self.hits + self.misses
         return self.hits / wanted if wanted else None
+
+    @property
+    def look_ahead(self) -> str:
+        """In how many layers experts are foretold: "29 of 30 layers; 1: no layer before it"."""
+        said = Counter(layer.look_ahead for layer in self.layers)
+        whole = f"{said.pop('on', 0)} of {len(self.layers)} layers"
+        return "; ".join([whole, *(f"{n}: {why}" for why, n in said.most_common())])
 
     @property
     def tokens(self) -> int:
@@ -288,6 +318,7 @@ class Pager:
                 policy=self.options.policy,
                 direct=self.is_direct,
                 read_ahead=self.options.read_ahead,
+                look_ahead=_LOOK_AHEAD[self.options.look_ahead],
                 offset_align=self._offset_align,
                 memory_align=self._memory_align,
                 n_readers=self.options.n_readers or DEFAULT_READERS,
@@ -436,7 +467,8 @@ class Pager:
 
     def _count(self, native: _native.Pager) -> Stats:
         layers = tuple(
-            LayerStats(layer.block, *row, resident_bytes=row[-1] * layer.expert_bytes)
+            LayerStats(layer.block, *row[:-2], look_ahead=_SIGHTS[row[-2]], resident_experts=row[-1],
+                       resident_bytes=row[-1] * layer.expert_bytes)
             for layer, row in zip(self.layout.layers, native.counters(), strict=True)
         )
         rows_read, row_bytes_read, rows_left_alone = native.rows()
@@ -458,6 +490,8 @@ class Pager:
             row_bytes_read=row_bytes_read,
             n_ubatch=self._n_ubatch,
             n_ubatch_asked=self._n_ubatch_asked,
+            foreseen=sum(layer.foreseen for layer in layers),
+            in_vain=sum(layer.in_vain for layer in layers),
         )
 
     def stall_ns(self) -> int:

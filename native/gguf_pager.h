@@ -76,6 +76,9 @@ typedef struct {
     bool               direct;
 } gp_mirror_spec;
 
+/* GP_LOOK_AUTO: as long as it is faster, and of layers where enough comes true. */
+typedef enum { GP_LOOK_NEVER, GP_LOOK_AUTO, GP_LOOK_ALWAYS } gp_look_ahead;
+
 typedef struct {
     const char *const   *paths;
     uint32_t             n_paths;
@@ -90,12 +93,24 @@ typedef struct {
     const char          *policy;            /* a name that gp_policy_find knows */
     bool                 direct;            /* O_DIRECT or its like; the caller has asked gp_os.file_alignment first */
     bool                 read_ahead;        /* in batches, read what the next layer will probably want */
+    gp_look_ahead        look_ahead;        /* of single tokens, read what the next layer's router will probably choose */
     uint32_t             offset_align;      /* of direct reads, in the file: what serves every copy that is read so */
     uint32_t             memory_align;      /* of direct reads, in memory */
     uint32_t             n_readers;         /* reads of piece_bytes in flight, of each copy; as many threads, unless the
                                              * system reads in the background */
     uint64_t             piece_bytes;       /* the largest single read */
 } gp_config;
+
+/* Whether a layer is foretold, and why not. */
+typedef enum {
+    GP_SIGHT_ON,
+    GP_SIGHT_OFF,               /* nobody wants it */
+    GP_SIGHT_FIRST,             /* there is no layer before it */
+    GP_SIGHT_UNSEEN,            /* no token has passed yet */
+    GP_SIGHT_OTHER,             /* its router, or the norm in front of the layer before, is of a kind that is not known */
+    GP_SIGHT_POOR,              /* too little came true */
+    GP_SIGHT_SLOWER             /* tokens were no faster with it */
+} gp_sight;
 
 typedef struct {
     uint64_t hits, misses;      /* distinct experts wanted by one graph node's batch, found or not found */
@@ -107,6 +122,9 @@ typedef struct {
     uint64_t left_alone;        /* nodes that llama.cpp computed from its own mapping */
     uint64_t visits;            /* batches routed through this layer */
     uint64_t tokens;
+    uint64_t foreseen;          /* of the misses, those that had begun to be read before the layer's router chose them */
+    uint64_t in_vain;           /* experts that were read so, and not chosen */
+    gp_sight sight;
     uint32_t resident;          /* experts in slots now */
 } gp_counters;
 
@@ -238,6 +256,7 @@ typedef struct {
     int32_t op_add_id, op_get_rows;
     int32_t flag_compute;                   /* what a node is not computed without; 0: all are */
     int32_t row_ops[GP_ROW_OPS];            /* a row of their result depends on the same rows of their sources alone */
+    int32_t op_mul, op_add, op_repeat, op_norm, op_rms_norm;    /* op_none: not known, and nothing is foretold */
     int32_t type_i32, type_f32;
     bool  (*buffer_is_host)(void *buffer);
     const void *(*cpu_traits)(int type);    /* NULL: all multiplying is left to ggml */

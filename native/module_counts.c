@@ -19,8 +19,9 @@ PyObject *gp_pager_object_counters(PyObject *object, PyObject *unused) {
     PyObject *list = PyList_New(self->n_layers);
     for (uint32_t i = 0; list && i < self->n_layers; i++) {
         const gp_counters *c = &counters[i];
-        PyObject *row = Py_BuildValue("(KKKKKKKKKKI)", c->hits, c->misses, c->bytes_read, c->bytes_wasted, c->stall_ns, c->stall_bytes,
-                                      c->evictions, c->left_alone, c->visits, c->tokens, c->resident);
+        PyObject *row = Py_BuildValue("(KKKKKKKKKKKKII)", c->hits, c->misses, c->bytes_read, c->bytes_wasted, c->stall_ns, c->stall_bytes,
+                                      c->evictions, c->left_alone, c->visits, c->tokens, c->foreseen,
+                                      c->in_vain, (unsigned int) c->sight, c->resident);
         if (!row) {
             Py_CLEAR(list);
         } else {

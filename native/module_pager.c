@@ -13,15 +13,16 @@ gp_pager *gp_pager_object_opened(PagerObject *self) {
 }
 
 static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
-    static char *names[] = { "paths", "mirrors", "layers", "classes", "tables", "policy", "direct", "read_ahead", "offset_align",
+    static char *names[] = { "paths", "mirrors", "layers", "classes", "tables", "policy", "direct", "read_ahead", "look_ahead",
+                             "offset_align",
                              "memory_align", "n_readers", "piece_bytes", NULL };
     PyObject *paths, *mirrors, *layers, *classes, *tables;
-    int direct, read_ahead;
+    int direct, read_ahead, look_ahead;
     unsigned long long piece_bytes;
     gp_config config = { 0 };
     gp_config_arrays arrays = { 0 };
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOsppIIIK", names, &paths, &mirrors, &layers, &classes,
-                                     &tables, &config.policy, &direct, &read_ahead, &config.offset_align, &config.memory_align,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOOsppiIIIK", names, &paths, &mirrors, &layers, &classes,
+                                     &tables, &config.policy, &direct, &read_ahead, &look_ahead, &config.offset_align, &config.memory_align,
                                      &config.n_readers, &piece_bytes)) {
         return NULL;
     }
@@ -32,6 +33,7 @@ static PyObject *pager_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     }
     config.direct = direct;
     config.read_ahead = read_ahead;
+    config.look_ahead = (gp_look_ahead) look_ahead;
     config.piece_bytes = piece_bytes;
     config.paths = arrays.files.paths;
     config.n_paths = (uint32_t) arrays.files.n;

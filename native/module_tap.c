@@ -56,11 +56,12 @@ static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     unsigned int max_ids;
     unsigned long long is_host, traits, block_size, type_size, next_eval, next_eval_data, next_abort, next_abort_data;
     unsigned long long g[10], batch_bytes, row_bytes;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiiiii(iiiiii)iiKKKK(KKKKKKKKKK))IKKKKKK", names,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "(iiiiiiiiii(iiiiii)(iiiii)iiKKKK(KKKKKKKKKK))IKKKKKK", names,
                                      &ggml.op_none, &ggml.op_mul_mat_id, &ggml.op_argsort, &ggml.op_top_k, &ggml.op_view,
                                      &ggml.op_reshape, &ggml.op_custom, &ggml.op_add_id, &ggml.op_get_rows,
                                      &ggml.flag_compute, &ggml.row_ops[0], &ggml.row_ops[1], &ggml.row_ops[2], &ggml.row_ops[3], &ggml.row_ops[4],
-                                     &ggml.row_ops[5], &ggml.type_i32, &ggml.type_f32, &is_host, &traits, &block_size,
+                                     &ggml.row_ops[5], &ggml.op_mul, &ggml.op_add, &ggml.op_repeat,
+                                     &ggml.op_norm, &ggml.op_rms_norm, &ggml.type_i32, &ggml.type_f32, &is_host, &traits, &block_size,
                                      &type_size, &g[0], &g[1], &g[2], &g[3], &g[4], &g[5], &g[6], &g[7], &g[8], &g[9],
                                      &max_ids, &batch_bytes, &row_bytes, &next_eval, &next_eval_data, &next_abort, &next_abort_data)) {
         return NULL;

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -56,11 +56,19 @@ class Opening:
     io: str
     readers: int | None
     mirror: tuple[Path, ...]
+    look_ahead: Literal["auto"] | bool
     profile: bool
     adapt_threads: bool
     overcommit: bool
     verbose: bool
     progress: bool | None
+
+
+LOOK_AHEAD: dict[str, Literal["auto"] | bool] = {"auto": "auto", "on": True, "off": False}
+
+
+def _look_ahead(_: click.Context, __: click.Parameter, given: str) -> Literal["auto"] | bool:
+    return LOOK_AHEAD[given]
 
 
 _OPTIONS = (
@@ -81,6 +89,8 @@ _OPTIONS = (
     click.option("--mirror", metavar="PATH", type=click.Path(path_type=Path), multiple=True,
               help="Another copy of the model, on another disk, that is read at the same time; may be given again. It is "
                    "compared by samples when it is opened."),
+    click.option("--look-ahead", type=click.Choice(list(LOOK_AHEAD)), default="auto", show_default=True, callback=_look_ahead,
+              help="Read what the next layer will probably choose while a token passes this one; 'auto': where that is faster."),
     click.option("--profile/--no-profile", default=_DEFAULT.profile, show_default=True,
               help="Keep how often each expert was chosen, and begin with the most used ones next time."),
     click.option("--adapt-threads/--no-adapt-threads", default=_DEFAULT.adapt_threads, show_default=True,
@@ -160,7 +170,7 @@ def _open(opening: Opening, n_ctx: int, n_seq_max: int) -> Llama:
             return Llama(
                 str(opening.model), budget=opening.budget, policy=opening.policy, io=opening.io,
                 n_readers=opening.readers, mirror=opening.mirror, profile=opening.profile,
-                adapt_threads=opening.adapt_threads, overcommit=opening.overcommit, n_ctx=n_ctx, n_seq_max=n_seq_max,
+                look_ahead=opening.look_ahead, adapt_threads=opening.adapt_threads, overcommit=opening.overcommit, n_ctx=n_ctx, n_seq_max=n_seq_max,
                 n_batch=opening.batch_size, n_ubatch=opening.ubatch_size, n_threads=n_threads, n_threads_batch=n_threads,
                 verbose=opening.verbose,
             )

@@ -16,7 +16,7 @@ from gguf_pager.errors import PagerError
 from gguf_pager.memory.budget import parse_budget
 from gguf_pager.pager import Options
 
-_OPTIONS = {"policy": "policy", "io": "io", "readers": "n_readers", "mirror": "mirror", "profile": "profile",
+_OPTIONS = {"policy": "policy", "io": "io", "readers": "n_readers", "look_ahead": "look_ahead", "mirror": "mirror", "profile": "profile",
             "adapt_threads": "adapt_threads", "overcommit": "overcommit"}
 """Options of the command that mean something to a program, and their names in `Options`."""
 

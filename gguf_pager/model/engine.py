@@ -183,6 +183,10 @@ def _declare(base: ctypes.CDLL) -> None:
         "ggml_scale": (pointer, [pointer, pointer, ctypes.c_float]),
         "ggml_clamp": (pointer, [pointer, pointer, ctypes.c_float, ctypes.c_float]),
         "ggml_mul": (pointer, [pointer, pointer, pointer]),
+        "ggml_add": (pointer, [pointer, pointer, pointer]),
+        "ggml_repeat": (pointer, [pointer, pointer, pointer]),
+        "ggml_norm": (pointer, [pointer, pointer, ctypes.c_float]),
+        "ggml_rms_norm": (pointer, [pointer, pointer, ctypes.c_float]),
         "ggml_add_id": (pointer, [pointer, pointer, pointer, pointer]),
         "ggml_get_rows": (pointer, [pointer, pointer, pointer]),
         "ggml_set_name": (pointer, [pointer, text]),
@@ -342,9 +346,16 @@ def ggml_numbers() -> _native._Ggml:
             op(base.ggml_clamp(context, scores, 0.0, 1.0)),
             op(base.ggml_mul(context, scores, scores)),
         )
+        router_operations = (
+            op(base.ggml_mul(context, scores, scores)),
+            op(base.ggml_add(context, scores, scores)),
+            op(base.ggml_repeat(context, scores, base.ggml_new_tensor_2d(context, F32, 8, 6))),
+            op(base.ggml_norm(context, scores, 1e-5)),
+            op(base.ggml_rms_norm(context, scores, 1e-5)),
+        )
         traits = _cpu_traits(engine, context)
         is_computed = _compute_flag(base, context)
-    return (*numbers, is_computed, row_operations, I32, F32, _address(base.ggml_backend_buffer_is_host), traits,
+    return (*numbers, is_computed, row_operations, router_operations, I32, F32, _address(base.ggml_backend_buffer_is_host), traits,
             _address(base.ggml_blck_size), _address(base.ggml_type_size), _graph_functions(engine))
 
 

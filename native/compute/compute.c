@@ -19,6 +19,7 @@
 #include <string.h>
 
 #include "compute/crew.h"
+#include "compute/foretell.h"
 #include "compute/samples.h"
 #include "compute/trial.h"
 
@@ -69,6 +70,7 @@ struct gp_compute {
     gp_kinds       kinds;       /* of feed-forwards */
     gp_batch       batch;
     gp_crew        crew;
+    gp_foretell   *foretell;
     uint32_t       n_tickets;
     atomic_uint    started;     /* the ticket of the run that may be computed */
 
@@ -219,10 +221,11 @@ static void compute_nothing(ggml_tensor *node, int ith, int nth, void *data) {
 }
 
 static void convert_inputs(ggml_tensor *node, int ith, int nth, void *data) {
-    (void) node;
-    (void) ith;
     (void) nth;
     const planned_run *own = ((const slice *) data)->run;
+    if (ith == 0) {
+        gp_foretell_keep(own->compute->foretell, own->run.layer, node);
+    }
     gp_crew_convert(&own->compute->crew, &own->run);
 }
 
@@ -254,14 +257,25 @@ static void finish(gp_compute *c, const planned_run *own) {
     }
 }
 
+/* While the others compute already. */
+static void look_ahead(gp_compute *c, const planned_run *own, const ggml_tensor *node) {
+    if (c->failure->error != 0 || own->leader != c->layers[own->run.layer].leader) {
+        return;
+    }
+    if (own->run.n_first == 0) {
+        gp_foretell_keep(c->foretell, own->run.layer, node);
+    }
+    gp_foretell_ahead(c->foretell, own->run.layer);
+}
+
 /* ggml_custom_op_t: thread `ith` of `nth`. */
 static void compute_run(ggml_tensor *node, int ith, int nth, void *data) {
-    (void) node;
     planned_run *own = ((const slice *) data)->run;
     gp_compute *c = own->compute;
     if (ith == 0) {
         start(c, own, (uint32_t) nth);
         atomic_store_explicit(&c->started, own->ticket, memory_order_release);
+        look_ahead(c, own, node);
     }
     for (uint32_t i = 0; atomic_load_explicit(&c->started, memory_order_acquire) != own->ticket; i++) {
         if (i > SPINS) {
@@ -445,6 +459,9 @@ bool gp_compute_offer(gp_compute *c, uint32_t number, ggml_tensor *node, const g
         return false;
     }
     l->leader = l->leader ? l->leader : s;
+    if (l->leader == s) {
+        gp_foretell_see(c->foretell, s->layer, node, ids);
+    }
     const gp_run run = { .layer = s->layer, .last = node, .ids = ids, .last_kind = s->kind, .last_slice = s->index };
     if (!gp_crew_has_room(&c->crew, &run, most_rows)) {
         return false;
@@ -555,6 +572,7 @@ static int open_slices(gp_compute *c) {
 
 static void detach(gp_compute *c) {
     gp_crew_close(&c->crew);
+    gp_foretell_close(c->foretell);
     gp_batch_close(&c->batch);
     free(c->slices);
     free(c->matrices);
@@ -578,6 +596,9 @@ int gp_compute_attach(gp_compute *c, gp_pager *pager, gp_hold *hold, gp_failure 
     }
     if (error == 0) {
         error = gp_crew_open(&c->crew, c->ggml, pager, hold, &c->batch, c->bytes);
+    }
+    if (error == 0) {
+        error = gp_foretell_open(&c->foretell, c->ggml, pager, hold);
     }
     if (error != 0) {
         detach(c);

@@ -85,7 +85,9 @@ void gp_copies_submit(gp_copies *copies, gp_read *const *reads, uint32_t n_reads
     }
 }
 
-void gp_copies_withdraw(gp_copies *copies, gp_read **reads, uint32_t n_reads) {
+/* Calls a function of fetch's for each copy with those of the reads that it has. */
+static void for_each(gp_copies *copies, gp_read **reads, uint32_t n_reads,
+                     void (*function)(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads)) {
     uint32_t first = 0;
     for (uint32_t i = 0; i < copies->n_copies; i++) {
         uint32_t end = first;
@@ -96,9 +98,19 @@ void gp_copies_withdraw(gp_copies *copies, gp_read **reads, uint32_t n_reads) {
                 reads[end++] = own;
             }
         }
-        gp_fetch_withdraw(copies->copies[i].fetch, reads + first, end - first);
+        if (end > first) {
+            function(copies->copies[i].fetch, reads + first, end - first);
+        }
         first = end;
     }
+}
+
+void gp_copies_withdraw(gp_copies *copies, gp_read **reads, uint32_t n_reads) {
+    for_each(copies, reads, n_reads, gp_fetch_withdraw);
+}
+
+void gp_copies_want(gp_copies *copies, gp_read **reads, uint32_t n_reads) {
+    for_each(copies, reads, n_reads, gp_fetch_want);
 }
 
 void gp_copies_note(gp_copies *copies, const gp_read *read, int error) {

@@ -28,6 +28,8 @@ void gp_copies_abandon(gp_copies *copies);
 void gp_copies_submit(gp_copies *copies, gp_read *const *reads, uint32_t n_reads);
 /* gp_fetch_withdraw; it changes the order of `reads`. They were submitted here, none of them since by another thread. */
 void gp_copies_withdraw(gp_copies *copies, gp_read **reads, uint32_t n_reads);
+/* gp_fetch_want, likewise. */
+void gp_copies_want(gp_copies *copies, gp_read **reads, uint32_t n_reads);
 /* To be called from a read's `done`. */
 void gp_copies_note(gp_copies *copies, const gp_read *read, int error);
 

@@ -6,13 +6,14 @@
  * flight: the device shares itself among all that are, and what was wanted first shall come first.
  *
  * Invariants
- *   1. A read is in the list while it has pieces that nobody has taken. Pieces are taken in order, and go to the
- *      system's queue in order: one thread at a time fills it.
+ *   1. A read is in a list while it has pieces that nobody has taken. Pieces are taken in order, and go to the
+ *      system's queue in order: one thread at a time fills it. Of two lists: what is wanted goes before what is ahead.
  *   2. pieces_left falls by one per finished piece; whoever brings it to zero moves the bytes and calls done, once.
- *   3. The lock guards the list, the pieces in flight, the count of sleepers and the flags. It is never held across a
+ *   3. The lock guards the lists, the pieces in flight, the count of sleepers and the flags. It is never held across a
  *      read, a call of the system's queue or a callback.
- *   4. While a read is in the list, the queue is full or somebody is filling it. So the pump, who alone makes room, needs
- *      nobody's call to go on.
+ *   4. While a read is in a list, the queue is as full as it may be with it, or somebody is filling it. So the pump, who alone makes
+ *      room, needs nobody's call to go on.
+ *   5. Reads that are ahead are in flight in fewer and smaller pieces: what is wanted meanwhile waits for those, and for no more.
  */
 #include "reads/fetch.h"
 
@@ -21,6 +22,8 @@
 #include <string.h>
 
 enum { AT_ONCE = 32 };
+/* Of reads that are ahead: the largest piece, and how many pieces may be in flight for one of them to begin. */
+enum { AHEAD_PIECE_BYTES = 256 << 10, AHEAD_PIECES = 4 };
 
 /* A part of a read, taken by a thread or in flight. */
 typedef struct {
@@ -29,12 +32,16 @@ typedef struct {
     uint32_t next_idle;
 } piece;
 
+typedef struct {
+    gp_read *first, *last;
+} list;
+
 struct gp_fetch {
     const gp_os    *os;
     gp_fetch_config config;
     pthread_mutex_t lock;
     pthread_cond_t  work;           /* for the pool */
-    gp_read        *first, *last;   /* lock */
+    list            wanted, ahead;  /* lock */
     uint32_t        n_asleep;       /* lock */
     bool            closing;        /* lock */
     _Atomic uint64_t arrived_bytes;
@@ -101,9 +108,9 @@ static void finish(gp_read *read) {
     read->done(read, error, atomic_load(&read->error_offset));
 }
 
-static uint64_t piece_end(const gp_fetch *fetch, const gp_read *read, uint64_t piece_at) {
+static uint64_t piece_end(const gp_read *read, uint64_t piece_at) {
     const uint64_t left = read->cover_bytes - piece_at;
-    return piece_at + (left < fetch->config.piece_bytes ? left : fetch->config.piece_bytes);
+    return piece_at + (left < read->piece_bytes ? left : read->piece_bytes);
 }
 
 /* Reads one piece, or what is left of it: `got` is what a first read of it returned, -EINTR if there was none. Only
@@ -111,7 +118,7 @@ static uint64_t piece_end(const gp_fetch *fetch, const gp_read *read, uint64_t p
 static int read_piece(const gp_fetch *fetch, const gp_read *read, uint64_t piece_at, int64_t got, uint64_t *error_offset) {
     const uint64_t wanted_end = read->offset_bytes + read->bytes;
     uint64_t at = read->cover_offset + piece_at;
-    uint64_t left = piece_end(fetch, read, piece_at) - piece_at;
+    uint64_t left = piece_end(read, piece_at) - piece_at;
     char *const begin = read->cover_into + piece_at;
     char *into = begin;
     for (;; got = fetch->os->file_read(read->fd, into, left, at)) {
@@ -150,49 +157,45 @@ static void finish_piece(gp_fetch *fetch, const piece *done, int64_t got) {
             atomic_store(&read->error_offset, error_offset);
         }
     } else {
-        atomic_fetch_add_explicit(&fetch->arrived_bytes, piece_end(fetch, read, done->at) - done->at, memory_order_relaxed);
+        atomic_fetch_add_explicit(&fetch->arrived_bytes, piece_end(read, done->at) - done->at, memory_order_relaxed);
     }
     if (atomic_fetch_sub(&read->pieces_left, 1) == 1) {
         finish(read);
     }
 }
 
-/* With the lock held, and a read in the list. */
-static piece take_piece(gp_fetch *fetch) {
-    gp_read *read = fetch->first;
+static void append(list *l, gp_read *read) {
+    read->next = NULL;
+    if (l->last) {
+        l->last->next = read;
+    } else {
+        l->first = read;
+    }
+    l->last = read;
+}
+
+/* The list that the next piece comes from; NULL: none may be begun now. With the lock held. */
+static list *choose_list(gp_fetch *fetch) {
+    if (fetch->wanted.first) {
+        return &fetch->wanted;
+    }
+    return fetch->ahead.first && fetch->n_in_flight < AHEAD_PIECES ? &fetch->ahead : NULL;
+}
+
+static piece take_piece(list *l) {
+    gp_read *read = l->first;
     const piece taken = { .read = read, .at = read->next_piece };
-    read->next_piece = piece_end(fetch, read, taken.at);
+    read->next_piece = piece_end(read, taken.at);
     if (read->next_piece == read->cover_bytes) {
-        fetch->first = read->next;
-        if (!fetch->first) {
-            fetch->last = NULL;
+        l->first = read->next;
+        if (!l->first) {
+            l->last = NULL;
         }
     }
     return taken;
 }
 
 /* ---- the pool of threads ----------------------------------------------------------------------------------------- */
-
-static void *reader(void *data) {
-    gp_fetch *fetch = data;
-    pthread_mutex_lock(&fetch->lock);
-    for (;;) {
-        while (!fetch->first && !fetch->closing) {
-            fetch->n_asleep++;
-            pthread_cond_wait(&fetch->work, &fetch->lock);
-            fetch->n_asleep--;
-        }
-        if (!fetch->first) {
-            break;
-        }
-        const piece taken = take_piece(fetch);
-        pthread_mutex_unlock(&fetch->lock);
-        finish_piece(fetch, &taken, -EINTR);
-        pthread_mutex_lock(&fetch->lock);
-    }
-    pthread_mutex_unlock(&fetch->lock);
-    return NULL;
-}
 
 /* As many as there is work for: waking all for one expert costs more than it brings. Called with the lock held. */
 static void wake_readers(gp_fetch *fetch, uint64_t n_pieces) {
@@ -202,22 +205,52 @@ static void wake_readers(gp_fetch *fetch, uint64_t n_pieces) {
     }
 }
 
+static bool is_empty(const gp_fetch *fetch) {
+    return !fetch->wanted.first && !fetch->ahead.first;
+}
+
+static void *reader(void *data) {
+    gp_fetch *fetch = data;
+    pthread_mutex_lock(&fetch->lock);
+    for (;;) {
+        list *l;
+        while (!(l = choose_list(fetch)) && !(fetch->closing && is_empty(fetch))) {
+            fetch->n_asleep++;
+            pthread_cond_wait(&fetch->work, &fetch->lock);
+            fetch->n_asleep--;
+        }
+        if (!l) {
+            break;
+        }
+        const piece taken = take_piece(l);
+        fetch->n_in_flight++;
+        pthread_mutex_unlock(&fetch->lock);
+        finish_piece(fetch, &taken, -EINTR);
+        pthread_mutex_lock(&fetch->lock);
+        fetch->n_in_flight--;
+    }
+    wake_readers(fetch, UINT64_MAX);    /* those that may begin nothing while so much is in flight */
+    pthread_mutex_unlock(&fetch->lock);
+    return NULL;
+}
+
 /* ---- the system's queue ------------------------------------------------------------------------------------------ */
 
 /* With the lock held. */
 static uint32_t take_requests(gp_fetch *fetch, gp_request *requests) {
     uint32_t n = 0;
-    while (fetch->first && fetch->idle < fetch->config.n_readers && n < AT_ONCE) {
+    list *l;
+    while (fetch->idle < fetch->config.n_readers && n < AT_ONCE && (l = choose_list(fetch))) {
         const uint32_t tag = fetch->idle;
         piece *p = &fetch->in_flight[tag];
         fetch->idle = p->next_idle;
-        *p = take_piece(fetch);
+        fetch->n_in_flight++;
+        *p = take_piece(l);
         requests[n++] = (gp_request) {
-            .fd = p->read->fd, .into = p->read->cover_into + p->at, .bytes = piece_end(fetch, p->read, p->at) - p->at,
+            .fd = p->read->fd, .into = p->read->cover_into + p->at, .bytes = piece_end(p->read, p->at) - p->at,
             .offset_bytes = p->read->cover_offset + p->at, .tag = tag,
         };
     }
-    fetch->n_in_flight += n;
     return n;
 }
 
@@ -264,7 +297,7 @@ static void *pump(void *data) {
     piece done[AT_ONCE];
     fetch->os->queues->step_forward();
     pthread_mutex_lock(&fetch->lock);
-    while (!fetch->closing || fetch->first || fetch->n_in_flight > 0) {
+    while (!fetch->closing || !is_empty(fetch) || fetch->n_in_flight > 0) {
         pthread_mutex_unlock(&fetch->lock);
         const int n = fetch->os->queues->wait(fetch->queue, events, AT_ONCE);
         pthread_mutex_lock(&fetch->lock);
@@ -286,28 +319,25 @@ static void *pump(void *data) {
 
 void gp_fetch_submit(gp_fetch *fetch, gp_read *first) {
     uint64_t n_pieces = 0;
-    gp_read *last = NULL;
     for (gp_read *read = first; read; read = read->next) {
         plan(&fetch->config, read);
-        const uint64_t pieces = (read->cover_bytes + fetch->config.piece_bytes - 1) / fetch->config.piece_bytes;
+        read->piece_bytes = read->is_ahead && fetch->config.piece_bytes > AHEAD_PIECE_BYTES ? AHEAD_PIECE_BYTES : fetch->config.piece_bytes;
+        const uint64_t pieces = (read->cover_bytes + read->piece_bytes - 1) / read->piece_bytes;
         read->next_piece = 0;
         read->is_withdrawn = false;
         atomic_store(&read->error, 0);
         atomic_store(&read->error_offset, 0);
         atomic_store(&read->pieces_left, (unsigned) pieces);
         n_pieces += pieces;
-        last = read;
     }
-    if (!last) {
+    if (n_pieces == 0) {
         return;
     }
     pthread_mutex_lock(&fetch->lock);
-    if (fetch->last) {
-        fetch->last->next = first;
-    } else {
-        fetch->first = first;
+    for (gp_read *read = first, *next; read; read = next) {
+        next = read->next;
+        append(read->is_ahead ? &fetch->ahead : &fetch->wanted, read);
     }
-    fetch->last = last;
     if (fetch->queue) {
         fill(fetch);
     } else {
@@ -316,28 +346,46 @@ void gp_fetch_submit(gp_fetch *fetch, gp_read *first) {
     pthread_mutex_unlock(&fetch->lock);
 }
 
+void gp_fetch_want(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads) {
+    pthread_mutex_lock(&fetch->lock);
+    for (uint32_t i = 0; i < n_reads; i++) {
+        reads[i]->is_ahead = false;
+    }
+    gp_read *read = fetch->ahead.first, *next;
+    fetch->ahead = (list) { 0 };
+    for (; read; read = next) {
+        next = read->next;
+        append(read->is_ahead ? &fetch->ahead : &fetch->wanted, read);
+    }
+    if (fetch->queue) {
+        fill(fetch);
+    } else {
+        wake_readers(fetch, UINT64_MAX);
+    }
+    pthread_mutex_unlock(&fetch->lock);
+}
+
+/* Those of a list that nobody has begun leave it for another. */
+static void take_out(list *l, list *withdrawn) {
+    gp_read *read = l->first, *next;
+    *l = (list) { 0 };
+    for (; read; read = next) {
+        next = read->next;
+        append(read->is_withdrawn && read->next_piece == 0 ? withdrawn : l, read);
+    }
+}
+
 void gp_fetch_withdraw(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads) {
-    gp_read *withdrawn = NULL;
+    list withdrawn = { 0 };
     pthread_mutex_lock(&fetch->lock);
     for (uint32_t i = 0; i < n_reads; i++) {
         reads[i]->is_withdrawn = true;
     }
-    fetch->last = NULL;
-    for (gp_read **at = &fetch->first; *at;) {
-        gp_read *read = *at;
-        if (read->is_withdrawn && read->next_piece == 0) {
-            *at = read->next;
-            read->next = withdrawn;
-            withdrawn = read;
-        } else {
-            fetch->last = read;
-            at = &read->next;
-        }
-    }
+    take_out(&fetch->wanted, &withdrawn);
+    take_out(&fetch->ahead, &withdrawn);
     pthread_mutex_unlock(&fetch->lock);
-    while (withdrawn) {
-        gp_read *read = withdrawn;
-        withdrawn = read->next;     /* `done` may give the read away */
+    for (gp_read *read = withdrawn.first, *next; read; read = next) {
+        next = read->next;      /* `done` may give the read away */
         read->done(read, -ECANCELED, read->offset_bytes);
     }
 }

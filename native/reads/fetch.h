@@ -26,12 +26,13 @@ struct gp_read {
     gp_done   done;
     void     *owner;
     uint32_t  tag;
+    bool      is_ahead;         /* nobody waits for it yet: those that are not go first */
 
     gp_read  *next;             /* the one submitted with it, wanted after it; from then on fetch's own, as the rest */
 
     bool             is_withdrawn;
     char            *cover_into;
-    uint64_t         cover_offset, cover_bytes, next_piece;
+    uint64_t         cover_offset, cover_bytes, piece_bytes, next_piece;
     atomic_uint      pieces_left;
     atomic_int       error;
     _Atomic uint64_t error_offset;
@@ -63,6 +64,8 @@ bool gp_fetch_fits(const gp_fetch_config *config, const gp_read *read);
 
 /* The first of a list of reads, linked by `next`; NULL: there are none. */
 void gp_fetch_submit(gp_fetch *fetch, gp_read *first);
+/* Somebody waits for these now: those that nobody has begun go before all that are ahead still, in the order of the list. */
+void gp_fetch_want(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads);
 /* Takes back those of the reads that nobody has begun, and calls `done` for them with -ECANCELED; the others, begun or
  * done, are left alone. None may be submitted again before this returns. */
 void gp_fetch_withdraw(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads);

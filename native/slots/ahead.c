@@ -87,6 +87,20 @@ uint32_t gp_ahead_drop(gp_pager *p, const gp_hold *hold, uint32_t layer_index, g
     return n_reads;
 }
 
+uint32_t gp_ahead_wanted(gp_pager *p, const gp_demand *demand, gp_read **reads) {
+    const gp_layer *l = &p->layers[demand->layer];
+    uint32_t n_reads = 0;
+    for (uint32_t i = 0; i < demand->n_experts; i++) {
+        const int32_t index = l->slot_of[demand->experts[i]];
+        if (index >= 0 && p->slots[index].state == READING && p->slots[index].ahead_for) {
+            for (uint32_t s = 0; s < l->spec.n_slices; s++) {
+                reads[n_reads++] = &p->reads[(uint32_t) index * GP_MAX_SLICES + s];
+            }
+        }
+    }
+    return n_reads;
+}
+
 void gp_ahead_withdrawn(gp_pager *p, gp_read *const *reads, uint32_t n_reads) {
     bool is_any_free = false;
     for (uint32_t i = 0; i < n_reads; i++) {

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "slots/ahead.h"
 #include "slots/slots.h"
 
 bool gp_pager_enter(gp_pager *p) {
@@ -72,6 +73,7 @@ void gp_pager_counters(gp_pager *p, gp_counters *counters) {
     const bool has_entered = gp_pager_enter(p);
     for (uint32_t i = 0; i < p->config.n_layers; i++) {
         counters[i] = p->layers[i].counters;
+        counters[i].sight = gp_look_ahead_sight(p, i);
     }
     gp_pager_leave(p, has_entered);
 }

@@ -10,6 +10,7 @@
 #include "reads/fetch.h"
 #include "reads/tables.h"
 #include "reads/watch.h"
+#include "slots/foresight.h"
 
 /* What one graph node's batch wants of a layer. */
 typedef struct {
@@ -31,6 +32,25 @@ typedef struct {
 } gp_wanted;
 
 enum { GP_NO_SLOT_YET = -1, GP_NO_SLOT = -2 };      /* and there will be none: others hold them all, and nobody gives any back */
+
+/* An expert that a router would have chosen before its time. */
+typedef struct {
+    int32_t         expert;
+    bool            was_missing;        /* it was in no slot */
+    bool            is_read;            /* and was read for it */
+} gp_foretold;
+
+/* What was foretold of the layer whose turn comes next. */
+typedef struct {
+    uint32_t        layer, n;
+    bool            is_open;
+    gp_foretold    *experts;            /* n of them, room for all of a layer */
+} gp_forecast;
+
+/* How much shall be foretold of the next layer. GP_LOOK_TO_LEARN: only to see what would have come true. */
+typedef enum { GP_LOOK_NOT, GP_LOOK_TO_LEARN, GP_LOOK_TO_READ } gp_look;
+
+enum { GP_LOOK_ROWS = 16 };     /* tokens in a batch for which is looked ahead, at most */
 
 /* One context's waves, one at a time. */
 typedef struct {
@@ -59,6 +79,10 @@ typedef struct {
     uint32_t        n_ahead, next_ahead, ahead_layer;
     uint32_t      **routed;     /* by layer and expert: the ids that named it in the batch before; the decoding thread's */
     gp_read       **reads;      /* room for one submission of the decoding thread's */
+    gp_forecast     forecast;       /* lock */
+    gp_look         look;           /* the decoding thread's, as the next two: of the next layer, for the batch at hand */
+    gp_contest      contests[2];    /* of single tokens, of a few sequences */
+    gp_contest     *contest;        /* the one at hand */
 } gp_hold;
 
 int  gp_hold_open(gp_hold *hold, gp_pager *pager);

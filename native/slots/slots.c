@@ -54,7 +54,7 @@ static int32_t find_least(const gp_pager *p, const gp_class *c, const gp_layer *
     double least = 0;
     for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
         const gp_slot *s = &p->slots[i];
-        if (s->state != READY || s->users || s->is_pinned || (among != ALL && !s->is_transient)) {
+        if (s->state != READY || s->users || s->is_pinned || s->foretold_for || (among != ALL && !s->is_transient)) {
             continue;
         }
         const gp_layer *own = &p->layers[s->layer];
@@ -73,7 +73,7 @@ static int32_t find_least(const gp_pager *p, const gp_class *c, const gp_layer *
     return best;
 }
 
-/* The last resort: the floor is a promise between layers, not a reason to stop. */
+/* The last resort: the floor is a promise between layers, and what was foretold a guess: no reasons to stop. */
 static int32_t find_any(const gp_pager *p, const gp_class *c) {
     for (uint32_t i = c->first; i < c->first + c->n_slots; i++) {
         const gp_slot *s = &p->slots[i];
@@ -102,6 +102,15 @@ int32_t gp_slot_choose_spare(const gp_pager *p, const gp_layer *for_layer) {
     const int32_t victim = find_free(p, c);
     /* The layer's own are wanted as much as the one that would take their place. */
     return victim < 0 ? find_least(p, c, for_layer, TRANSIENT_OF_OTHERS) : victim;
+}
+
+int32_t gp_slot_choose_foretold(const gp_pager *p, const gp_layer *for_layer) {
+    const gp_class *c = &p->classes[for_layer->spec.shape_class];
+    int32_t victim = find_free(p, c);
+    if (victim < 0 && c->n_transient > 0) {
+        victim = find_least(p, c, for_layer, TRANSIENT);
+    }
+    return victim < 0 ? find_least(p, c, for_layer, ALL) : victim;
 }
 
 /* ---- states of a slot ------------------------------------------------------------------------------------------- */
@@ -283,6 +292,7 @@ uint32_t gp_slot_prepare_reads(gp_pager *p, uint32_t index, gp_read **reads, uin
         read->done = p->slice_arrived;
         read->owner = p;
         read->tag = index;
+        read->is_ahead = s->ahead_for != 0;
         reads[i * step] = read;
     }
     return spec->n_slices;

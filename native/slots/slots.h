@@ -27,7 +27,10 @@ typedef struct {
     uint64_t   users;           /* a bit per hold */
     uint64_t   ahead_for;       /* the bit of the hold it was read ahead for; 0: nobody's, or wanted by now */
     uint64_t   ahead_bytes;     /* what came of it meanwhile */
+    uint64_t   foretold_for;    /* the bits of holds whose layer's turn is still to come, and will probably want it */
 } gp_slot;
+
+typedef enum { GP_ROUTER_IS_UNSEEN, GP_ROUTER_IS_KNOWN, GP_ROUTER_IS_OTHER } gp_router_sight;
 
 typedef struct {
     gp_layer_spec spec;
@@ -37,6 +40,8 @@ typedef struct {
     uint64_t     *last_token;   /* by expert: this layer's token count when it was last chosen */
     uint32_t      rank;         /* its place among the layers of its class, in the order they are computed */
     uint32_t      kept;
+    gp_router_sight router;     /* whether it can be foretold */
+    gp_foresight  foresight;
     gp_counters   counters;
 } gp_layer;
 
@@ -87,6 +92,7 @@ struct gp_pager {
     uint32_t         changed_file;      /* the last one that was found changed */
     gp_guess        *guesses;           /* room for one layer's experts */
     uint32_t         n_in_flight;       /* slots that are READING or LEAVING */
+    bool             is_slower;         /* look-ahead, when it was tried last */
     gp_warm_up      *warm_up;           /* NULL: none was asked for */
 };
 
@@ -102,6 +108,8 @@ void gp_pager_leave(gp_pager *pager, bool has_entered);
 int32_t  gp_slot_choose(const gp_pager *pager, const gp_layer *for_layer, bool is_transient, bool must_go_on);
 /* Only a slot whose loss costs nothing: a free one, or a transient one. */
 int32_t  gp_slot_choose_spare(const gp_pager *pager, const gp_layer *for_layer);
+/* For what will probably be wanted: the slot of least worth, if it is not foretold itself. */
+int32_t  gp_slot_choose_foretold(const gp_pager *pager, const gp_layer *for_layer);
 
 void     gp_slot_assign(gp_pager *pager, uint32_t index, uint32_t layer, int32_t expert, bool is_transient);
 /* The same for a free slot and an expert that nobody has asked for; -1: there is none. */

@@ -225,17 +225,22 @@ int gp_wave_begin(gp_pager *p, gp_hold *hold, const gp_demand *demand, gp_failur
     }
     pthread_mutex_lock(&p->lock);
     start_anew(p, hold);
+    uint32_t n_foreseen = 0;
     if (!demand->is_again) {
         count_use(l, demand);
+        n_foreseen = gp_forecast_settle(p, hold, demand);
+        gp_look_ahead_decide(p, hold, demand);
     }
-    const uint32_t n_missed = line_up(p, hold, demand);
-    uint32_t n_reads = take_more(p, hold, hold->reads, hold->n_wanted);
+    const uint32_t n_missed = line_up(p, hold, demand) + n_foreseen;
+    const uint32_t n_ahead = gp_ahead_wanted(p, demand, hold->reads);
+    gp_read **const reads = hold->reads + n_ahead;
+    uint32_t n_reads = take_more(p, hold, reads, hold->n_wanted);
     if (!demand->is_again) {
         l->counters.hits += demand->n_experts - n_missed;
         l->counters.misses += n_missed;
     }
     /* What was read ahead in vain makes way first: the new reads come after all that are in the list. */
-    gp_read **const unwanted = hold->reads + n_reads;
+    gp_read **const unwanted = reads + n_reads;
     const uint32_t n_unwanted = demand->is_again ? 0 : gp_ahead_drop(p, hold, demand->layer, unwanted);
     if (n_unwanted > 0) {
         pthread_mutex_unlock(&p->lock);
@@ -245,14 +250,19 @@ int gp_wave_begin(gp_pager *p, gp_hold *hold, const gp_demand *demand, gp_failur
         n_reads += take_more(p, hold, unwanted, hold->n_wanted);
     }
     if (demand->n_tokens > 1 && !demand->is_again) {
-        gp_ahead_plan(p, hold);
+        if (hold->look != GP_LOOK_TO_READ) {
+            gp_ahead_plan(p, hold);
+        }
         remember(hold, l);
     }
     if (hold->next == hold->n_wanted) {
-        n_reads += gp_ahead_take(p, hold, hold->reads + n_reads, UINT32_MAX);
+        n_reads += gp_ahead_take(p, hold, reads + n_reads, UINT32_MAX);
     }
     pthread_mutex_unlock(&p->lock);
-    submit(p, hold->reads, n_reads);
+    if (n_ahead > 0) {
+        gp_copies_want(p->copies, hold->reads, n_ahead);    /* their slots are held */
+    }
+    submit(p, reads, n_reads);
     return 0;
 }
 
@@ -463,6 +473,7 @@ static void explain(gp_pager *p, const gp_hold *hold, gp_failure *failure) {
 
 int gp_wave_end(gp_pager *p, gp_hold *hold, gp_failure *failure) {
     settle(p, hold);
+    gp_look_ahead_token_ends(p, hold);
     pthread_mutex_lock(&p->lock);
     *failure = gp_hold_has_stopped(hold) ? (gp_failure) { .error = -EINTR } : hold->failure;
     uint32_t n_next = 0;
@@ -503,6 +514,7 @@ static void free_hold(gp_hold *hold, const gp_pager *p) {
     free(hold->touched);
     free(hold->ahead);
     free(hold->reads);
+    free(hold->forecast.experts);
 }
 
 static bool open_hold(gp_hold *hold, const gp_pager *p) {
@@ -519,11 +531,13 @@ static bool open_hold(gp_hold *hold, const gp_pager *p) {
     hold->touched = malloc(2 * most * sizeof *hold->touched);
     hold->ahead = malloc(most * sizeof *hold->ahead);
     hold->reads = malloc((size_t) p->n_slots * GP_MAX_SLICES * sizeof *hold->reads);
-    return is_whole && hold->wanted && hold->touched && hold->ahead && hold->reads;
+    hold->forecast.experts = malloc(most * sizeof *hold->forecast.experts);
+    return is_whole && hold->forecast.experts && hold->wanted && hold->touched && hold->ahead && hold->reads;
 }
 
 int gp_hold_open(gp_hold *hold, gp_pager *p) {
     *hold = (gp_hold) { 0 };
+    hold->contest = &hold->contests[0];
     if (!open_hold(hold, p)) {
         free_hold(hold, p);
         return -ENOMEM;
@@ -548,6 +562,7 @@ void gp_hold_close(gp_hold *hold, gp_pager *p) {
     if (getpid() == p->pid) {   /* in a fork: glibc's destroy would wait for the parent's waiters */
         pthread_mutex_lock(&p->lock);
         start_anew(p, hold);
+        gp_forecast_end(p, hold);
         pthread_cond_broadcast(&p->released);
         p->holds[hold->bit] = NULL;
         pthread_mutex_unlock(&p->lock);

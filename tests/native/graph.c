@@ -20,6 +20,7 @@ gp_ggml graph_ggml = {
     .op_view = OP_VIEW, .op_reshape = OP_RESHAPE, .op_custom = OP_CUSTOM, .type_i32 = TYPE_I32, .type_f32 = TYPE_F32,
     .buffer_is_host = is_host, .op_add_id = OP_ADD_ID, .op_get_rows = OP_GET_ROWS, .flag_compute = FLAG_COMPUTE,
     .row_ops = { OP_GLU, OP_GLU, OP_GLU, OP_GLU, OP_GLU, OP_GLU },
+    .op_mul = OP_NONE, .op_add = OP_NONE, .op_repeat = OP_NONE, .op_norm = OP_NONE, .op_rms_norm = OP_NONE,
 };
 
 /* ---- kernels: bytes times bytes --------------------------------------------------------------------------------- */

@@ -1,0 +1,216 @@
+/* Why it comes true: a layer adds little to what it is given, so that the next layer's input, normalised, is nearly this one's. Each is
+ * multiplied with its own norm's weight, so this layer's is divided out; the next one's is a part of the router that was copied.
+ *
+ * Peers ask the next router with what comes into this layer, and report 72 % of the choices foretold on trained models
+ * (benchmarks/LOG.md, 2026-11-30). */
+#include "compute/foretell.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "compute/batch.h"
+#include "compute/drift.h"
+#include "compute/router.h"
+#include "slots/look_ahead.h"
+
+typedef struct {
+    gp_router router;
+    gp_norm   norm;         /* in front of its experts */
+    gp_drift  drift;        /* to the next layer */
+} layer;
+
+/* An expert and how many of the batch's tokens it is foretold for; the smaller `at`, the sooner it was named. */
+typedef struct {
+    int32_t  expert;
+    uint32_t count, at;
+} choice;
+
+struct gp_foretell {
+    gp_pager  *pager;
+    gp_hold   *hold;
+    gp_routers routers;
+    layer     *layers;
+    uint32_t   n_layers;
+    float     *kept;        /* GP_LOOK_ROWS rows, normalised */
+    float     *guessed;     /* one row, of the next layer */
+    int64_t    width;       /* room in each; 0: none yet */
+    uint32_t   n_kept;      /* tokens of the batch at hand; 0: nothing is to be foretold with them */
+    uint32_t   kept_layer, n_passed;    /* whose rows are kept, and how many: learnt from at the next layer */
+    int32_t   *place;       /* by expert; -1: not named */
+    choice    *choices;
+    int32_t   *experts;
+};
+
+/* Whether the next layer's router can be asked with this layer's input. */
+static bool leads_on(const gp_foretell *f, uint32_t layer_index) {
+    const layer *l = &f->layers[layer_index], *next = l + 1;
+    return layer_index + 1 < f->n_layers && l->norm.is_known && next->router.state == GP_ROUTER_KNOWN
+        && next->router.n_embd == l->norm.n_embd;
+}
+
+/* Both of a layer and the next have been seen. */
+static void note(gp_foretell *f, uint32_t layer_index) {
+    if (layer_index + 1 < f->n_layers && f->layers[layer_index].router.state != GP_ROUTER_UNSEEN
+        && f->layers[layer_index + 1].router.state != GP_ROUTER_UNSEEN) {
+        gp_look_ahead_note_router(f->pager, layer_index + 1, leads_on(f, layer_index));
+    }
+}
+
+void gp_foretell_see(gp_foretell *f, uint32_t layer_index, const ggml_tensor *node, const ggml_tensor *ids) {
+    layer *l = &f->layers[layer_index];
+    if (l->router.state != GP_ROUTER_UNSEEN) {
+        return;
+    }
+    gp_router_learn(&l->router, &f->routers, ids);
+    if (l->router.state != GP_ROUTER_UNSEEN) {
+        l->norm = gp_norm_before(f->routers.ggml, node->src[1]);
+        if (layer_index > 0) {
+            note(f, layer_index - 1);
+        }
+        note(f, layer_index);
+    }
+}
+
+static bool has_room(gp_foretell *f, int64_t width) {
+    if (f->width < width) {
+        free(f->kept);
+        f->kept = malloc((GP_LOOK_ROWS + 1) * (size_t) width * sizeof *f->kept);
+        f->width = f->kept ? width : 0;
+        f->guessed = f->kept ? f->kept + GP_LOOK_ROWS * (size_t) width : NULL;
+        f->n_passed = 0;
+    }
+    return f->kept != NULL;
+}
+
+/* From what is kept of the layer before, and the same tokens' inputs of this one. */
+static void learn(gp_foretell *f, uint32_t layer_index, const ggml_tensor *input) {
+    layer *before = &f->layers[layer_index - 1];
+    const int64_t n = f->layers[layer_index].norm.n_embd;
+    if (!before->drift.here && !gp_drift_open(&before->drift, n)) {
+        return;
+    }
+    for (uint32_t token = 0; token < f->n_passed; token++) {
+        gp_norm_undo(&f->layers[layer_index].norm, gp_row_in(input, &(gp_row) { 0, token }), f->guessed);
+        gp_drift_learn(&before->drift, n, f->kept + token * (size_t) f->width, f->guessed);
+    }
+}
+
+void gp_foretell_keep(gp_foretell *f, uint32_t layer_index, const ggml_tensor *node) {
+    const layer *l = &f->layers[layer_index];
+    const ggml_tensor *input = node->src[1];
+    const uint32_t n_tokens = (uint32_t) input->ne[2];
+    f->n_kept = 0;
+    if (!l->norm.is_known || n_tokens > GP_LOOK_ROWS || !has_room(f, l->norm.n_embd)) {
+        return;
+    }
+    if (f->n_passed == n_tokens && layer_index > 0 && f->kept_layer == layer_index - 1
+        && f->layers[layer_index - 1].norm.n_embd == l->norm.n_embd) {
+        learn(f, layer_index, input);
+    }
+    f->n_passed = 0;
+    if (f->hold->look == GP_LOOK_NOT || !leads_on(f, layer_index)) {
+        return;
+    }
+    for (; f->n_kept < n_tokens; f->n_kept++) {
+        gp_norm_undo(&l->norm, gp_row_in(input, &(gp_row) { 0, f->n_kept }), f->kept + f->n_kept * (size_t) f->width);
+    }
+    f->kept_layer = layer_index;
+    f->n_passed = f->n_kept;
+}
+
+/* What a token's input of the next layer will probably be. */
+static const float *guess(gp_foretell *f, uint32_t token) {
+    const layer *l = &f->layers[f->kept_layer];
+    const float *now = f->kept + token * (size_t) f->width;
+    if (l->drift.here) {
+        gp_drift_follow(&l->drift, l->norm.n_embd, now, f->guessed);
+        return f->guessed;
+    }
+    return now;
+}
+
+static int most_wanted_first(const void *left, const void *right) {
+    const choice *a = left, *b = right;
+    return a->count != b->count ? (a->count < b->count) - (a->count > b->count) : (a->at > b->at) - (a->at < b->at);
+}
+
+/* Asks a layer's router about every token that was kept. Returns how many different experts it chose. */
+static uint32_t collect(gp_foretell *f, uint32_t layer_index) {
+    layer *l = &f->layers[layer_index];
+    const uint32_t n_experts = gp_pager_layer(f->pager, layer_index)->n_experts;
+    uint32_t n = 0;
+    for (uint32_t token = 0; token < f->n_kept; token++) {
+        const int32_t *chosen = gp_router_ask(&l->router, &f->routers, guess(f, token));
+        for (uint32_t rank = 0; chosen && rank < l->router.n_used; rank++) {
+            const int32_t expert = chosen[rank];
+            if (expert < 0 || (uint32_t) expert >= n_experts) {
+                continue;
+            }
+            if (f->place[expert] < 0) {
+                f->place[expert] = (int32_t) n;
+                f->choices[n++] = (choice) { .expert = expert, .at = rank };
+            }
+            f->choices[f->place[expert]].count++;
+        }
+    }
+    qsort(f->choices, n, sizeof *f->choices, most_wanted_first);
+    for (uint32_t i = 0; i < n; i++) {
+        f->experts[i] = f->choices[i].expert;
+        f->place[f->experts[i]] = -1;
+    }
+    return n;
+}
+
+void gp_foretell_ahead(gp_foretell *f, uint32_t layer_index) {
+    if (f->n_kept > 0 && f->kept_layer == layer_index) {
+        gp_look_ahead_begin(f->pager, f->hold, f->experts, collect(f, layer_index + 1));
+    }
+    f->n_kept = 0;
+}
+
+int gp_foretell_open(gp_foretell **out, const gp_ggml *ggml, gp_pager *pager, gp_hold *hold) {
+    *out = NULL;
+    gp_foretell *f = calloc(1, sizeof *f);
+    if (!f) {
+        return -ENOMEM;
+    }
+    f->pager = pager;
+    f->hold = hold;
+    uint32_t most = 0;
+    const gp_layer_spec *spec;
+    for (; (spec = gp_pager_layer(pager, f->n_layers)); f->n_layers++) {
+        most = spec->n_experts > most ? spec->n_experts : most;
+    }
+    f->layers = calloc(f->n_layers, sizeof *f->layers);
+    f->place = malloc(most * sizeof *f->place);
+    f->choices = malloc(most * sizeof *f->choices);
+    f->experts = malloc(most * sizeof *f->experts);
+    const int error = f->layers && f->place && f->choices && f->experts ? gp_routers_open(&f->routers, ggml) : -ENOMEM;
+    if (error != 0) {
+        gp_foretell_close(f);
+        return error;
+    }
+    for (uint32_t e = 0; e < most; e++) {
+        f->place[e] = -1;
+    }
+    *out = f;
+    return 0;
+}
+
+void gp_foretell_close(gp_foretell *f) {
+    if (!f) {
+        return;
+    }
+    for (uint32_t i = 0; f->layers && i < f->n_layers; i++) {
+        gp_router_close(&f->layers[i].router, &f->routers);
+        gp_drift_close(&f->layers[i].drift);
+    }
+    gp_routers_close(&f->routers);
+    free(f->layers);
+    free(f->kept);
+    free(f->place);
+    free(f->choices);
+    free(f->experts);
+    free(f);
+}
