@@ -6,7 +6,8 @@ usage: python scripts/make_trace_model.py OUT.gguf --preset qwen3-30b-16l
 Every position of a recording of expert choices (scripts/traces/) gets a token of its
 own. Attention and experts add little to the hidden state, so in every layer it stays
 near that token's embedding, and the router of layer l can be solved for: it sends
-token i to the experts recorded for position i. Embeddings are orthogonal, so there is
+token i to the experts recorded for position i. So one layer's input tells all of the
+next one's choice, unlike in a trained model; with `--parts 2` it tells nothing. Embeddings are orthogonal, so there is
 room for n_embd positions. The output head answers token i with
 token i+1, so greedy decoding walks the recording by itself, and the tokens are pieces
 of a text, so it prints that text. A page cache or a pager sees what it would see with
@@ -38,9 +39,8 @@ from trace_routing import (
     RECORDINGS,
     Experts,
     Floats,
-    embeddings,
+    Parts,
     recorded_experts,
-    router,
     vocabulary_rows,
 )
 from trace_text import TEXT, Vocabulary, cut_pieces, vocabulary
@@ -71,6 +71,7 @@ class Spec:
     type: str  # a key of EXPERT_TYPES
     positions: int = 2048
     first_layer: int = 0  # of the recording
+    parts: int = 1  # above 1: of the embedding, see `Parts`
     seed: int = 1
 
 
@@ -157,17 +158,20 @@ def make(path: Path, preset: str = "tiny", **overrides: Any) -> None:
 
 def _tensors(spec: Spec, experts: Experts, n_other: int) -> Iterator[Tensor]:
     """Yield the tensors of the model in file order."""
-    embedded = embeddings(spec.positions, spec.n_embd, spec.seed)
+    parts = Parts(spec.parts, spec.n_embd)
+    embedded = parts.embeddings(spec.positions, spec.seed)
     rows, head = vocabulary_rows(embedded, n_other, spec.seed)
     yield Tensor("token_embd.weight", rows.shape, Q.Q8_0, lambda: rows)
     for layer in range(spec.layers):
-        for tensor in _layer_tensors(spec, layer, experts[layer], embedded):
+        for tensor in _layer_tensors(spec, layer, experts[layer], embedded, parts):
             yield replace(tensor, name=f"blk.{layer}.{tensor.name}")
     yield _ones("output_norm.weight", spec.n_embd)
     yield Tensor("output.weight", head.shape, Q.Q8_0, lambda: head)
 
 
-def _layer_tensors(spec: Spec, layer: int, chosen: Experts, embedded: Floats) -> Iterator[Tensor]:
+def _layer_tensors(
+    spec: Spec, layer: int, chosen: Experts, embedded: Floats, parts: Parts
+) -> Iterator[Tensor]:
     """Yield the tensors of one layer, named without their `blk.N.`."""
     embd, ff, n_expert = spec.n_embd, spec.n_ff, spec.experts
     q_rows, kv_rows = spec.n_head * spec.head_dim, spec.n_head_kv * spec.head_dim
@@ -188,7 +192,7 @@ def _layer_tensors(spec: Spec, layer: int, chosen: Experts, embedded: Floats) ->
         yield Tensor("attn_v.bias", (kv_rows,), Q.F32, 0.01)
         yield Tensor("attn_output.bias", (embd,), Q.F32, 0.001)
         yield Tensor("attn_sinks.weight", (spec.n_head,), Q.F32, 1.0)
-        yield _ones("post_attention_norm.weight", embd)
+        yield _norm("post_attention_norm.weight", parts.norm(layer))
         yield Tensor("ffn_gate_inp.bias", (n_expert,), Q.F32, 0.01)
         yield Tensor("ffn_gate_exps.bias", (n_expert, ff), Q.F32, 0.01)
         yield Tensor("ffn_up_exps.bias", (n_expert, ff), Q.F32, 0.01)
@@ -196,12 +200,12 @@ def _layer_tensors(spec: Spec, layer: int, chosen: Experts, embedded: Floats) ->
     else:
         yield _ones("attn_q_norm.weight", spec.head_dim)
         yield _ones("attn_k_norm.weight", spec.head_dim)
-        yield _ones("ffn_norm.weight", embd)
+        yield _norm("ffn_norm.weight", parts.norm(layer))
     yield Tensor(
         "ffn_gate_inp.weight",
         (n_expert, embd),
         Q.F32,
-        lambda: router(chosen, n_expert, embedded),
+        lambda: parts.router(layer, chosen, n_expert, embedded, spec.seed),
     )
     gate_up, down, down_more = EXPERT_TYPES[spec.type]
     if _has_more_bits(layer, spec.layers):
@@ -214,8 +218,12 @@ def _layer_tensors(spec: Spec, layer: int, chosen: Experts, embedded: Floats) ->
 
 
 def _ones(name: str, length: int) -> Tensor:
-    """Return a norm's weight."""
-    return Tensor(name, (length,), Q.F32, lambda: np.ones(length, dtype=np.float32))
+    """Return a norm's weight that changes nothing."""
+    return _norm(name, np.ones(length, dtype=np.float32))
+
+
+def _norm(name: str, weight: Floats) -> Tensor:
+    return Tensor(name, weight.shape, Q.F32, lambda: weight)
 
 
 def _has_more_bits(layer: int, layers: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ RECORDINGS = {
 }
 # Router logits: 0 for experts not chosen, from just above 2 to 4 for the chosen.
 LOGIT_SCALE = 2.0
+# What a wrong choice adds to them, roughly: too little to change one.
+WRONG_LOGIT = 0.3
 # Logit of the right next token; the others' spread around 0 is this / sqrt(n_embd).
 NEXT_TOKEN_LOGIT = 25.0
 
@@ -77,6 +80,54 @@ def embeddings(positions: int, n_embd: int, seed: int) -> Floats:
     rows = np.cos(2 * math.pi * turns) + np.sin(2 * math.pi * turns)
     rows *= np.random.default_rng((seed, 1)).choice((-1.0, 1.0), n_embd)
     return rows.astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """How an embedding of `n_embd` numbers is cut, so that a layer's input says nothing of the next one's choice.
+
+    With `n` above 1, layer l's norm lets through part l % n and a small one that all layers share, and sets the rest to zero. The
+    routing is in the former. In the latter lies a choice that is wrong: what foretells from one layer's input is sure of it.
+    """
+
+    n: int
+    n_embd: int
+
+    @property
+    def n_shared(self) -> int:
+        """Numbers that all layers see."""
+        return self.n_embd // 16 if self.n > 1 else 0
+
+    def own(self, layer: int) -> slice:
+        """Return where the numbers of a layer's routing are."""
+        width = (self.n_embd - self.n_shared) // self.n
+        return slice(layer % self.n * width, (layer % self.n + 1) * width)
+
+    def embeddings(self, positions: int, seed: int) -> Floats:
+        """Return one embedding per position; each part of them is orthogonal. Raises ValueError as `embeddings` does."""
+        rows = np.random.default_rng((seed, 4)).standard_normal((positions, self.n_embd), dtype=np.float32)
+        for part in range(self.n):
+            own = self.own(part)
+            rows[:, own] = embeddings(positions, own.stop - own.start, seed + part)
+        return rows
+
+    def norm(self, layer: int) -> Floats:
+        """Return the weight of the norm in front of a layer's experts."""
+        weight = np.zeros(self.n_embd, dtype=np.float32)
+        weight[self.own(layer)] = 1
+        weight[self.n_embd - self.n_shared :] = 1
+        return weight
+
+    def router(self, layer: int, chosen: Experts, n_expert: int, embedded: Floats, seed: int) -> Floats:
+        """Return a layer's router weights, as `router` does."""
+        own = self.own(layer)
+        weights = np.zeros((n_expert, self.n_embd), dtype=np.float32)
+        weights[:, own] = router(chosen, n_expert, embedded[:, own])
+        if self.n_shared:
+            spread = WRONG_LOGIT / math.sqrt(self.n_shared)
+            wrong = np.random.default_rng((seed, 5, layer)).standard_normal((n_expert, self.n_shared), dtype=np.float32)
+            weights[:, self.n_embd - self.n_shared :] = np.float32(spread) * wrong
+        return weights
 
 
 def vocabulary_rows(embedded: Floats, n_other: int, seed: int) -> tuple[Floats, Floats]:
