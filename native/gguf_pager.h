@@ -106,7 +106,7 @@ typedef enum {
     GP_SIGHT_ON,
     GP_SIGHT_OFF,               /* nobody wants it */
     GP_SIGHT_FIRST,             /* there is no layer before it */
-    GP_SIGHT_UNSEEN,            /* no token has passed yet */
+    GP_SIGHT_UNSEEN,            /* too few tokens have passed to say */
     GP_SIGHT_OTHER,             /* its router, or the norm in front of the layer before, is of a kind that is not known */
     GP_SIGHT_POOR,              /* too little came true */
     GP_SIGHT_SLOWER             /* tokens were no faster with it */

@@ -503,7 +503,7 @@ bool gp_compute_has_closed(const gp_compute *c) {
     return c->has_closed;
 }
 
-void gp_compute_reset(gp_compute *c) {
+void gp_compute_reset(gp_compute *c, bool is_idle) {
     c->piece++;
     for (uint32_t i = 0; i < c->n_layers; i++) {
         c->layers[i].counted = NULL;
@@ -512,7 +512,11 @@ void gp_compute_reset(gp_compute *c) {
     c->collecting = NULL;
     c->samples.nodes = NULL;
     c->whole = NULL;
-    gp_hold_release(c->pager, c->hold);
+    if (is_idle) {
+        gp_hold_rest(c->pager, c->hold);
+    } else {
+        gp_hold_release(c->pager, c->hold);
+    }
 }
 
 /* ---- counting ----------------------------------------------------------------------------------------------------- */

@@ -23,8 +23,8 @@ bool gp_compute_offer(gp_compute *compute, uint32_t slice, ggml_tensor *node, co
 bool gp_compute_has_closed(const gp_compute *compute);
 /* Any other node that llama.cpp asks about. */
 void gp_compute_note(gp_compute *compute, ggml_tensor *node);
-/* At the end of each piece of graph, and when the context rests: nobody computes, and no slot is held any more. */
-void gp_compute_reset(gp_compute *compute);
+/* At the end of each piece of graph, and when the context rests, is_idle: nobody computes, and no slot is held any more. */
+void gp_compute_reset(gp_compute *compute, bool is_idle);
 
 /* As in gguf_pager.h. */
 void gp_compute_count_kinds(const gp_compute *compute, uint32_t *n_same, uint32_t *n_other);

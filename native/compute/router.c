@@ -19,6 +19,7 @@ typedef struct {
     const ggml_tensor *theirs[GP_ROUTER_NODES];     /* whose copy each node is */
     const ggml_tensor *norm;
     int64_t            n_tokens;
+    bool               has_adapter;
     size_t             used_bytes;
 } copying;
 
@@ -114,6 +115,7 @@ static ggml_tensor *copy(copying *c, const ggml_tensor *theirs) {
         }
     }
     if (theirs->op == ggml->op_none) {
+        c->has_adapter |= ends_with(theirs->name, ".lora_a") || ends_with(theirs->name, ".lora_b");
         return is_weight(ggml, theirs) ? (ggml_tensor *) (uintptr_t) theirs : NULL;
     }
     if (!is_norm(ggml, theirs)) {
@@ -160,7 +162,7 @@ void gp_router_learn(gp_router *r, const gp_routers *routers, const ggml_tensor 
         gp_router_close(r, routers);
     }
     /* Of one token, all that a router is made of can be seen; of several, their number may have been in the way. */
-    r->state = is_whole ? GP_ROUTER_KNOWN : ids->ne[1] == 1 ? GP_ROUTER_OTHER : GP_ROUTER_UNSEEN;
+    r->state = is_whole ? GP_ROUTER_KNOWN : ids->ne[1] == 1 && !c.has_adapter ? GP_ROUTER_OTHER : GP_ROUTER_UNSEEN;
 }
 
 void gp_router_close(gp_router *r, const gp_routers *routers) {

@@ -153,9 +153,9 @@ static bool serve(gp_tap *tap, ggml_tensor *node) {
 }
 
 /* All nodes up to here are computed. */
-static void piece_computed(gp_tap *tap) {
+static void piece_computed(gp_tap *tap, bool is_idle) {
     if (tap->pager) {
-        gp_compute_reset(tap->compute);
+        gp_compute_reset(tap->compute, is_idle);
         gp_rows_release(tap->rows);
     }
 }
@@ -172,7 +172,7 @@ bool gp_tap_eval(void *tensor, bool ask, void *data) {
     ggml_tensor *node = tensor;
     undo(tap, node);
     if (!ask) {
-        piece_computed(tap);
+        piece_computed(tap, false);
         if (node->type == tap->ggml.type_i32) {
             note_computed(tap, node);
             if (node->view_src) {
@@ -216,7 +216,7 @@ void gp_tap_chain_abort(gp_tap *tap, gp_abort_callback next_abort, void *next_ab
 }
 
 void gp_tap_idle(gp_tap *tap) {
-    piece_computed(tap);
+    piece_computed(tap, true);
 }
 
 gp_failure gp_tap_take_failure(gp_tap *tap) {

@@ -80,19 +80,20 @@ uint32_t gp_ahead_drop(gp_pager *p, const gp_hold *hold, uint32_t layer_index, g
         }
         const uint32_t index = (uint32_t) l->slot_of[e];
         const gp_slot *s = &p->slots[index];
-        if (s->state == READING && s->ahead_for >> hold->bit & 1 && !s->users) {
+        const bool is_others = (s->foretold_for & ~(UINT64_C(1) << hold->bit)) != 0;
+        if (s->state == READING && s->ahead_for >> hold->bit & 1 && !s->users && !is_others) {
             n_reads += gp_slot_withdraw(p, index, reads + n_reads);
         }
     }
     return n_reads;
 }
 
-uint32_t gp_ahead_wanted(gp_pager *p, const gp_demand *demand, gp_read **reads) {
+uint32_t gp_ahead_wanted(gp_pager *p, const gp_hold *hold, const gp_demand *demand, gp_read **reads) {
     const gp_layer *l = &p->layers[demand->layer];
     uint32_t n_reads = 0;
     for (uint32_t i = 0; i < demand->n_experts; i++) {
         const int32_t index = l->slot_of[demand->experts[i]];
-        if (index >= 0 && p->slots[index].state == READING && p->slots[index].ahead_for) {
+        if (index >= 0 && p->slots[index].state == READING && p->slots[index].ahead_for >> hold->bit & 1) {
             for (uint32_t s = 0; s < l->spec.n_slices; s++) {
                 reads[n_reads++] = &p->reads[(uint32_t) index * GP_MAX_SLICES + s];
             }

@@ -13,8 +13,9 @@ uint32_t gp_ahead_take(gp_pager *pager, gp_hold *hold, gp_read **reads, uint32_t
 uint32_t gp_ahead_drop(gp_pager *pager, const gp_hold *hold, uint32_t layer, gp_read **reads);
 void     gp_ahead_withdrawn(gp_pager *pager, gp_read *const *reads, uint32_t n_reads);
 
-/* Puts the reads of what is on its way ahead, of a layer's experts that are wanted now, into `reads`, for gp_copies_want. */
-uint32_t gp_ahead_wanted(gp_pager *pager, const gp_demand *demand, gp_read **reads);
+/* Puts the reads of what is on its way ahead for this hold, and is wanted now, into `reads`, for gp_copies_want. What is on its way for
+ * others they may not have submitted yet. */
+uint32_t gp_ahead_wanted(gp_pager *pager, const gp_hold *hold, const gp_demand *demand, gp_read **reads);
 
 /* Look-ahead (look_ahead.h), as waves know it. A layer's turn has come: what of it was foretold is compared with what is wanted. Returns
  * how many of those that are READY would be missing without. */

@@ -8,15 +8,18 @@
 /* Of a layer: how much of what was foretold, and not in a slot, came true of late. */
 typedef struct {
     float    true_ones, false_ones;     /* they fade */
-    bool     is_poor;                   /* too little comes true for reads to pay */
+    bool     is_judged;
+    bool     is_poor;                   /* once it is judged: too little comes true for reads to pay */
     uint32_t n_passed;                  /* tokens since something was foretold although it is poor */
 } gp_foresight;
 
 void gp_foresight_note(gp_foresight *foresight, uint32_t n_true, uint32_t n_false);
-/* Asked once for each token, or one each of a few sequences. */
+/* Whether what is foretold is worth reading. */
+bool gp_foresight_pays(const gp_foresight *foresight);
+/* Whether to foretell all the same, to see whether it would be. Asked once for each token, or one each of a few sequences. */
 bool gp_foresight_shall_learn(gp_foresight *foresight);
 
-/* Of a context: tokens with look-ahead and tokens without take turns for a while, and what was faster is kept for a longer one. */
+/* Of a context: tokens with look-ahead and tokens without take turns for a while, and what was faster more often is kept for a longer one. */
 enum { GP_PAIRS = 16 };
 
 typedef struct {
@@ -27,7 +30,9 @@ typedef struct {
     uint32_t n_rows;                    /* of the batch at hand: one, or one each of so many sequences */
     uint32_t n_tokens;                  /* since this span, or this trial, began */
     uint32_t span;                      /* tokens until the next trial */
-    uint64_t with_ns[GP_PAIRS], without_ns[GP_PAIRS];
+    uint64_t with_ns;                   /* of the pair at hand */
+    uint32_t n_slower_now;              /* pairs of this trial in which the token with look-ahead was slower */
+    float    n_pairs, n_slower;         /* of earlier trials; they fade */
 } gp_contest;
 
 /* A token, or one each of so many sequences, begins: contest->looks says whether to look ahead for it. */

@@ -20,14 +20,17 @@ static gp_look look_at(gp_pager *p, const gp_hold *hold, uint32_t layer) {
         return GP_LOOK_TO_READ;
     }
     gp_foresight *f = &p->layers[layer].foresight;
-    if (!hold->contest->looks || !gp_foresight_shall_learn(f)) {
+    if (!hold->contest->looks) {
         return GP_LOOK_NOT;
     }
-    return f->is_poor ? GP_LOOK_TO_LEARN : GP_LOOK_TO_READ;
+    return gp_foresight_pays(f) ? GP_LOOK_TO_READ : gp_foresight_shall_learn(f) ? GP_LOOK_TO_LEARN : GP_LOOK_NOT;
 }
 
 void gp_look_ahead_decide(gp_pager *p, gp_hold *hold, const gp_demand *demand) {
     hold->look = GP_LOOK_NOT;
+    if (demand->layer == 0) {
+        hold->contest->begun_ns = 0;    /* of a token that did not come to its end */
+    }
     /* Batches of more tokens are prompts': they want so much of a layer that the batch before says as much. */
     if (p->config.look_ahead == GP_LOOK_NEVER || demand->n_tokens > GP_LOOK_ROWS) {
         return;
@@ -138,7 +141,8 @@ gp_sight gp_look_ahead_sight(const gp_pager *p, uint32_t layer) {
     if (p->config.look_ahead == GP_LOOK_ALWAYS) {
         return GP_SIGHT_ON;
     }
-    return p->is_slower ? GP_SIGHT_SLOWER : l->foresight.is_poor ? GP_SIGHT_POOR : GP_SIGHT_ON;
+    return p->is_slower ? GP_SIGHT_SLOWER : !l->foresight.is_judged ? GP_SIGHT_UNSEEN
+        : l->foresight.is_poor ? GP_SIGHT_POOR : GP_SIGHT_ON;
 }
 
 void gp_look_ahead_note_router(gp_pager *p, uint32_t layer, bool is_known) {

@@ -90,6 +90,8 @@ void gp_hold_close(gp_hold *hold, gp_pager *pager);
 /* In the decoding thread, while nobody computes with them: gives back all slots that are held. After a failure once nothing of
  * it is being read, so that whoever wants these experts next reads them anew. */
 void gp_hold_release(gp_pager *pager, gp_hold *hold);
+/* The same when its context rests: what was foretold, and did not come to its turn, is given up as well. */
+void gp_hold_rest(gp_pager *pager, gp_hold *hold);
 
 /* Begins a wave, in the decoding thread: what is in slots is held, of the rest as much is on its way as there are slots for. Not
  * 0: nothing is held, and *failure tells why. -ECHILD: this process is a fork of the one that opened the pager. */

@@ -232,7 +232,7 @@ int gp_wave_begin(gp_pager *p, gp_hold *hold, const gp_demand *demand, gp_failur
         gp_look_ahead_decide(p, hold, demand);
     }
     const uint32_t n_missed = line_up(p, hold, demand) + n_foreseen;
-    const uint32_t n_ahead = gp_ahead_wanted(p, demand, hold->reads);
+    const uint32_t n_ahead = gp_ahead_wanted(p, hold, demand, hold->reads);
     gp_read **const reads = hold->reads + n_ahead;
     uint32_t n_reads = take_more(p, hold, reads, hold->n_wanted);
     if (!demand->is_again) {
@@ -487,9 +487,20 @@ int gp_wave_end(gp_pager *p, gp_hold *hold, gp_failure *failure) {
     return failure->error;
 }
 
+void gp_hold_rest(gp_pager *p, gp_hold *hold) {
+    gp_hold_release(p, hold);
+    if (hold->forecast.is_open && gp_pager_enter(p)) {      /* only this thread opens one */
+        gp_forecast_end(p, hold);
+        gp_pager_leave(p, true);
+    }
+}
+
 void gp_hold_release(gp_pager *p, gp_hold *hold) {
     if (hold->n_wanted == 0 || !gp_pager_enter(p)) {    /* only this thread changes n_wanted */
         return;
+    }
+    if (!may_go_on(hold)) {
+        gp_forecast_end(p, hold);
     }
     while (atomic_load(&hold->has_failed) && hold->n_pending > 0) {
         if (!gp_hold_wait(p, hold, true)) {
