@@ -28,7 +28,7 @@ DEFAULT_READERS, DEFAULT_PIECE_BYTES = 4, 512 << 10
 _SHRINK_S = 2.0
 """How long slots may be in use, by a token or a read in the background, before a context that needs their memory is refused."""
 
-_SIGHTS = ("on", "off", "no layer before it", "no token yet", "a router of another kind", "too little came true", "no faster")
+_SIGHTS = ("on", "off", "no layer before it", "too few tokens yet", "a router of another kind", "too little came true", "no faster")
 """By number, gp_sight in native/gguf_pager.h."""
 
 _LOOK_AHEAD = {False: 0, "auto": 1, True: 2}
