@@ -48,6 +48,8 @@ def _value(name: str, text: str) -> Any:
     default = _FIELDS[name].default
     if name == "look_ahead" and text.lower() == "auto":
         return "auto"
+    if name == "look_ahead" and text.lower() not in _BOOLEANS:
+        raise PagerError(f"{_NAMES[name]} must be auto, true or false, not {text!r}.")
     if isinstance(default, bool) or name == "look_ahead":
         return _boolean(_NAMES[name], text)
     if name == "mirror":

@@ -93,7 +93,7 @@ class Options:
             raise PagerError(f"io {self.io!r} does not exist: choose 'auto', 'direct' or 'buffered'.")
         if self.lock_dense not in ("auto", "lock", "copy", "off"):
             raise PagerError(f"lock_dense {self.lock_dense!r} does not exist: choose 'auto', 'lock', 'copy' or 'off'.")
-        if self.look_ahead not in ("auto", True, False):
+        if self.look_ahead != "auto" and not isinstance(self.look_ahead, bool):
             raise PagerError(f"look_ahead {self.look_ahead!r} does not exist: choose 'auto', True or False.")
         if self.n_readers is not None and not (type(self.n_readers) is int and 1 <= self.n_readers <= 256):
             raise PagerError(f"n_readers must lie between 1 and 256, not {self.n_readers!r}.")

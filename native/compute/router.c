@@ -19,6 +19,7 @@ typedef struct {
     const ggml_tensor *theirs[GP_ROUTER_NODES];     /* whose copy each node is */
     const ggml_tensor *norm;
     int64_t            n_tokens;
+    uint32_t           depth;       /* of nodes whose sources are being copied */
     bool               has_adapter;
     size_t             used_bytes;
 } copying;
@@ -85,13 +86,23 @@ static bool place(copying *c, ggml_tensor *ours) {
     return true;
 }
 
+/* A cast names itself as where its result goes. */
+static bool copy_sources(copying *c, const ggml_tensor *theirs, ggml_tensor *ours) {
+    bool is_whole = ++c->depth <= GP_ROUTER_NODES;
+    for (uint32_t i = 0; is_whole && i < GGML_SOURCES; i++) {
+        if (theirs->src[i] && theirs->src[i] != theirs) {
+            ours->src[i] = copy(c, theirs->src[i]);
+            is_whole = ours->src[i] != NULL;
+        }
+    }
+    c->depth--;
+    return is_whole;
+}
+
 static ggml_tensor *copy_node(copying *c, const ggml_tensor *theirs) {
     ggml_tensor ours = *theirs;
-    for (uint32_t i = 0; i < GGML_SOURCES; i++) {
-        ours.src[i] = theirs->src[i] ? copy(c, theirs->src[i]) : NULL;
-        if (theirs->src[i] && !ours.src[i]) {
-            return NULL;
-        }
+    if (!copy_sources(c, theirs, &ours)) {
+        return NULL;
     }
     ours.view_src = theirs->view_src ? copy(c, theirs->view_src) : NULL;
     if ((theirs->view_src && !ours.view_src) || c->router->n_nodes == GP_ROUTER_NODES
@@ -103,6 +114,9 @@ static ggml_tensor *copy_node(copying *c, const ggml_tensor *theirs) {
     c->theirs[c->router->n_nodes] = theirs;
     ggml_tensor *at = &c->router->nodes[c->router->n_nodes++];
     *at = ours;
+    for (uint32_t i = 0; i < GGML_SOURCES; i++) {
+        at->src[i] = theirs->src[i] == theirs ? at : at->src[i];
+    }
     return at;
 }
 
