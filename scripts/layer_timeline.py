@@ -17,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from gguf_pager.bench import tokens
 from gguf_pager.doctor import physical_cores
 
 TRACING = Path("/sys/kernel/tracing")
-PROBES = {"wave_begin": "gp_wave_begin", "wave_end": "gp_wave_end"}
+PROBES = {"wave_begin": "gp_wave_begin", "wave_end": "gp_wave_end", "foretold": "gp_look_ahead_begin"}
 EVENTS = ("block/block_rq_issue", "block/block_rq_complete", *(f"gguf_pager/{name}" for name in PROBES))
 READ = re.compile(r" RA?S? .*\(\) (\d+ \+ \d+) ")
 LINE = re.compile(r"-(\d+)\s+\[\d+\].*?\s(\d+\.\d+): (\w+): (.*)")
@@ -96,8 +97,9 @@ def summary(noted: list[tuple[float, str, str]], n_layers: int) -> dict[str, Any
     begins = [at for at, event, _ in noted if event == "wave_begin"]
     ends = [at for at, event, _ in noted if event == "wave_end"]
     busy, issued, come = requests(noted)
-    first, last, ended, nexts, before, during, between = [], [], [], [], [], [], []
-    for at, (begin, after) in enumerate(zip(begins, begins[1:], strict=False)):
+    foretold = [at for at, event, _ in noted if event == "foretold"]
+    first, asked, last, ended, nexts, before, during, between = [], [], [], [], [], [], [], []
+    for at, (begin, after) in enumerate(pairwise(begins)):
         if at % n_layers == n_layers - 1:
             continue  # the next layer is the next token's first
         end = next((moment for moment in ends if begin < moment < after), None)
@@ -106,8 +108,8 @@ def summary(noted: list[tuple[float, str, str]], n_layers: int) -> dict[str, Any
         arrived = [moment for moment in come if begin < moment < end]
         if not arrived:
             continue
-        since = begins[at - 1] if at % n_layers else begin
-        first.append(min((moment for moment in issued if since < moment < end), default=begin) - begin)
+        first += [moment - begin for moment in issued if begin < moment < end][:1]
+        asked += [moment - begin for moment in foretold if begin < moment < after][:1]
         last.append(arrived[-1] - begin)
         ended.append(end - begin)
         nexts.append(after - begin)
@@ -116,11 +118,11 @@ def summary(noted: list[tuple[float, str, str]], n_layers: int) -> dict[str, Any
         between.append(overlap(busy, end, after) / (after - end))
     whole = begins[-1] - begins[0]
 
-    def micros(values: list[float]) -> float:
-        return round(1e6 * statistics.median(values), 0)
+    def micros(values: list[float]) -> int | None:
+        return round(1e6 * statistics.median(values)) if values else None
 
     return {
-        "layers": len(first), "first_read_begins_us": micros(first), "last_read_has_come_us": micros(last),
+        "layers": len(last), "own_reads_begin_us": micros(first), "next_is_foretold_us": micros(asked), "last_read_has_come_us": micros(last),
         "layer_ends_us": micros(ended), "next_router_us": micros(nexts),
         "disk_busy_before_router": round(statistics.mean(before), 2), "disk_busy_router_to_end": round(statistics.mean(during), 2),
         "disk_busy_end_to_next_router": round(statistics.mean(between), 2),

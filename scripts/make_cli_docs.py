@@ -43,7 +43,7 @@ Keys of the JSON object: `gguf_pager_version`, `llama_cpp_python_version`, `mode
 `n_batch`, `n_ubatch`, `seed`, `load_s`, `arena_bytes`,
 `resident_expert_bytes`, `peak_memory_bytes`, and `prompt` and `decode`, each with `tokens`, `seconds`, `tokens_per_s`,
 `hits`, `misses`, `hit_rate`, `bytes_read`,
-`bytes_read_per_token`, `bytes_wasted` (read ahead in vain), `stall_ns`, `stall_bytes`, `stall_share`, `evictions`, `left_alone`. What is not known is null.
+`bytes_read_per_token`, `bytes_wasted` (read ahead in vain), `stall_ns`, `stall_bytes`, `stall_share`, `evictions`, `left_alone`, `foreseen` (misses that look-ahead had begun to read), `in_vain` (experts that it read for nothing). What is not known is null.
 """,
     "bench": """\
 A run loads the model in a process of its own, computes `-d` tokens, then the prompt, then the tokens after it, and ends;
@@ -101,7 +101,7 @@ generation, as `-p` and `-n` do in llama-bench. Then ours:
 | `read_ahead_kb` | KiB, of the device during the run; null where unknown, or changed meanwhile |
 | `cache`, `cached_bytes` | `cold`, `warm`, `cold, not verified` (only a file's owner is told) or `not controlled` (macOS); bytes of the file in the page cache before a run, at most |
 | `tokens`, `tokens_repeat` | `trace`, `text`, `ids`, `random`; whether there were fewer than needed |
-| `policy`, `io`, `n_readers`, `piece_bytes`, `profile`, `arena_bytes` | how ours ran; always without a profile of earlier runs |
+| `policy`, `look_ahead`, `io`, `n_readers`, `piece_bytes`, `profile`, `arena_bytes` | how ours ran; always without a profile of earlier runs |
 | `gomp_spincount` | GOMP_SPINCOUNT, which says how long OpenMP's threads spin before they sleep |
 | `n_rounds` | rounds asked for |
 | `n_cores`, `ram_bytes`, `system`, `device`, `gguf_pager_version`, `llama_cpp_python_version` | where and with what |
@@ -111,6 +111,7 @@ generation, as `-p` and `-n` do in llama-bench. Then ours:
 | `hit_rate` | experts found in slots, of those wanted, all runs together; of a prompt by bytes that need not be read |
 | `read_bytes_per_token`, `io_bytes_per_token` | expert bytes counted by us; storage reads of the process counted by Linux |
 | `wasted_bytes_per_token` | of the first, those that were read ahead and given up before anybody wanted them |
+| `foreseen_per_miss`, `in_vain_per_miss` | of the experts that were missing, the share that look-ahead had begun to read; experts that it read for nothing, per one that was missing |
 | `stall_share` | of the time, spent waiting for experts |
 | `stall_bytes_per_s`, `stall_vs_device` | what arrived while computing waited, over that time; the same over `device_bytes_per_s`, more than 1 where waits are shorter than reads, which count when they end; null where it waited less than 20 ms in all |
 | `left_alone` | graph nodes that llama.cpp computed from its own mapping |

@@ -100,6 +100,8 @@ class PhaseResult:
     system_s: float
     resident_bytes: int
     reading: Reading
+    foreseen: int | None = None
+    in_vain: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields by name."""
@@ -122,6 +124,8 @@ class Totals:
     stall_ns: int
     stall_bytes: int
     left_alone: int
+    foreseen: int
+    in_vain: int
     expert_bytes: int
     """Of all experts that were wanted, found or not."""
 
@@ -138,10 +142,10 @@ class _Counters:
         if self._native is None:
             return None
         rows = self._native.counters()
-        hits, misses, bytes_read, bytes_wasted, stall_ns, stall_bytes, _, left_alone, *_ = (
+        hits, misses, bytes_read, bytes_wasted, stall_ns, stall_bytes, _, left_alone, _, _, foreseen, in_vain, *_ = (
             sum(column) for column in zip(*rows, strict=True))
         wanted = sum((row[0] + row[1]) * size for row, size in zip(rows, self._expert_bytes, strict=True))
-        return Totals(hits, misses, bytes_read, bytes_wasted, stall_ns, stall_bytes, left_alone, wanted)
+        return Totals(hits, misses, bytes_read, bytes_wasted, stall_ns, stall_bytes, left_alone, foreseen, in_vain, wanted)
 
     def stall_ns(self) -> int:
         """Return the time waited for reads so far: asked for at every token, so nothing else."""
@@ -174,7 +178,7 @@ class _Phase:
         first, last = self._begun, self._now()
         reading = self._energy.read().within((last.ns - first.ns) / 1e9)
         counted: dict[str, int | None] = dict.fromkeys(
-            ("hits", "misses", "bytes_read", "bytes_wasted", "stall_ns", "stall_bytes", "left_alone"))
+            ("hits", "misses", "bytes_read", "bytes_wasted", "stall_ns", "stall_bytes", "left_alone", "foreseen", "in_vain"))
         expert_bytes = token_bytes
         if first.totals is not None and last.totals is not None:
             counted = {name: getattr(last.totals, name) - getattr(first.totals, name) for name in counted}
@@ -340,6 +344,7 @@ class Run:
             "not_paged_reason": getattr(self.llm, "not_paged_reason", None),
             "io": ("direct" if pager.is_direct else "buffered") if pager else None,
             "policy": pager.options.policy if pager else None,
+            "look_ahead": pager.options.look_ahead if pager else None,
             "n_readers": pager.options.n_readers if pager else None,
             "piece_bytes": pager.options.piece_bytes if pager else None,
             "profile": pager.options.profile if pager else None,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -33,7 +33,7 @@ from gguf_pager.bench.interrupts import Interrupts
 from gguf_pager.bench.runner import Run, Runner, Settings
 from gguf_pager.cli.energy import CONSTANT_OPTION, POWER_COMMAND_OPTION
 from gguf_pager.cli.model import GPU_LAYERS_OPTION, local_model, takes_model
-from gguf_pager.cli.opening import MOST_TOKENS
+from gguf_pager.cli.opening import LOOK_AHEAD_OPTION, MOST_TOKENS
 from gguf_pager.cli.serve import MOST_SEQUENCES
 from gguf_pager.disk.device import fill
 from gguf_pager.doctor import LINUX_READ_AHEAD_KB, physical_cores
@@ -119,6 +119,7 @@ class _Request:
     policy: str
     io: str
     readers: int | None
+    look_ahead: Literal["auto"] | bool
     overcommit: bool
     power_command: str | None
     constants: dict[str, float]
@@ -165,6 +166,7 @@ class _Request:
 @click.option("--io", type=click.Choice(["auto", "direct", "buffered"]), default=_DEFAULT.io, show_default=True,
               help="As for run.")
 @click.option("--readers", metavar="N", type=int, help="As for run; a device is measured before the first run.")
+@LOOK_AHEAD_OPTION
 @click.option("--overcommit", is_flag=True, help="As for run.")
 @POWER_COMMAND_OPTION
 @CONSTANT_OPTION
@@ -245,7 +247,8 @@ def _judge(made: list[dict[str, Any]]) -> None:
 def _settings(request: _Request, layout: Layout, is_spin_chosen: bool,
               interrupts: Interrupts) -> tuple[Settings, float | None]:
     """Return how every run is made, and the watts of the idle machine, where they can be measured."""
-    wanted = Options(policy=request.policy, io=request.io, n_readers=request.readers)  # type: ignore[arg-type]
+    wanted = Options(policy=request.policy, io=request.io, n_readers=request.readers,  # type: ignore[arg-type]
+                     look_ahead=request.look_ahead)
     options = fill(layout, wanted)  # here, that no run's loading time and cap have a part in it
     source = tokens.choose_source(request.tokens, layout.values)
     found = _energy_source(request.power_command)
@@ -258,7 +261,7 @@ def _settings(request: _Request, layout: Layout, is_spin_chosen: bool,
         model=layout.paths[0], n_rounds=request.repetitions, timeout_s=request.timeout, is_warm=request.is_warm,
         tokens=source, options={
             "policy": options.policy, "io": options.io, "n_readers": options.n_readers, "piece_bytes": options.piece_bytes,
-            "profile": False, "overcommit": request.overcommit},  # or a run would begin with what the one before has learned
+            "look_ahead": options.look_ahead, "profile": False, "overcommit": request.overcommit},  # or a run would begin with what the one before has learned
         power_command=request.power_command, energy_source=None if isinstance(found, Absent) else found.name,
         no_energy_reason=found.reason if isinstance(found, Absent) else None, is_spin_chosen=is_spin_chosen)
     return settings, energy.idle_w

@@ -71,6 +71,10 @@ def _look_ahead(_: click.Context, __: click.Parameter, given: str) -> Literal["a
     return LOOK_AHEAD[given]
 
 
+LOOK_AHEAD_OPTION = click.option(
+    "--look-ahead", type=click.Choice(list(LOOK_AHEAD)), default="auto", show_default=True, callback=_look_ahead,
+    help="Read what the next layer will probably choose while a token passes this one; 'auto': where that is faster.")
+
 _OPTIONS = (
     click.option("-t", "--threads", metavar="N", type=click.IntRange(1, MOST_THREADS),
               help="Threads that compute. [default: physical cores]"),
@@ -89,8 +93,7 @@ _OPTIONS = (
     click.option("--mirror", metavar="PATH", type=click.Path(path_type=Path), multiple=True,
               help="Another copy of the model, on another disk, that is read at the same time; may be given again. It is "
                    "compared by samples when it is opened."),
-    click.option("--look-ahead", type=click.Choice(list(LOOK_AHEAD)), default="auto", show_default=True, callback=_look_ahead,
-              help="Read what the next layer will probably choose while a token passes this one; 'auto': where that is faster."),
+    LOOK_AHEAD_OPTION,
     click.option("--profile/--no-profile", default=_DEFAULT.profile, show_default=True,
               help="Keep how often each expert was chosen, and begin with the most used ones next time."),
     click.option("--adapt-threads/--no-adapt-threads", default=_DEFAULT.adapt_threads, show_default=True,

@@ -40,7 +40,8 @@ class Phase:
         before, after = self.begin.stats, self.end.stats
         facts: dict[str, Any] = {"tokens": n_tokens, "seconds": seconds,
                                  "tokens_per_s": n_tokens / seconds if n_tokens and seconds else None}
-        names = ("hits", "misses", "bytes_read", "bytes_wasted", "stall_ns", "stall_bytes", "evictions", "left_alone")
+        names = ("hits", "misses", "bytes_read", "bytes_wasted", "stall_ns", "stall_bytes", "evictions", "left_alone", "foreseen",
+                 "in_vain")
         if before is None or after is None:
             return facts | dict.fromkeys((*names, "hit_rate", "bytes_read_per_token", "stall_share"))
         facts |= {name: getattr(after, name) - getattr(before, name) for name in names}

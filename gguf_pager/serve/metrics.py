@@ -115,6 +115,8 @@ class _Counters(Collector):
         yield self._counter("gguf_pager_expert_evictions", "Experts that gave up their slot.", stats.evictions)
         yield self._counter("gguf_pager_read_bytes", "Bytes of experts read.", stats.bytes_read)
         yield self._counter("gguf_pager_wasted_bytes", "Bytes of those that were read ahead in vain.", stats.bytes_wasted)
+        yield self._counter("gguf_pager_foreseen_misses", "Misses that had begun to be read before they were chosen.", stats.foreseen)
+        yield self._counter("gguf_pager_reads_in_vain", "Experts that were read so, and not chosen.", stats.in_vain)
         yield self._counter("gguf_pager_stall_seconds", "Time that computing waited for reads.", stats.stall_ns / 1e9)
         yield self._gauge("gguf_pager_arena_bytes", "Memory for experts.", stats.arena_bytes)
         yield self._gauge("gguf_pager_resident_expert_bytes", "Experts in it.", stats.resident_bytes)

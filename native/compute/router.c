@@ -33,12 +33,15 @@ static bool ends_with(const char *name, const char *end) {
     return n >= n_end && memcmp(name + n - n_end, end, n_end) == 0;
 }
 
-/* A weight of the model, as its files name them; an adapter's are called "...lora_a", and may go. */
+/* An adapter's weights have the names of those that they adapt, and may go before the model does. */
+static bool is_adapter(const ggml_tensor *tensor) {
+    return ends_with(tensor->name, ".lora_a") || ends_with(tensor->name, ".lora_b");
+}
+
+/* A weight of the model, as its files name them: inputs of a graph are called otherwise. */
 static bool is_weight(const gp_ggml *ggml, const ggml_tensor *tensor) {
     return tensor->op == ggml->op_none && !tensor->view_src && tensor->data && tensor->buffer
-        && strncmp(tensor->name, "blk.", 4) == 0
-        && (ends_with(tensor->name, ".weight") || ends_with(tensor->name, ".bias") || ends_with(tensor->name, ".scale"))
-        && ggml->buffer_is_host(tensor->buffer);
+        && strncmp(tensor->name, "blk.", 4) == 0 && !is_adapter(tensor) && ggml->buffer_is_host(tensor->buffer);
 }
 
 static size_t bytes_of(const gp_ggml *ggml, const ggml_tensor *tensor) {
@@ -129,7 +132,7 @@ static ggml_tensor *copy(copying *c, const ggml_tensor *theirs) {
         }
     }
     if (theirs->op == ggml->op_none) {
-        c->has_adapter |= ends_with(theirs->name, ".lora_a") || ends_with(theirs->name, ".lora_b");
+        c->has_adapter |= is_adapter(theirs);
         return is_weight(ggml, theirs) ? (ggml_tensor *) (uintptr_t) theirs : NULL;
     }
     if (!is_norm(ggml, theirs)) {
