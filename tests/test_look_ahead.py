@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import make_zoo
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import Factory, evaluate, made, some_tokens
+from conftest import Factory, evaluate, some_tokens
 from llama_cpp import llama_cpp as low
 from test_environment import run
 from test_interrupts import LONG, N_TOKENS, Alarm, alarm, raising
@@ -34,18 +32,20 @@ ON = {"look_ahead": True}
 
 FIRST, OTHER = "no layer before it", "a router of another kind"
 
-BEFORE_NORM = "its router is asked with something that no norm has made: the layer's own input, or a projection of it"
 LATENT = "its experts get a projection of what the norm made, from which that cannot be had back"
 
 NOT_FORETOLD = {
-    "deepseek4": ((1,), "its first layers look their experts up by token"),
-    "hy_v3": ((1, 2), BEFORE_NORM),
+    "deepseek4": ((1,), "its first layers have no router: a table says which experts a token has"),
+    "grovemoe": ((1, 3, 5), "the ids of its small experts are computed from those of the large ones, not by a router"),
     "kimi-k3": ((1,), LATENT),
     "nemotron_h_moe": ((1,), LATENT),
-    "qwen4exp": ((1, 2), BEFORE_NORM),
-    "smallthinker": ((1, 2), BEFORE_NORM),
+    "qwen4exp": ((1, 2), "its router's input is a mixture of several streams, each with a norm of its own"),
+    "smallthinker": ((1, 2), "its router is asked with the layer's own input, before any norm"),
 }
 """Layers with experts of which nothing is foretold, counted from 0, and why; all others of all architectures are, but for the first."""
+
+SILENT = ("grovemoe",)
+"""Said to be on, but nothing is foretold: the layer before each is one of small experts, which computes nothing to foretell with."""
 
 N_BATCHED, N_SINGLE = 5, 6
 """Tokens of a first batch, for which is looked ahead as well, and tokens after it, one by one."""
@@ -87,7 +87,7 @@ def test_logits_equal_stock_and_what_can_be_is_foretold(zoo_model: Model, arch: 
             assert layer.foreseen <= layer.misses and (layer.look_ahead == "on" or layer.foreseen == layer.in_vain == 0)
         assert sum(layer.foreseen for layer in stats.layers) == stats.foreseen
         if budget == "25%" and "on" in said:
-            assert stats.foreseen + stats.in_vain > 0
+            assert (stats.foreseen + stats.in_vain > 0) == (arch not in SILENT)
 
 
 def test_table_names_architectures_that_there_are() -> None:
@@ -149,8 +149,8 @@ def set_adapter(context: Any, adapter: Any, scale: float) -> None:
     assert low.llama_set_adapters_lora(context, adapters, 1, (low.ctypes.c_float * 1)(scale)) == 0
 
 
-def with_and_without_adapter(path: Path, lora: Path, model: Any, is_first: bool) -> tuple[list[Logits], list[str]]:
-    """Learn with or without it, then the other way round; free it and go on. Return the logits, and what is said to be foretold."""
+def with_and_without_adapter(lora: Path, model: Any, is_first: bool) -> list[Logits]:
+    """Learn with or without it, then the other way round; free it and go on. Return the logits of each step."""
     rows = []
     with context_of(model, 16) as context:
         for step in range(2):
@@ -169,7 +169,7 @@ def with_and_without_adapter(path: Path, lora: Path, model: Any, is_first: bool)
                 low.llama_memory_clear(low.llama_get_memory(context), True)
                 rows.append(some_logits(model, context))
                 del junk
-    return rows, []
+    return rows
 
 
 @pytest.mark.parametrize("is_first", (False, True))
@@ -178,10 +178,10 @@ def test_adapter_that_comes_and_goes_changes_no_bit(zoo_model: Model, lora: Path
     """A router that was learnt with or without it is asked without and with it."""
     path = zoo_model("qwen3moe")
     with opened(path) as model:
-        expected, _ = with_and_without_adapter(path, lora, model, is_first)
+        expected = with_and_without_adapter(lora, model, is_first)
     assert (expected[0] != expected[-1]).any() or not is_first, "the adapter changes something"
     with opened_paged(path, budget, **ON) as (model, pager):
-        found, _ = with_and_without_adapter(path, lora, model, is_first)
+        found = with_and_without_adapter(lora, model, is_first)
         stats = pager.stats()
     for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         check_equal(ours, theirs, f"in step {i} at {budget}")
@@ -297,18 +297,18 @@ def test_interrupted_decode_is_right_afterwards(zoo_model: Model, paged: Factory
 # ---- a model whose hidden states say something ----
 
 TEXT = """The harbour lay quiet in the early morning. A few boats came in with the tide, and the men who had been out all night
-tied them up without a word. On the quay a woman counted the boxes of fish, wrote down a number, and counted them again."""
+tied them up without a word. On the quay a woman counted the boxes of fish, wrote down a number, and counted them again. The first
+light fell on the roofs of the old town. Somewhere a door was opened, a dog barked, and a boy with a basket of bread ran down the hill
+to the houses by the water, where people were waking up and putting the kettle on."""
 
 
-def test_most_misses_of_a_model_that_talks_are_foreseen(source: Path, tmp_path: Path) -> None:
+def test_most_misses_of_a_model_that_talks_are_foreseen(small: Path) -> None:
     """Counted, not timed: what its next layer chooses is mostly known a layer before."""
-    path = made(tmp_path / "eight.gguf", source, "--experts", "8", "--blocks", "12")
-    with gguf_pager.Llama(str(path), budget="25%", n_ctx=256, n_threads=1, verbose=False, profile=False, look_ahead=True) as llm:
+    with gguf_pager.Llama(str(small), budget="25%", n_ctx=256, n_threads=1, verbose=False, profile=False, look_ahead=True) as llm:
         for token in llm.tokenize(TEXT.encode()):
             llm.eval([token])
         stats = llm.pager.stats()
-    path.unlink()
-    assert stats.left_alone == 0 and stats.look_ahead == f"11 of 12 layers; 1: {FIRST}"
+    assert stats.left_alone == 0 and stats.look_ahead == f"5 of 6 layers; 1: {FIRST}"
     assert stats.misses > 200
     assert stats.foreseen > 0.5 * stats.misses
     assert stats.in_vain < 0.5 * stats.misses
