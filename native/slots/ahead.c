@@ -93,9 +93,10 @@ uint32_t gp_ahead_wanted(gp_pager *p, const gp_hold *hold, const gp_demand *dema
     uint32_t n_reads = 0;
     for (uint32_t i = 0; i < demand->n_experts; i++) {
         const int32_t index = l->slot_of[demand->experts[i]];
-        if (index >= 0 && p->slots[index].state == READING && p->slots[index].ahead_for >> hold->bit & 1) {
+        gp_read *first = index >= 0 ? &p->reads[(uint32_t) index * GP_MAX_SLICES] : NULL;
+        if (first && p->slots[index].state == READING && p->slots[index].ahead_for >> hold->bit & 1 && first->is_ahead) {
             for (uint32_t s = 0; s < l->spec.n_slices; s++) {
-                reads[n_reads++] = &p->reads[(uint32_t) index * GP_MAX_SLICES + s];
+                reads[n_reads++] = first + s;
             }
         }
     }

@@ -292,7 +292,7 @@ uint32_t gp_slot_prepare_reads(gp_pager *p, uint32_t index, gp_read **reads, uin
         read->done = p->slice_arrived;
         read->owner = p;
         read->tag = index;
-        read->is_ahead = s->ahead_for != 0;
+        read->is_ahead = s->foretold_for != 0;      /* what a batch reads ahead is a stream, with nothing else to be read meanwhile */
         reads[i * step] = read;
     }
     return spec->n_slices;
