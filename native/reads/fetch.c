@@ -22,8 +22,9 @@
 #include <string.h>
 
 enum { AT_ONCE = 32 };
-/* Of reads that are ahead: the largest piece, and how many pieces may be in flight for one of them to begin. */
-enum { AHEAD_PIECE_BYTES = 256 << 10, AHEAD_PIECES = 4 };
+/* Of reads that are ahead: the largest piece, how many pieces may be in flight for one of them to begin, and how many may go before it
+ * while it waits: somebody may have come to want it whose word did not reach us. */
+enum { AHEAD_PIECE_BYTES = 256 << 10, AHEAD_PIECES = 4, MOST_PASSED_OVER = 32 };
 
 /* A part of a read, taken by a thread or in flight. */
 typedef struct {
@@ -42,6 +43,7 @@ struct gp_fetch {
     pthread_mutex_t lock;
     pthread_cond_t  work;           /* for the pool */
     list            wanted, ahead;  /* lock */
+    uint32_t        n_passed_over;  /* lock; pieces that went before what is ahead since one of that went */
     uint32_t        n_asleep;       /* lock */
     bool            closing;        /* lock */
     _Atomic uint64_t arrived_bytes;
@@ -176,14 +178,16 @@ static void append(list *l, gp_read *read) {
 
 /* The list that the next piece comes from; NULL: none may be begun now. With the lock held. */
 static list *choose_list(gp_fetch *fetch) {
-    if (fetch->wanted.first) {
+    const bool has_waited = fetch->ahead.first && fetch->n_passed_over >= MOST_PASSED_OVER;
+    if (fetch->wanted.first && !has_waited) {
         return &fetch->wanted;
     }
-    return fetch->ahead.first && fetch->n_in_flight < AHEAD_PIECES ? &fetch->ahead : NULL;
+    return fetch->ahead.first && (has_waited || fetch->n_in_flight < AHEAD_PIECES) ? &fetch->ahead : NULL;
 }
 
-static piece take_piece(list *l) {
+static piece take_piece(gp_fetch *fetch, list *l) {
     gp_read *read = l->first;
+    fetch->n_passed_over = l == &fetch->wanted && fetch->ahead.first ? fetch->n_passed_over + 1 : 0;
     const piece taken = { .read = read, .at = read->next_piece };
     read->next_piece = piece_end(read, taken.at);
     if (read->next_piece == read->cover_bytes) {
@@ -222,7 +226,7 @@ static void *reader(void *data) {
         if (!l) {
             break;
         }
-        const piece taken = take_piece(l);
+        const piece taken = take_piece(fetch, l);
         fetch->n_in_flight++;
         pthread_mutex_unlock(&fetch->lock);
         finish_piece(fetch, &taken, -EINTR);
@@ -245,7 +249,7 @@ static uint32_t take_requests(gp_fetch *fetch, gp_request *requests) {
         piece *p = &fetch->in_flight[tag];
         fetch->idle = p->next_idle;
         fetch->n_in_flight++;
-        *p = take_piece(l);
+        *p = take_piece(fetch, l);
         requests[n++] = (gp_request) {
             .fd = p->read->fd, .into = p->read->cover_into + p->at, .bytes = piece_end(p->read, p->at) - p->at,
             .offset_bytes = p->read->cover_offset + p->at, .tag = tag,

@@ -72,6 +72,8 @@ static void end(void) {
     fake_reset();
 }
 
+static bool is_ahead;
+
 /* The file in n equal parts, each at its own place. */
 static void submit_parts(uint32_t from, uint32_t to, uint32_t n) {
     const uint64_t bytes = FILE_BYTES / n;
@@ -79,6 +81,7 @@ static void submit_parts(uint32_t from, uint32_t to, uint32_t n) {
         reads[i].read = (gp_read) {
             .fd = fd, .offset_bytes = i * bytes, .bytes = bytes, .into = (char *) region + i * bytes,
             .region = (char *) region + i * bytes, .region_bytes = bytes, .done = note_done, .owner = &reads[i],
+            .is_ahead = is_ahead,
         };
         atomic_store(&reads[i].n_done, 0);
         reads[i].read.next = i + 1 < to ? &reads[i + 1].read : NULL;
@@ -216,6 +219,26 @@ static void close_waits_for_all(void) {
     end();
 }
 
+/* Nobody says that what is ahead is wanted by now, and there is always something else to read. */
+static void what_is_ahead_does_not_wait_for_ever(void) {
+    begin((fake_weather) { 0 });
+    fake_hold_reads();
+    submit_parts(0, 2, 16);
+    is_ahead = true;
+    submit_parts(15, 16, 16);
+    is_ahead = false;
+    submit_parts(2, 15, 16);
+    fake_let_reads_go();
+    wait_for(0, 16);
+    uint32_t at = 0;
+    while (seen[at] != 15 * FILE_BYTES / 16) {
+        at++;
+    }
+    CHECK(at >= 2 * FILE_BYTES / 16 / PIECE_BYTES, "what is wanted goes first");
+    CHECK(at < FILE_BYTES / PIECE_BYTES - 16, "but not all of it");
+    end();
+}
+
 static void *submit_second_half(void *unused) {
     submit_parts(8, 16, 16);
     return unused;
@@ -277,6 +300,7 @@ int main(void) {
     a_bad_block_is_named();
     a_truncated_file_is_noticed();
     close_waits_for_all();
+    what_is_ahead_does_not_wait_for_ever();
     two_submit();
     pool_takes_its_place();
     nothing_is_left_of_a_failed_open();
