@@ -31,7 +31,7 @@ from gguf_pager.hooks import hooks
 Model = Callable[..., Path]
 FOLDERS = (os.path.dirname(llama_cpp.__file__), os.path.dirname(gguf_pager.__file__))
 
-STEP = int(os.environ.get("GGUF_PAGER_INTERRUPT_STEP", "11"))
+STEP = int(os.environ.get("GGUF_PAGER_INTERRUPT_STEP", "15"))
 """Every ninth line, to save ten minutes; 1 for all."""
 
 pytestmark = pytest.mark.filterwarnings(  # llama_cpp frees samplers in __del__, where an interrupt is only told
