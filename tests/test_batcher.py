@@ -39,6 +39,11 @@ Zoo = Callable[..., Path]
 
 ATTENTION = ("qwen3moe", "gpt-oss", "deepseek2", "llama4")
 RECURRENT = ("granitehybrid", "qwen3next", "lfm2moe", "jamba")
+SLIDING = ("gpt-oss",)
+
+OTHER_WIDTHS = 0.1
+"""How far logits are apart at most that were computed in batches of other widths: 0.01 to 0.03 on an EPYC without AVX-512, less on others. What
+belongs to another text is off by ones."""
 
 
 @contextmanager
@@ -117,7 +122,11 @@ def test_restart_gives_what_memory_gives(zoo_model: Zoo, tmp_path: Path, archite
         batcher.keeper = States(batcher, tmp_path, 1 << 30)
         again, others, answer = ask(batcher, longer)
         assert answer.n_cached == len(prompt) + len(said) - 1
-    assert again == tokens and np.array_equal(rows, others)
+    assert again == tokens
+    if architecture in SLIDING:  # llama.cpp puts what is loaded elsewhere (docs/tuning.md, 6), and some processors add in another order then
+        assert np.allclose(rows, others, atol=1e-4)
+    else:
+        assert np.array_equal(rows, others)
 
 
 def test_state_of_another_model_is_left_alone(zoo_model: Zoo, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -252,7 +261,7 @@ def test_two_that_write_again_and_again_leave_no_wrong_state(zoo_model: Zoo, tmp
         assert len(answers) == 24
         for prompt, rows in answers:
             alone.call(lambda: alone.memory.clear(alone.sequences[0]))
-            assert np.allclose(ask(alone, prompt, 2)[1][0], rows[0], atol=2e-2)
+            assert np.allclose(ask(alone, prompt, 2)[1][0], rows[0], atol=OTHER_WIDTHS)
     assert "damaged" not in caplog.text and not list(tmp_path.glob(".new-*"))
 
 
@@ -388,7 +397,7 @@ def test_beginning_that_a_sliding_window_has_passed_is_not_shared(zoo_model: Zoo
     for tokens, found in ((near, rows), (nearer, others), (other, again)):
         with batching(path, 2, swa_full=swa_full) as batcher:
             fresh = ask(batcher, tokens)[1]
-        assert np.allclose(fresh[0], found[0], atol=2e-2), "batches of other widths have other last bits, and no more"
+        assert np.allclose(fresh[0], found[0], atol=OTHER_WIDTHS), "batches of other widths have other last bits, and no more"
 
 
 def test_conversations_at_once_do_not_mix(zoo_model: Zoo) -> None:
@@ -400,7 +409,7 @@ def test_conversations_at_once_do_not_mix(zoo_model: Zoo) -> None:
         answers = [begin(batcher, prompt) for prompt in prompts]
         together = [np.array([token.kept for token in answer.tokens()]) for answer in answers]
     for one, other in zip(alone, together, strict=True):
-        assert np.allclose(one[0], other[0], atol=2e-2), "batches of other widths have other last bits, and no more"
+        assert np.allclose(one[0], other[0], atol=OTHER_WIDTHS), "batches of other widths have other last bits, and no more"
 
 
 # ---- order, ends ----------------------------------------------------------------------------------------------------------
@@ -470,7 +479,7 @@ def test_batch_that_is_computed_is_stopped_and_what_was_before_is_kept(zoo_model
         assert answer.n_cached == (0 if architecture == "granitehybrid" else len(begun) + len(said) - 1)
     with batching(path, **given) as batcher:
         ask(batcher, begun)
-        assert np.allclose(ask(batcher, short)[1][0], rows[0], atol=2e-2)
+        assert np.allclose(ask(batcher, short)[1][0], rows[0], atol=OTHER_WIDTHS)
 
 
 def test_answer_that_is_given_up_in_its_prompt_ends_with_the_batch(zoo_model: Zoo) -> None:

@@ -92,11 +92,12 @@ def test_spinning_is_left_alone_once_llama_cpp_is_there() -> None:
 
 def test_numbers_of_operations_are_those_of_their_names() -> None:
     base = engine.load().base
-    *operations, flag, of_rows, type_i32, type_f32, is_host, traits, block_size, type_size, graphs = engine.ggml_numbers()
+    *operations, flag, of_rows, of_routers, type_i32, type_f32, is_host, traits, block_size, type_size, graphs = engine.ggml_numbers()
     assert [base.ggml_op_name(number) for number in operations] == [
         b"NONE", b"MUL_MAT_ID", b"ARGSORT", b"TOP_K", b"VIEW", b"RESHAPE", b"CUSTOM", b"ADD_ID", b"GET_ROWS"
     ]
     assert [base.ggml_op_name(number) for number in of_rows] == [b"GLU", b"UNARY", b"SQR", b"SCALE", b"CLAMP", b"MUL"]
+    assert [base.ggml_op_name(number) for number in of_routers] == [b"MUL", b"ADD", b"REPEAT", b"NORM", b"RMS_NORM"]
     assert flag == 16, "GGML_TENSOR_FLAG_COMPUTE of ggml.h"
     assert base.ggml_type_name(type_i32) == b"i32" and base.ggml_type_name(type_f32) == b"f32"
     assert min(is_host, traits, block_size, type_size, *graphs) > 0
