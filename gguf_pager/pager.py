@@ -55,8 +55,8 @@ class Options:
             was found is kept in $GGUF_PAGER_CACHE, or where the system keeps caches. Until then, and where only one of
             the two is given, the other is 4 or 512 KiB. `Pager.options` tells what is used.
         read_ahead: while a batch computes one layer, read what the next will probably want.
-        look_ahead: while a token passes one layer, ask the next layers' routers what they will probably choose, and begin to read
-            it; the model's own routers decide as ever, so results are the same. "auto" measures whether that is faster, and leaves
+        look_ahead: while a token passes one layer, ask the next layer's router what it will probably choose, and begin to read
+            it; the model's own router decides as ever, so results are the same. "auto" measures whether that is faster, and leaves
             it where it is not: of layers where too little comes true, or altogether. Also for a few sequences at once.
         lock_dense: the weights that every token needs are read into ordinary memory. "auto" locks it in RAM where that is
             allowed, "lock" fails where it is not, "copy" and "off" do not lock.

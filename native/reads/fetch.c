@@ -321,6 +321,19 @@ static void *pump(void *data) {
 
 /* ---- what others call -------------------------------------------------------------------------------------------- */
 
+/* Each of these to the list that it belongs to; whoever reads is told. With the lock held. */
+static void enlist(gp_fetch *fetch, gp_read *first, uint64_t n_pieces) {
+    for (gp_read *read = first, *next; read; read = next) {
+        next = read->next;
+        append(read->is_ahead ? &fetch->ahead : &fetch->wanted, read);
+    }
+    if (fetch->queue) {
+        fill(fetch);
+    } else {
+        wake_readers(fetch, n_pieces);
+    }
+}
+
 void gp_fetch_submit(gp_fetch *fetch, gp_read *first) {
     uint64_t n_pieces = 0;
     for (gp_read *read = first; read; read = read->next) {
@@ -338,15 +351,7 @@ void gp_fetch_submit(gp_fetch *fetch, gp_read *first) {
         return;
     }
     pthread_mutex_lock(&fetch->lock);
-    for (gp_read *read = first, *next; read; read = next) {
-        next = read->next;
-        append(read->is_ahead ? &fetch->ahead : &fetch->wanted, read);
-    }
-    if (fetch->queue) {
-        fill(fetch);
-    } else {
-        wake_readers(fetch, n_pieces);
-    }
+    enlist(fetch, first, n_pieces);
     pthread_mutex_unlock(&fetch->lock);
 }
 
@@ -355,17 +360,9 @@ void gp_fetch_want(gp_fetch *fetch, gp_read *const *reads, uint32_t n_reads) {
     for (uint32_t i = 0; i < n_reads; i++) {
         reads[i]->is_ahead = false;
     }
-    gp_read *read = fetch->ahead.first, *next;
+    gp_read *const first = fetch->ahead.first;
     fetch->ahead = (list) { 0 };
-    for (; read; read = next) {
-        next = read->next;
-        append(read->is_ahead ? &fetch->ahead : &fetch->wanted, read);
-    }
-    if (fetch->queue) {
-        fill(fetch);
-    } else {
-        wake_readers(fetch, UINT64_MAX);
-    }
+    enlist(fetch, first, UINT64_MAX);
     pthread_mutex_unlock(&fetch->lock);
 }
 
