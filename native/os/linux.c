@@ -108,12 +108,6 @@ static int file_alignment(const char *path, uint32_t *offset_align, uint32_t *me
 #define MADV_POPULATE_WRITE 23
 #endif
 
-/* Where the kernel was built without huge pages there is no choice, and nothing to tell. */
-static void memory_prefer(void *memory, size_t bytes, bool are_huge) {
-    const size_t page = (size_t) sysconf(_SC_PAGESIZE);
-    (void) madvise(memory, (bytes + page - 1) / page * page, are_huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-}
-
 static int memory_open(void **out, size_t bytes) {
     enum { HUGE_PAGE = 2 << 20 };
     *out = NULL;
@@ -135,7 +129,9 @@ static int memory_open(void **out, size_t bytes) {
         if (tail) {
             munmap(memory + want, tail);
         }
-        memory_prefer(memory, want, true);
+        /* Always: they can be dearer to get, and small ones that lie scattered took four times as long for the disk to fill
+         * (benchmarks/LOG.md, 2026-11-30). A kernel without them says so here, and there is nothing to tell. */
+        (void) madvise(memory, want, MADV_HUGEPAGE);
     }
     *out = memory;
     return 0;
@@ -221,7 +217,6 @@ const gp_os gp_os_system = {
     .file_expect = file_expect,
     .memory_open = memory_open,
     .memory_populate = memory_populate,
-    .memory_prefer = memory_prefer,
     .memory_give_back = memory_give_back,
     .memory_close = memory_close,
     .thread_start = thread_start,

@@ -103,10 +103,6 @@ static int memory_populate(void *memory, size_t bytes) {
     return 0;
 }
 
-static void memory_prefer(void *memory, size_t bytes, bool are_huge) {
-    (void) memory, (void) bytes, (void) are_huge;   /* pages have one size */
-}
-
 /* MADV_FREE_REUSABLE takes the pages from what the process is charged for at once, which MADV_FREE does not. */
 static void memory_give_back(void *memory, size_t bytes) {
     const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
@@ -161,7 +157,6 @@ const gp_os gp_os_system = {
     .file_expect = file_expect,
     .memory_open = memory_open,
     .memory_populate = memory_populate,
-    .memory_prefer = memory_prefer,
     .memory_give_back = memory_give_back,
     .memory_close = memory_close,
     .thread_start = thread_start,

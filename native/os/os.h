@@ -61,8 +61,6 @@ typedef struct gp_os {
     int     (*memory_open)(void **out, size_t bytes);
     /* Makes whole pages of it present, keeping what others write meanwhile. */
     int     (*memory_populate)(void *memory, size_t bytes);
-    /* A wish for pages of this kind where none is present yet; nothing where there is no choice. */
-    void    (*memory_prefer)(void *memory, size_t bytes, bool are_huge);
     /* Makes the whole pages within a range not present any more; what they hold is lost. */
     void    (*memory_give_back)(void *memory, size_t bytes);
     void    (*memory_close)(void *memory, size_t bytes);

@@ -148,48 +148,16 @@ static int open_arena(gp_pager *p) {
     return p->slots && p->missing && p->reads && p->leaving ? 0 : -ENOMEM;
 }
 
-/* Huge pages are cheaper to read into and to compute with. They can be dearer to get: on a virtual machine whose host gives it
- * memory when it is first touched, whole huge pages are what nobody has touched, while small ones are mostly left over
- * from others. Measured on such a one (benchmarks/LOG.md, 2026-11-24): 1.0 to 1.9 s per GB, 0.3 to 0.5 with small ones, with
- * which a first prompt took half the time and a token at most 5 % longer. So both are tried, a few steps each, and huge ones
- * must not cost more than half as much again. */
-enum { TRIAL_STEPS = 8 };
-
-typedef struct {
-    uint64_t least_ns[2];       /* of a step with small pages, with huge ones */
-} page_trial;
-
-static bool are_huge_pages_dear(const page_trial *trial) {
-    return trial->least_ns[true] > trial->least_ns[false] + trial->least_ns[false] / 2;
-}
-
-/* Chooses the kind of page for the step that comes. */
-static void choose_pages(gp_pager *p, const page_trial *trial, size_t at, size_t step) {
-    const size_t left = p->arena_bytes - at;
-    if (step < TRIAL_STEPS) {
-        p->os->memory_prefer(p->arena + at, left < POPULATE_BYTES ? left : POPULATE_BYTES, step % 2 == 0);
-    } else if (step == TRIAL_STEPS) {
-        p->os->memory_prefer(p->arena + at, left, !are_huge_pages_dear(trial));
-    }
-}
-
 /* Pages that nobody has touched cost the token that first reads into them; making them present takes seconds for a large
  * arena, in which the model can be used already. Slots are filled from the first on, so this runs ahead of the reads.
  * Where it fails, reads make the pages present themselves, and fail with what the system then says. */
 static void make_present(gp_pager *p) {
-    page_trial trial = { .least_ns = { UINT64_MAX / 2, UINT64_MAX / 2 } };
-    size_t step = 0;
-    for (size_t at = 0; at < p->arena_bytes; at += POPULATE_BYTES, step++) {
+    for (size_t at = 0; at < p->arena_bytes; at += POPULATE_BYTES) {
         const size_t left = p->arena_bytes - at;
-        choose_pages(p, &trial, at, step);
-        const uint64_t started_ns = p->os->now_ns();
         if (atomic_load(&p->is_closing)
             || p->os->memory_populate(p->arena + at, left < POPULATE_BYTES ? left : POPULATE_BYTES) != 0) {
             return;
         }
-        const uint64_t took_ns = p->os->now_ns() - started_ns;
-        uint64_t *const least_ns = &trial.least_ns[step % 2 == 0];
-        *least_ns = step < TRIAL_STEPS && took_ns < *least_ns ? took_ns : *least_ns;
     }
     /* Never swapped where the limit allows it; where it does not, doctor says what that means on a machine with swap. */
     (void) gp_os_memory_lock(p->arena, p->arena_bytes);

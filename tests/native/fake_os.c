@@ -55,9 +55,7 @@ static struct {
     atomic_bool     is_gated;
     unsigned        n_waiting;      /* gate_lock */
     unsigned        n_passes;       /* gate_lock */
-    bool           are_pages_huge;      /* these three: the populating thread's, then its joiner's */
-    unsigned       page_us[2];
-    uint64_t       present_bytes[2];
+    uint64_t       present_bytes;       /* the populating thread's, then its joiner's */
     uint64_t       given_back_bytes;
 } fake = { .offset_align = 1, .memory_align = 1,
            .gate_lock = PTHREAD_MUTEX_INITIALIZER, .gate_moved = PTHREAD_COND_INITIALIZER };
@@ -513,25 +511,13 @@ static int memory_populate(void *memory, size_t bytes) {
     CHECK(memory && bytes > 0, "there is memory to make present");
     const int error = begin(FAKE_MEMORY_POPULATE);
     if (error == 0) {
-        const uint64_t us = bytes * fake.page_us[fake.are_pages_huge] >> 20;
-        fake.present_bytes[fake.are_pages_huge] += bytes;
-        nanosleep(&(struct timespec) { .tv_nsec = (long) us * 1000 }, NULL);
+        fake.present_bytes += bytes;
     }
     return error;
 }
 
-static void memory_prefer(void *memory, size_t bytes, bool are_huge) {
-    CHECK(memory && bytes > 0, "there is memory that is not present yet");
-    fake.are_pages_huge = are_huge;
-}
-
-void fake_pages_take(unsigned small_us, unsigned huge_us) {
-    fake.page_us[false] = small_us;
-    fake.page_us[true] = huge_us;
-}
-
-uint64_t fake_bytes_present(bool are_huge) {
-    return fake.present_bytes[are_huge];
+uint64_t fake_bytes_present(void) {
+    return fake.present_bytes;
 }
 
 static void memory_give_back(void *memory, size_t bytes) {
@@ -594,7 +580,6 @@ const gp_os fake_os = {
     .file_expect = file_expect,
     .memory_open = memory_open,
     .memory_populate = memory_populate,
-    .memory_prefer = memory_prefer,
     .memory_give_back = memory_give_back,
     .memory_close = memory_close,
     .thread_start = thread_start,
@@ -683,7 +668,6 @@ void fake_reset(void) {
     atomic_store(&fake.bytes_read, 0);
     atomic_store(&fake.expected, 0);
     fake_set_weather((fake_weather) { 0 });
-    fake_pages_take(0, 0);
-    fake.present_bytes[false] = fake.present_bytes[true] = 0;
+    fake.present_bytes = 0;
     fake_direct_align(1, 1);
 }

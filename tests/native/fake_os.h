@@ -58,9 +58,7 @@ typedef struct {
 } fake_weather;
 void     fake_set_weather(fake_weather weather);
 
-/* How long it takes to make 1 MiB present with either kind of page, and how many bytes were. */
-void     fake_pages_take(unsigned small_us, unsigned huge_us);
-uint64_t fake_bytes_present(bool are_huge);
+uint64_t fake_bytes_present(void);
 uint64_t fake_bytes_given_back(void);
 
 /* Reads wait before they begin until they are let go; returns when n_waiting of them wait. */

@@ -117,27 +117,14 @@ static void arena_that_cannot_be_made_present(void) {
     model_end(&m);
 }
 
-enum { ARENA_BYTES = 64 << 20 };
-
-/* Returns how many bytes of an arena of 64 MiB came in huge pages. */
-static uint64_t huge_bytes(unsigned small_us, unsigned huge_us) {
+static void arena_is_made_present_once(void) {
     model m;
     model_make(&m, (model_shape) { 0 });
-    m.classes[0].n_slots = (uint32_t) (ARENA_BYTES / m.classes[0].stride_bytes);
-    fake_pages_take(small_us, huge_us);
     gp_pager *pager = model_open(&m);
     gp_pager_wait_present(pager);
-    const uint64_t huge = fake_bytes_present(true);
-    CHECK(huge + fake_bytes_present(false) == pager->arena_bytes, "all of it becomes present, once");
+    CHECK(fake_bytes_present() == pager->arena_bytes, "all of it becomes present, once");
     gp_pager_close(pager);
     model_end(&m);
-    return huge;
-}
-
-static void pages_that_are_cheaper_are_taken(void) {
-    CHECK(huge_bytes(1000, 4000) == 16 << 20, "huge pages that are dear are only tried: every other of eight steps");
-    CHECK(huge_bytes(4000, 1000) > 44 << 20, "where they are cheap they are taken, but for the small ones' trial");
-    CHECK(huge_bytes(4000, 4000) > 44 << 20, "and where both cost the same");
 }
 
 static void tap_attaches_or_refuses(void) {
@@ -236,7 +223,7 @@ int main(void) {
     file_replaced_while_it_is_opened();
     arena_that_may_not_be_locked();
     arena_that_cannot_be_made_present();
-    pages_that_are_cheaper_are_taken();
+    arena_is_made_present_once();
     tap_attaches_or_refuses();
     pin_works_or_refuses();
     taps_are_few();

@@ -144,8 +144,6 @@ static void memory(void) {
         bytes[sizes[i] / 2] = 7;
         CHECK(os->memory_populate(at, sizes[i]) == 0 && bytes[sizes[i] / 2] == 7, "it becomes present as it is");
         memset(bytes, 1, sizes[i]);
-        os->memory_prefer(at, sizes[i], i % 2 == 0);
-        CHECK(bytes[sizes[i] / 2] == 1, "a wish changes no byte");
         const int locked = gp_os_memory_lock(at, sizes[i]);
         CHECK(locked == 0 || locked == -ENOMEM || locked == -EPERM || locked == -EAGAIN, "it is locked, or may not be");
         os->memory_close(at, sizes[i]);
