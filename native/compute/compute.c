@@ -224,7 +224,7 @@ static void convert_inputs(ggml_tensor *node, int ith, int nth, void *data) {
     (void) nth;
     const planned_run *own = ((const slice *) data)->run;
     if (ith == 0) {
-        gp_foretell_keep(own->compute->foretell, own->run.layer, node);
+        gp_foretell_keep(own->compute->foretell, own->run.layer, node, own->run.ids);
     }
     gp_crew_convert(&own->compute->crew, &own->run);
 }
@@ -263,7 +263,7 @@ static void look_ahead(gp_compute *c, const planned_run *own, const ggml_tensor 
         return;
     }
     if (own->run.n_first == 0) {
-        gp_foretell_keep(c->foretell, own->run.layer, node);
+        gp_foretell_keep(c->foretell, own->run.layer, node, own->run.ids);
     }
     gp_foretell_ahead(c->foretell, own->run.layer);
 }

@@ -6,11 +6,13 @@
 #include "compute/foretell.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "compute/batch.h"
 #include "compute/drift.h"
+#include "compute/margin.h"
 #include "compute/router.h"
 #include "slots/look_ahead.h"
 
@@ -18,6 +20,7 @@ typedef struct {
     gp_router router;
     gp_norm   norm;         /* in front of its experts */
     gp_drift  drift;        /* to the next layer */
+    gp_margin margin;       /* of its router's choices, when they are foretold */
 } layer;
 
 /* An expert and how many of the batch's tokens it is foretold for; the smaller `at`, the sooner it was named. */
@@ -25,6 +28,15 @@ typedef struct {
     int32_t  expert;
     uint32_t count, at;
 } choice;
+
+/* An expert of which it is to be seen whether a token chooses it. */
+typedef struct {
+    uint32_t token;
+    int32_t  expert;
+} doubt;
+
+/* How many are looked at beyond those that a router uses; doubts of a batch, at most. */
+enum { MORE_RANKS = 3, MOST_DOUBTS = 8 * GP_LOOK_ROWS };
 
 struct gp_foretell {
     gp_pager  *pager;
@@ -40,6 +52,8 @@ struct gp_foretell {
     int32_t   *place;       /* by expert; -1: not named */
     choice    *choices;
     int32_t   *experts;
+    doubt      doubts[MOST_DOUBTS];
+    uint32_t   n_doubts;    /* of the layer after kept_layer */
 };
 
 /* Whether the next layer's router can be asked with this layer's input. */
@@ -96,7 +110,22 @@ static void learn(gp_foretell *f, uint32_t layer_index, const ggml_tensor *input
     }
 }
 
-void gp_foretell_keep(gp_foretell *f, uint32_t layer_index, const ggml_tensor *node) {
+static bool has_chosen(const ggml_tensor *ids, uint32_t token, int32_t expert) {
+    for (uint32_t rank = 0; rank < (uint32_t) ids->ne[0]; rank++) {
+        if (gp_id_in(ids, &(gp_row) { rank, token }) == expert) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void settle_doubts(gp_foretell *f, uint32_t layer_index, const ggml_tensor *ids) {
+    for (uint32_t i = 0; i < f->n_doubts; i++) {
+        gp_margin_learn(&f->layers[layer_index].margin, has_chosen(ids, f->doubts[i].token, f->doubts[i].expert));
+    }
+}
+
+void gp_foretell_keep(gp_foretell *f, uint32_t layer_index, const ggml_tensor *node, const ggml_tensor *ids) {
     const layer *l = &f->layers[layer_index];
     const ggml_tensor *input = node->src[1];
     const uint32_t n_tokens = (uint32_t) input->ne[2];
@@ -107,8 +136,9 @@ void gp_foretell_keep(gp_foretell *f, uint32_t layer_index, const ggml_tensor *n
     if (f->n_passed == n_tokens && layer_index > 0 && f->kept_layer == layer_index - 1
         && f->layers[layer_index - 1].norm.n_embd == l->norm.n_embd) {
         learn(f, layer_index, input);
+        settle_doubts(f, layer_index, ids);
     }
-    f->n_passed = 0;
+    f->n_passed = f->n_doubts = 0;
     if (f->hold->look == GP_LOOK_NOT || !leads_on(f, layer_index)) {
         return;
     }
@@ -135,23 +165,52 @@ static int most_wanted_first(const void *left, const void *right) {
     return a->count != b->count ? (a->count < b->count) - (a->count > b->count) : (a->at > b->at) - (a->at < b->at);
 }
 
-/* Asks a layer's router about every token that was kept. Returns how many different experts it chose. */
+static uint32_t choose(gp_foretell *f, int32_t expert, uint32_t rank, uint32_t n) {
+    if (f->place[expert] < 0) {
+        f->place[expert] = (int32_t) n;
+        f->choices[n++] = (choice) { .expert = expert, .at = rank };
+    }
+    f->choices[f->place[expert]].count++;
+    return n;
+}
+
+/* Of a ranking of all experts, those that are worth it; n were chosen before. Returns how many are now. */
+static uint32_t choose_by_score(gp_foretell *f, layer *l, const int32_t *ranking, uint32_t token, uint32_t n) {
+    const float *scores = l->router.scores->data;
+    const uint32_t n_used = l->router.n_used, n_experts = (uint32_t) l->router.scores->ne[0];
+    const float last = scores[ranking[n_used - 1]], next = scores[ranking[n_used]];
+    gp_margin_note(&l->margin, last, next);
+    for (uint32_t rank = 0; rank < n_used + MORE_RANKS && rank < n_experts; rank++) {
+        const float above = gp_margin_above(&l->margin, scores[ranking[rank]], last, next);
+        if (gp_margin_is_doubtful(&l->margin, above) && f->n_doubts < MOST_DOUBTS) {
+            f->doubts[f->n_doubts++] = (doubt) { token, ranking[rank] };
+        }
+        n = gp_margin_is_worth(&l->margin, above) ? choose(f, ranking[rank], rank, n) : n;
+    }
+    return n;
+}
+
+/* Scores of which some are no numbers say nothing: experts that a router may not choose are put at minus infinity. */
+static bool has_scores(const layer *l, const int32_t *ranking) {
+    const ggml_tensor *scores = l->router.scores;
+    return scores && (int64_t) l->router.n_used < scores->ne[0]
+        && isfinite(((const float *) scores->data)[ranking[l->router.n_used]]);
+}
+
+/* Asks a layer's router about every token that was kept. Returns how many different experts are to be read for. */
 static uint32_t collect(gp_foretell *f, uint32_t layer_index) {
     layer *l = &f->layers[layer_index];
     const uint32_t n_experts = gp_pager_layer(f->pager, layer_index)->n_experts;
     uint32_t n = 0;
     for (uint32_t token = 0; token < f->n_kept; token++) {
-        const int32_t *chosen = gp_router_ask(&l->router, &f->routers, guess(f, token));
-        for (uint32_t rank = 0; chosen && rank < l->router.n_used; rank++) {
-            const int32_t expert = chosen[rank];
-            if (expert < 0 || (uint32_t) expert >= n_experts) {
-                continue;
-            }
-            if (f->place[expert] < 0) {
-                f->place[expert] = (int32_t) n;
-                f->choices[n++] = (choice) { .expert = expert, .at = rank };
-            }
-            f->choices[f->place[expert]].count++;
+        const int32_t *ranking = gp_router_ask(&l->router, &f->routers, guess(f, token));
+        if (ranking && has_scores(l, ranking)) {
+            n = choose_by_score(f, l, ranking, token, n);
+            continue;
+        }
+        for (uint32_t rank = 0; ranking && rank < l->router.n_used; rank++) {
+            const bool is_expert = ranking[rank] >= 0 && (uint32_t) ranking[rank] < n_experts;
+            n = is_expert ? choose(f, ranking[rank], rank, n) : n;
         }
     }
     qsort(f->choices, n, sizeof *f->choices, most_wanted_first);

@@ -14,7 +14,7 @@ void gp_foretell_close(gp_foretell *foretell);
  * graph is asked about. */
 void gp_foretell_see(gp_foretell *foretell, uint32_t layer, const ggml_tensor *node, const ggml_tensor *ids);
 /* In that node's time, while its input is there. */
-void gp_foretell_keep(gp_foretell *foretell, uint32_t layer, const ggml_tensor *node);
+void gp_foretell_keep(gp_foretell *foretell, uint32_t layer, const ggml_tensor *node, const ggml_tensor *ids);
 /* Once the layer's wave has begun, and what was kept is still the layer's. */
 void gp_foretell_ahead(gp_foretell *foretell, uint32_t layer);
 

@@ -150,6 +150,13 @@ static ggml_tensor *copy(copying *c, const ggml_tensor *theirs) {
     return input;
 }
 
+static const ggml_tensor *scores_of(const gp_ggml *ggml, const ggml_tensor *ids) {
+    const ggml_tensor *ranking = ids->view_src;
+    const bool is_ranking = ranking && ids->view_offs == 0 && ranking->op == ggml->op_argsort;
+    const ggml_tensor *scores = is_ranking ? ranking->src[0] : NULL;
+    return scores && scores->type == ggml->type_f32 && scores->nb[0] == sizeof(float) ? scores : NULL;
+}
+
 static bool copy_all(copying *c, const ggml_tensor *ids) {
     gp_router *r = c->router;
     r->nodes = calloc(GP_ROUTER_NODES, sizeof *r->nodes);
@@ -166,6 +173,7 @@ static bool copy_all(copying *c, const ggml_tensor *ids) {
     graphs->expand(r->graph, (ggml_tensor *) (uintptr_t) r->ids);
     r->n_embd = r->input.ne[0];
     r->n_used = (uint32_t) ids->ne[0];
+    r->scores = scores_of(c->routers->ggml, r->ids);
     return true;
 }
 

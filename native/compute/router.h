@@ -25,6 +25,7 @@ typedef struct {
     ggml_tensor    *nodes;                      /* n_nodes of them, sources before those that use them */
     uint32_t        n_nodes;
     const ggml_tensor *ids;                     /* the last of them, or a view of it: n_used numbers of experts */
+    const ggml_tensor *scores;                  /* of all experts, which ids is the beginning of a ranking by; NULL: it is none */
     void           *graph;                      /* in its context */
     void           *context;
 } gp_router;
@@ -45,7 +46,8 @@ void gp_routers_close(gp_routers *routers);
 void gp_router_learn(gp_router *router, const gp_routers *routers, const ggml_tensor *ids);
 void gp_router_close(gp_router *router, const gp_routers *routers);
 
-/* Which experts it would choose for an input that was normalised, but not multiplied with a norm's weight yet. NULL: ggml could not. */
+/* Which experts it would choose, best first, for an input that was normalised, but not multiplied with a norm's weight yet: n_used of
+ * them; where there are scores, all experts follow in their order. NULL: ggml could not. */
 const int32_t *gp_router_ask(gp_router *router, const gp_routers *routers, const float *normalised);
 
 /* The weight and the bias that a norm's result was multiplied with and added to on its way to a node that multiplies experts with it. */

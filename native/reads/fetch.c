@@ -24,7 +24,7 @@
 enum { AT_ONCE = 32 };
 /* Of reads that are ahead: the largest piece, how many pieces may be in flight for one of them to begin, and how many may go before it
  * while it waits: somebody may have come to want it whose word did not reach us. */
-enum { AHEAD_PIECE_BYTES = 256 << 10, AHEAD_PIECES = 4, MOST_PASSED_OVER = 32 };
+enum { AHEAD_PIECE_BYTES = 512 << 10, AHEAD_PIECES = 3, MOST_PASSED_OVER = 32 };
 
 /* A part of a read, taken by a thread or in flight. */
 typedef struct {
