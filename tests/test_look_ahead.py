@@ -310,5 +310,8 @@ def test_most_misses_of_a_model_that_talks_are_foreseen(small: Path) -> None:
         stats = llm.pager.stats()
     assert stats.left_alone == 0 and stats.look_ahead == f"5 of 6 layers; 1: {FIRST}"
     assert stats.misses > 200
-    assert stats.foreseen > 0.5 * stats.misses
-    assert stats.in_vain < 0.5 * stats.misses
+    rest = stats.layers[2:]  # a token's embedding, which the first layer has, says little of the second
+    misses = sum(layer.misses for layer in rest)
+    assert sum(layer.foreseen for layer in rest) > 0.7 * misses
+    assert sum(layer.in_vain for layer in rest) < 0.3 * misses
+    assert stats.in_vain < 0.3 * stats.misses
