@@ -281,6 +281,18 @@ def row_bytes(layout: Layout, n_ubatch: int) -> int:
     return total
 
 
+_LOOK_ROWS, _ROUTER_BYTES, _ROUTER_COPY_BYTES = 17, 1 << 20, 24 << 10
+"""Of look-ahead: rows that are kept (native/compute/foretell.c), what routers compute in, and what the copy of one takes, its graph
+included (native/compute/router.c)."""
+
+
+def look_ahead_bytes(layout: Layout) -> int:
+    """Return what a context keeps to foretell what each layer's router will choose: a line of four floats per number of its input."""
+    widest = max(layer.slices[0].ne[0] for layer in layout.layers)
+    per_layer = sum(layer.slices[0].ne[0] * 4 * _FLOAT_BYTES + _ROUTER_COPY_BYTES for layer in layout.layers)
+    return _ROUTER_BYTES + _LOOK_ROWS * widest * _FLOAT_BYTES + per_layer
+
+
 _LEAST_BATCH_ROWS, _STEPS, _FLOAT_BYTES = 64, 3, 4
 """Rows that are computed at a time at least: a single token's of several experts. Results between the first matrices and the last,
 which most architectures do not exceed."""

@@ -191,8 +191,10 @@ class _Taken:
 def _taken(pager: Pager, request: Request, before: probe.ProcessMemory) -> _Taken:
     now = probe.process_memory()
     allocated, touched = now.allocated_bytes - before.allocated_bytes, now.resident_bytes - before.resident_bytes
-    output_bytes = request.output_rows * pager.layout.n_vocab * 4
-    return _Taken(now.resident_bytes, max(0, allocated - touched) + output_bytes, max(0, allocated) + output_bytes)
+    later = request.output_rows * pager.layout.n_vocab * 4
+    if request.options.look_ahead:
+        later += budget.look_ahead_bytes(pager.layout)
+    return _Taken(now.resident_bytes, max(0, allocated - touched) + later, max(0, allocated) + later)
 
 
 def _arena_bytes(
