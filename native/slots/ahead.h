@@ -17,14 +17,4 @@ void     gp_ahead_withdrawn(gp_pager *pager, gp_read *const *reads, uint32_t n_r
  * others they may not have submitted yet. */
 uint32_t gp_ahead_wanted(gp_pager *pager, const gp_hold *hold, const gp_demand *demand, gp_read **reads);
 
-/* Look-ahead (look_ahead.h), as waves know it. A layer's turn has come: what of it was foretold is compared with what is wanted. Returns
- * how many of those that are READY would be missing without. */
-uint32_t gp_forecast_settle(gp_pager *pager, gp_hold *hold, const gp_demand *demand);
-/* How much of the next layer shall be foretold for this batch: hold->look. */
-void     gp_look_ahead_decide(gp_pager *pager, gp_hold *hold, const gp_demand *demand);
-void     gp_look_ahead_token_ends(const gp_pager *pager, gp_hold *hold);
-gp_sight gp_look_ahead_sight(const gp_pager *pager, uint32_t layer);
-/* It protects nothing any more. */
-void     gp_forecast_end(gp_pager *pager, gp_hold *hold);
-
 #endif

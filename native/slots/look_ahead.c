@@ -5,7 +5,7 @@
  */
 #include "slots/look_ahead.h"
 
-#include "slots/ahead.h"
+#include "slots/forecast.h"
 #include "slots/slots.h"
 
 static uint64_t bit_of(const gp_hold *hold) {

@@ -5,7 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "slots/ahead.h"
+#include "slots/forecast.h"
 #include "slots/slots.h"
 
 bool gp_pager_enter(gp_pager *p) {

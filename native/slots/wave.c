@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "slots/ahead.h"
+#include "slots/forecast.h"
 #include "slots/pager.h"
 #include "slots/slots.h"
 #include "slots/waits.h"

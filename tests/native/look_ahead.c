@@ -8,7 +8,7 @@
 #include "check.h"
 #include "fake_os.h"
 #include "model.h"
-#include "slots/ahead.h"
+#include "slots/forecast.h"
 #include "slots/look_ahead.h"
 
 enum { EXPERTS = 10, WHOLE_SLICE = 64 << 10 };
