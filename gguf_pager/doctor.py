@@ -210,7 +210,7 @@ def _huge_pages(setting: Path) -> Check:
         return Check("huge_pages", "note", "the setting is not known here", None, {"setting": None})
     facts = {"setting": chosen}
     if chosen == "never":
-        return Check("huge_pages", "note", "off: the experts' memory consists of small pages",
+        return Check("huge_pages", "note", "off: the experts' memory consists of small pages, into which some disks read slower",
                      f"echo madvise | sudo tee {setting}", facts)
     return Check("huge_pages", "ok", f"{chosen}: the experts' memory uses them", None, facts)
 
