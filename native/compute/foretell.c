@@ -165,7 +165,11 @@ static int most_wanted_first(const void *left, const void *right) {
     return a->count != b->count ? (a->count < b->count) - (a->count > b->count) : (a->at > b->at) - (a->at < b->at);
 }
 
-static uint32_t choose(gp_foretell *f, int32_t expert, uint32_t rank, uint32_t n) {
+/* A router may rank more than the layer's experts: some models have such as do nothing. */
+static uint32_t choose(gp_foretell *f, uint32_t layer_index, int32_t expert, uint32_t rank, uint32_t n) {
+    if (expert < 0 || (uint32_t) expert >= gp_pager_layer(f->pager, layer_index)->n_experts) {
+        return n;
+    }
     if (f->place[expert] < 0) {
         f->place[expert] = (int32_t) n;
         f->choices[n++] = (choice) { .expert = expert, .at = rank };
@@ -175,7 +179,8 @@ static uint32_t choose(gp_foretell *f, int32_t expert, uint32_t rank, uint32_t n
 }
 
 /* Of a ranking of all experts, those that are worth it; n were chosen before. Returns how many are now. */
-static uint32_t choose_by_score(gp_foretell *f, layer *l, const int32_t *ranking, uint32_t token, uint32_t n) {
+static uint32_t choose_by_score(gp_foretell *f, uint32_t layer_index, const int32_t *ranking, uint32_t token, uint32_t n) {
+    layer *l = &f->layers[layer_index];
     const float *scores = l->router.scores->data;
     const uint32_t n_used = l->router.n_used, n_experts = (uint32_t) l->router.scores->ne[0];
     const float last = scores[ranking[n_used - 1]], next = scores[ranking[n_used]];
@@ -185,7 +190,7 @@ static uint32_t choose_by_score(gp_foretell *f, layer *l, const int32_t *ranking
         if (gp_margin_is_doubtful(&l->margin, above) && f->n_doubts < MOST_DOUBTS) {
             f->doubts[f->n_doubts++] = (doubt) { token, ranking[rank] };
         }
-        n = gp_margin_is_worth(&l->margin, above) ? choose(f, ranking[rank], rank, n) : n;
+        n = gp_margin_is_worth(&l->margin, above) ? choose(f, layer_index, ranking[rank], rank, n) : n;
     }
     return n;
 }
@@ -193,24 +198,25 @@ static uint32_t choose_by_score(gp_foretell *f, layer *l, const int32_t *ranking
 /* Scores of which some are no numbers say nothing: experts that a router may not choose are put at minus infinity. */
 static bool has_scores(const layer *l, const int32_t *ranking) {
     const ggml_tensor *scores = l->router.scores;
-    return scores && (int64_t) l->router.n_used < scores->ne[0]
-        && isfinite(((const float *) scores->data)[ranking[l->router.n_used]]);
+    if (!scores || (int64_t) l->router.n_used >= scores->ne[0]) {
+        return false;
+    }
+    const float *of = scores->data;
+    return isfinite(of[ranking[l->router.n_used - 1]]) && isfinite(of[ranking[l->router.n_used]]);
 }
 
 /* Asks a layer's router about every token that was kept. Returns how many different experts are to be read for. */
 static uint32_t collect(gp_foretell *f, uint32_t layer_index) {
     layer *l = &f->layers[layer_index];
-    const uint32_t n_experts = gp_pager_layer(f->pager, layer_index)->n_experts;
     uint32_t n = 0;
     for (uint32_t token = 0; token < f->n_kept; token++) {
         const int32_t *ranking = gp_router_ask(&l->router, &f->routers, guess(f, token));
         if (ranking && has_scores(l, ranking)) {
-            n = choose_by_score(f, l, ranking, token, n);
+            n = choose_by_score(f, layer_index, ranking, token, n);
             continue;
         }
         for (uint32_t rank = 0; ranking && rank < l->router.n_used; rank++) {
-            const bool is_expert = ranking[rank] >= 0 && (uint32_t) ranking[rank] < n_experts;
-            n = is_expert ? choose(f, ranking[rank], rank, n) : n;
+            n = choose(f, layer_index, ranking[rank], rank, n);
         }
     }
     qsort(f->choices, n, sizeof *f->choices, most_wanted_first);
