@@ -132,7 +132,7 @@ def hidden_states(source: Path, texts: Sequence[str], n_blocks: int) -> list[Flo
         if not ask:
             values = (ctypes.c_float * base.ggml_nelements(tensor)).from_address(base.ggml_get_data(tensor))
             collected[int(block)].append(np.ctypeslib.as_array(values).reshape(-1, n_embd).copy())
-        return True
+        return ask or int(block) < n_blocks - 1  # blocks after the last that is wanted are not computed
 
     set_verbose(False)
     load_params = low.llama_model_default_params()
