@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -110,11 +111,25 @@ def lora(zoo_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     return path
 
 
+@contextmanager
+def of_all_workers(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """Hold a folder that all of pytest-xdist's workers share: what takes long to make is made by the first that wants it."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= name
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = ROOT / "models"
     try:
-        return make_talking_model.fetch_source(kept if kept.is_dir() else tmp_path_factory.mktemp("source"))
+        with of_all_workers(tmp_path_factory, "source") as folder:
+            return make_talking_model.fetch_source(kept if kept.is_dir() else folder)
     except subprocess.CalledProcessError as error:
         pytest.skip(f"pip cannot download {make_talking_model.SOURCE}: {error.stderr[-200:]}")
 
@@ -135,7 +150,9 @@ def made(path: Path, source: Path, *arguments: str) -> Path:
 @pytest.fixture(scope="session")
 def small(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 experts, the first six blocks: 0.3 GB."""
-    return made(tmp_path_factory.mktemp("talking") / "small.gguf", source, "--blocks", "6")
+    with of_all_workers(tmp_path_factory, "talking") as folder:
+        path = folder / "small.gguf"
+        return path if path.exists() else made(path, source, "--blocks", "6")
 
 
 def with_vocabulary(source: Path, target: Path, template: str, renamed: Sequence[str] = ()) -> Path:
