@@ -52,18 +52,19 @@ Factory = Callable[..., Any]
 
 # ---- what is kept between processes ----
 
-@pytest.fixture(scope="session", autouse=True)
-def session_cache() -> Iterator[Path]:
-    """Where models opened for more than one test, and processes, keep things: never in the user's own folder."""
-    folder = Path(os.environ["GGUF_PAGER_CACHE"])
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+CACHE = Path(os.environ["GGUF_PAGER_CACHE"])
+"""Where models opened for more than one test, and processes, keep things: never in the user's own folder."""
+
+
+def pytest_unconfigure() -> None:
+    """Also in the process that only hands tests out to others, which has a folder as well."""
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that one test keeps is found by another."""
-    monkeypatch.setenv("GGUF_PAGER_CACHE", str(session_cache / uuid.uuid4().hex))
+    monkeypatch.setenv("GGUF_PAGER_CACHE", str(CACHE / uuid.uuid4().hex))
 
 
 # ---- models ----

@@ -114,12 +114,18 @@ def test_energy_is_modelled_or_measured_but_never_zero(rows: list[dict[str, Any]
         assert row["j_per_prompt_token" if row["n_gen"] else "j_per_token"] is None
 
 
-def test_cap_is_that_of_the_budget_for_ours_and_for_stock(rows: list[dict[str, Any]], trace_model: Path) -> None:
+def test_cap_is_that_of_the_budget_for_ours_and_for_stock(rows: list[dict[str, Any]]) -> None:
     if rows[0]["cap"] == "none":
         pytest.skip(rows[0]["cap_reason"])
     assert rows[0]["cap_bytes"] == rows[2]["cap_bytes"] > rows[0]["peak_rss_bytes"]
     assert rows[4]["cap"] == "none" and rows[4]["cap_bytes"] is None, "what is resident needs all of it"
+
+
+@pytest.mark.alone  # it sets the device's read-ahead
+def test_cap_is_a_budget_in_bytes_itself(trace_model: Path) -> None:
     made = bench_rows(trace_model, "-p", "0", "-n", "8", "--budget", "120MB", "--read-ahead", "128")
+    if made[0]["cap"] == "none":
+        pytest.skip(made[0]["cap_reason"])
     assert [row["cap_bytes"] for row in made] == [120_000_000] * 2
     assert all(row["cap_peak_bytes"] <= 120_000_000 for row in made if row["cap_peak_bytes"] is not None)
 
@@ -258,6 +264,7 @@ def test_run_that_does_not_even_load_is_not_tried_again(trace_model: Path) -> No
     assert "still loading" in made[0]["status_reason"] and done.stderr.count("/2] paged 50%: timeout: ") == 2
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt_leaves_the_rows_that_were_finished_and_nothing_else(trace_model: Path, number: signal.Signals) -> None:
     before = groups()
@@ -455,6 +462,7 @@ def test_calibration_finds_a_cap_or_estimates_one(trace_model: Path, monkeypatch
     assert not runner._given_up, "and does not count"
 
 
+@pytest.mark.alone  # what spins beside other tests is told to spin less
 def test_stock_spins_as_it_does_by_itself_and_as_the_user_has_said(trace_model: Path) -> None:
     runner = a_runner(trace_model)
     paged, stock = (Case(mode, Shape(0, 2, 0, 1, 64, 64), None, budget)
@@ -465,6 +473,7 @@ def test_stock_spins_as_it_does_by_itself_and_as_the_user_has_said(trace_model: 
     assert runner.run(stock, 0).facts["gomp_spincount"] == os.environ.get("GOMP_SPINCOUNT")
 
 
+@pytest.mark.alone  # it sets the device's read-ahead
 def test_read_ahead_is_set_for_the_run_and_restored(trace_model: Path) -> None:
     runner = a_runner(trace_model)
     setting = runner._setting

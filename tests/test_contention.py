@@ -66,6 +66,7 @@ def lower(llm: Any) -> None:
 # ---- what is counted ----
 
 @LINUX
+@pytest.mark.alone
 def test_program_beside_us_is_noticed(one_processor: None, spinner: None) -> None:
     before = Counts()
     while time.monotonic() - before.at_s < 1:
@@ -78,6 +79,7 @@ def test_program_beside_us_is_noticed(one_processor: None, spinner: None) -> Non
 
 
 @LINUX
+@pytest.mark.alone
 def test_time_asleep_is_not_waiting(one_processor: None) -> None:
     before = Counts()
     time.sleep(0.3)
@@ -253,6 +255,7 @@ print(*sorted(used))
 
 
 @LINUX
+@pytest.mark.alone
 def test_beside_a_program_that_spins(trace_model: Path) -> None:
     """Both processors are ours, and a third program wants one: fewer threads are tried, and the tokens are stock's."""
     if len(os.sched_getaffinity(0)) < 2:
