@@ -315,3 +315,35 @@ def test_most_misses_of_a_model_that_talks_are_foreseen(small: Path) -> None:
     assert sum(layer.foreseen for layer in rest) > 0.7 * misses
     assert sum(layer.in_vain for layer in rest) < 0.3 * misses
     assert stats.in_vain < 0.3 * stats.misses
+
+
+def test_choices_that_rarely_come_true_are_read_for_no_more(small: Path) -> None:
+    """Of the second layer little is known: with all that its router names a quarter of the misses would be read in vain."""
+    with gguf_pager.Llama(str(small), budget="25%", n_ctx=256, n_threads=1, verbose=False, profile=False, look_ahead=True) as llm:
+        for _ in range(2):
+            llm.reset()
+            for token in llm.tokenize(TEXT.encode()):
+                llm.eval([token])
+        second = llm.pager.stats().layers[1]
+    assert second.misses > 200
+    assert second.in_vain < 0.18 * second.misses
+
+
+def test_nonsense_is_foretold_from_no_longer_than_it_lasts(small: Path) -> None:
+    """What a batch of no numbers taught would stay for as long as the context."""
+    with gguf_pager.Llama(str(small), budget="25%", n_ctx=256, n_threads=1, verbose=False, profile=False, look_ahead=True) as llm:
+        llm.eval([1])
+        batch = low.llama_batch_init(1, low.llama_model_n_embd(llm.model), 1)
+        for i in range(low.llama_model_n_embd(llm.model)):
+            batch.embd[i] = float("nan")
+        batch.n_tokens, batch.pos[0], batch.n_seq_id[0], batch.seq_id[0][0], batch.logits[0] = 1, 1, 1, 0, 1
+        assert low.llama_decode(llm.ctx, batch) == 0
+        low.llama_batch_free(batch)
+        low.llama_memory_clear(low.llama_get_memory(llm.ctx), True)
+        llm.reset()
+        before = llm.pager.stats()
+        for token in llm.tokenize(TEXT.encode()):
+            llm.eval([token])
+        stats = llm.pager.stats()
+    assert stats.foreseen - before.foreseen > 0.4 * (stats.misses - before.misses) > 80
+    assert stats.in_vain - before.in_vain < 0.3 * (stats.misses - before.misses)

@@ -202,7 +202,7 @@ static bool has_scores(const layer *l, const int32_t *ranking) {
         return false;
     }
     const float *of = scores->data;
-    return isfinite(of[ranking[l->router.n_used - 1]]) && isfinite(of[ranking[l->router.n_used]]);
+    return isfinite(of[ranking[l->router.n_used - 1]] - of[ranking[l->router.n_used]]);
 }
 
 /* Asks a layer's router about every token that was kept. Returns how many different experts are to be read for. */
@@ -251,7 +251,11 @@ int gp_foretell_open(gp_foretell **out, const gp_ggml *ggml, gp_pager *pager, gp
     f->place = malloc(most * sizeof *f->place);
     f->choices = malloc(most * sizeof *f->choices);
     f->experts = malloc(most * sizeof *f->experts);
-    const int error = f->layers && f->place && f->choices && f->experts ? gp_routers_open(&f->routers, ggml) : -ENOMEM;
+    int error = f->layers && f->place && f->choices && f->experts ? 0 : -ENOMEM;
+    f->routers.ggml = ggml;
+    if (error == 0 && gp_look_ahead_is_wanted(pager)) {     /* otherwise no router is learnt, and nothing is kept */
+        error = gp_routers_open(&f->routers, ggml);
+    }
     if (error != 0) {
         gp_foretell_close(f);
         return error;

@@ -145,6 +145,10 @@ gp_sight gp_look_ahead_sight(const gp_pager *p, uint32_t layer) {
         : l->foresight.is_poor ? GP_SIGHT_POOR : GP_SIGHT_ON;
 }
 
+bool gp_look_ahead_is_wanted(const gp_pager *p) {
+    return p->config.look_ahead != GP_LOOK_NEVER;
+}
+
 void gp_look_ahead_note_router(gp_pager *p, uint32_t layer, bool is_known) {
     pthread_mutex_lock(&p->lock);
     p->layers[layer].router = is_known ? GP_ROUTER_IS_KNOWN : GP_ROUTER_IS_OTHER;

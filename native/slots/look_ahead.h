@@ -11,6 +11,9 @@
  * first and each once: what is in no slot is read, if it is GP_LOOK_TO_READ. */
 void gp_look_ahead_begin(gp_pager *pager, gp_hold *hold, const int32_t *experts, uint32_t n_experts);
 
+/* Whether anything may ever be foretold. */
+bool gp_look_ahead_is_wanted(const gp_pager *pager);
+
 /* A layer has been seen to be one whose router can be asked while the layer before is computed, or to be another. */
 void gp_look_ahead_note_router(gp_pager *pager, uint32_t layer, bool is_known);
 

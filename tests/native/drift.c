@@ -159,6 +159,26 @@ static void without_memory_there_is_none(void) {
     CHECK(fake_allocations() == 0, "nothing is left behind, here and before");
 }
 
+/* A context lives on after a batch of nonsense, which nobody may have meant. */
+static void nonsense_is_forgotten(void) {
+    static const float nonsense[] = { NAN, INFINITY, -INFINITY, 1e38f, -1e30f };
+    for (size_t i = 0; i < sizeof nonsense / sizeof nonsense[0]; i++) {
+        for (int when = 0; when < 2; when++) {
+            gp_drift d = opened();
+            learn_line(&d, 0, when * 100);
+            row here, next;
+            draw_row(here);
+            move(0, here, next);
+            here[1] = next[3] = nonsense[i];
+            gp_drift_learn(&d, N, here, next);
+            gp_drift_learn(&d, N, next, here);
+            learn_line(&d, 0, 2000);
+            CHECK(error_of(&d, 0) < 0.05f, "as if it had not been");
+            gp_drift_close(&d);
+        }
+    }
+}
+
 int main(void) {
     check_begin();
     fake_reset();
@@ -169,5 +189,6 @@ int main(void) {
     noise_is_averaged();
     a_guess_may_take_the_inputs_place();
     without_memory_there_is_none();
+    nonsense_is_forgotten();
     return 0;
 }

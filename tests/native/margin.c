@@ -78,6 +78,42 @@ static void before_anything_was_seen_it_is_the_routers_own_choice(void) {
     CHECK(!gp_margin_is_worth(&m, gp_margin_above(&m, 3, 5, 3)), "and below it");
 }
 
+static void distance_is_from_the_middle_in_mean_gaps(void) {
+    gp_margin m = { 0 };
+    gp_margin_note(&m, 5, 3);
+    CHECK(m.gap == 2, "the first gap is all that is known");
+    CHECK(gp_margin_above(&m, 5, 5, 3) == 0.5f && gp_margin_above(&m, 3, 5, 3) == -0.5f, "the line is in the middle");
+    CHECK(gp_margin_above(&m, 104, 101, 99) == 2, "of this token's, measured with what gaps are on average");
+    gp_margin_note(&m, 5, -3);
+    CHECK(m.gap > 2 && m.gap < 2.5f, "one other changes little");
+}
+
+static void what_was_learnt_decides(void) {
+    for (int has_come_true = 0; has_come_true < 2; has_come_true++) {
+        gp_margin m = { 0 };
+        for (int i = 0; i < 100; i++) {
+            gp_margin_learn(&m, has_come_true);
+        }
+        CHECK(has_come_true ? m.least < -0.5f : m.least > 0.5f, "it has moved");
+        CHECK(!gp_margin_is_worth(&m, m.least - 0.1f) && gp_margin_is_worth(&m, m.least) && gp_margin_is_worth(&m, m.least + 0.1f),
+              "what lies above it is read for, and nothing below");
+        CHECK(gp_margin_is_doubtful(&m, m.least - 0.1f) && gp_margin_is_doubtful(&m, m.least + 0.1f), "doubts are to both sides of it");
+        CHECK(!gp_margin_is_doubtful(&m, m.least - 1) && !gp_margin_is_doubtful(&m, m.least + 1), "and near");
+    }
+}
+
+static void it_keeps_still_once_it_is_found(void) {
+    gp_margin m = { 0 };
+    pass(&m, 1, 0, 6, 2000);
+    float least = m.least, most = m.least;
+    for (int t = 0; t < 2000; t++) {
+        pass(&m, 1, 0, 6, 1);
+        least = fminf(least, m.least);
+        most = fmaxf(most, m.least);
+    }
+    CHECK(most - least < 0.5f, "one choice says little");
+}
+
 static void equal_scores_are_taken(void) {
     gp_margin m = { 0 };
     for (int i = 0; i < 100; i++) {
@@ -96,6 +132,9 @@ int main(void) {
     another_text_has_another_line();
     what_never_comes_true_is_left();
     before_anything_was_seen_it_is_the_routers_own_choice();
+    distance_is_from_the_middle_in_mean_gaps();
+    what_was_learnt_decides();
+    it_keeps_still_once_it_is_found();
     equal_scores_are_taken();
     return 0;
 }

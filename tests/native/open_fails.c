@@ -117,9 +117,13 @@ static void arena_that_cannot_be_made_present(void) {
     model_end(&m);
 }
 
+/* More than two steps of 4 MiB, and a part of one. */
+enum { ARENA_BYTES = 9 << 20 };
+
 static void arena_is_made_present_once(void) {
     model m;
     model_make(&m, (model_shape) { 0 });
+    m.classes[0].n_slots = (uint32_t) (ARENA_BYTES / m.classes[0].stride_bytes);
     gp_pager *pager = model_open(&m);
     gp_pager_wait_present(pager);
     CHECK(fake_bytes_present() == pager->arena_bytes, "all of it becomes present, once");
