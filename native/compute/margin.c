@@ -2,11 +2,13 @@
 
 #include <math.h>
 
-/* Of so many in a hundred that come true reading is worth it: what is read in vain takes a disk's time, which is idle for half of a
+/* Where this share comes true reading is worth it: what is read in vain takes a disk's time, which is idle for half of a
  * token; waiting for what was not read takes everyone's. */
 static const float WORTH = 0.3f;
 /* Gaps to either side in which a choice is as good as at `least`; how far one of them moves it; tokens that a mean gap is of. */
 static const float WINDOW = 0.3f, STEP = 0.02f, SPAN = 64;
+/* Further out hardly anything is seen: a line that had wandered off there would not come back. */
+static const float FURTHEST = 3;
 
 void gp_margin_note(gp_margin *m, float last, float next) {
     m->gap += (last - next - m->gap) / (m->gap > 0 ? SPAN : 1);
@@ -26,5 +28,6 @@ bool gp_margin_is_doubtful(const gp_margin *m, float above) {
 }
 
 void gp_margin_learn(gp_margin *m, bool has_come_true) {
-    m->least += STEP * (WORTH - (float) has_come_true);
+    const float least = m->least + STEP * (WORTH - (float) has_come_true);
+    m->least = fmaxf(-FURTHEST, fminf(least, FURTHEST));
 }

@@ -63,6 +63,27 @@ static void another_text_has_another_line(void) {
     CHECK(fabsf(mean_least(&m, 1, 1, 6) - worth_at(1, 6)) < 0.08f, "it is found again, however long the first one was");
 }
 
+/* Scores as routers have them: most lie near the line, few far from it. */
+static void pass_near(gp_margin *m, float middle, int n_tokens) {
+    for (int t = 0; t < n_tokens; t++) {
+        gp_margin_note(m, 0.5f, -0.5f);
+        for (int rank = 0; rank < 5; rank++) {
+            const float above = gp_margin_above(m, (draw() + draw() + draw() + draw() - 2) * 2, 0.5f, -0.5f);
+            if (gp_margin_is_doubtful(m, above)) {
+                gp_margin_learn(m, draw() < truth(above, middle, 6));
+            }
+        }
+    }
+}
+
+static void after_long_nonsense_it_comes_back(void) {
+    gp_margin m = { 0 };
+    pass_near(&m, 1000, 200000);
+    CHECK(m.least > 1.5f, "nothing came true");
+    pass_near(&m, 0, 20000);
+    CHECK(fabsf(m.least - worth_at(0, 6)) < 0.3f, "it comes back");
+}
+
 static void what_never_comes_true_is_left(void) {
     gp_margin m = { 0 };
     pass(&m, 1, 1000, 1, 2000);
@@ -131,6 +152,7 @@ int main(void) {
     what_is_likely_enough_is_read_for();
     another_text_has_another_line();
     what_never_comes_true_is_left();
+    after_long_nonsense_it_comes_back();
     before_anything_was_seen_it_is_the_routers_own_choice();
     distance_is_from_the_middle_in_mean_gaps();
     what_was_learnt_decides();
