@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 import subprocess
@@ -138,6 +139,7 @@ def huge_bytes() -> int:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[never]" in setting.read_text():
         pytest.skip("this kernel has no huge pages for private memory")
+    gc.collect()  # what other tests have left goes now, not between two counts
     line = next(line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("AnonHugePages"))
     return int(line.split()[1]) * 1024
 
