@@ -16,8 +16,9 @@ from gguf_pager import _native
 from gguf_pager.contention import Adaptation
 from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.fingerprint import Watch
+from gguf_pager.memory import budget
 from gguf_pager.memory.residency import Residency
-from gguf_pager.memory.sizing import Request
+from gguf_pager.memory.sizing import Request, untouched_dense_bytes
 from gguf_pager.model import engine
 from gguf_pager.pager import Pager
 from gguf_pager.threads import Threads
@@ -41,6 +42,14 @@ class Model:
     taps: list[_native.Tap] = field(default_factory=list)
     is_leaving: bool = False
     """Its last owner frees it: nobody can share it any more."""
+    has_computed: bool = False
+
+    def promised_bytes(self) -> int:
+        """Return how much this model and its contexts will make resident that is not yet."""
+        at_first = 0
+        if self.pager.is_open and not self.has_computed:
+            at_first = budget.WORK_BYTES + untouched_dense_bytes(self.pager, self.residency)
+        return at_first + sum(context.promised_bytes() for context in list(self.contexts.values()))
 
 
 @dataclass(slots=True, eq=False)
@@ -57,10 +66,26 @@ class Context:
     keep: tuple[Any, ...]
     """The user's own callbacks, which must live as long as the context."""
     adaptation: Adaptation | None
+    n_ubatch: int
+    untouched_bytes: int
+    """What it had allocated, and not touched, when it was made."""
+    most_tokens: int = 0
+    """That it has computed at once, up to n_ubatch."""
     mutex: _native.Mutex = field(default_factory=_native.Mutex)
     """Held while it computes: llama.cpp's contexts know no threads."""
     afterwards: deque[Callable[[], None]] = field(default_factory=deque)
     """What a signal handler wants freed in the middle of a decode: it is, at the decode's end."""
+
+    def note_use(self, n_tokens: int) -> None:
+        """Take note that a batch of so many tokens was computed."""
+        self.most_tokens = max(self.most_tokens, min(n_tokens, self.n_ubatch))
+        self.model.has_computed = True
+        self.model.pager.note_use()
+
+    def promised_bytes(self) -> int:
+        """Return how much of its memory it is still to touch: buffers are as large as the largest batch, and used from the
+        beginning of each row."""
+        return self.untouched_bytes * (self.n_ubatch - self.most_tokens) // self.n_ubatch
 
     def close(self) -> None:
         """End what belongs to a context that is gone."""

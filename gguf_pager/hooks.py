@@ -41,7 +41,7 @@ from gguf_pager.errors import EngineError
 from gguf_pager.loading import Loader
 from gguf_pager.memory import budget, probe, residency
 from gguf_pager.memory.residency import are_in_place
-from gguf_pager.memory.sizing import Request, check_cache, open_or_shrink, suitable_ubatch
+from gguf_pager.memory.sizing import Request, Taken, check_cache, measure_context, open_or_shrink, suitable_ubatch
 from gguf_pager.model import engine
 from gguf_pager.threads import Threads
 from gguf_pager.turns import take_all
@@ -352,7 +352,7 @@ class _Hooks:
         is_cut = suitable != asked
         if is_cut:
             params.n_ubatch = suitable
-        self._wait_for_other_arenas(paged)
+        self._wait_for_arenas()
         was_open = paged.pager.is_open
         check_cache(paged.pager, request, int(params.n_ctx or low.llama_model_n_ctx_train(paged.address)),
                     paged.residency, (number_bytes(params.type_k), number_bytes(params.type_v)))
@@ -365,17 +365,19 @@ class _Hooks:
         try:
             n_ubatch = int(low.llama_n_ubatch(context))  # not params.n_ubatch: 0 means n_batch there, and n_ctx is the most
             request.count_outputs(int(low.llama_n_ctx(context)), int(low.llama_n_batch(context)))
-            open_or_shrink(paged.pager, request, paged.residency, before)
+            taken = measure_context(paged.pager, request, before)
+            promised_bytes = sum(model.promised_bytes() for model in list(self.models.values()))
+            open_or_shrink(paged.pager, request, paged.residency, taken, promised_bytes)
             if not was_open:
                 _check_opened(paged)
-            self._add_context(paged, params, tap, int(context), is_cut)
+            self._add_context(paged, params, tap, int(context), is_cut, taken)
             paged.pager.note_batches(asked if is_cut else n_ubatch, n_ubatch)
         except BaseException:
             self._drop_context(paged, tap, int(context))
             raise
         return context
 
-    def _add_context(self, paged: Model, params: Any, tap: _native.Tap, address: int, is_cut: bool) -> None:
+    def _add_context(self, paged: Model, params: Any, tap: _native.Tap, address: int, is_cut: bool, taken: Taken) -> None:
         self._forgetting(address)
         paged.taps.append(tap)
         attach(tap, paged.pager)
@@ -383,8 +385,8 @@ class _Hooks:
         kept.provide()
         keep = (params, params.cb_eval, params.abort_callback)
         memory = int(low.llama_get_memory(address) or 0)
-        entry = Context(paged, address, memory, tap, os.getpid(), is_cut, kept, keep,
-                         self._adaptation(paged, params, address))
+        entry = Context(paged, address, memory, tap, os.getpid(), is_cut, kept, keep, self._adaptation(paged, params, address),
+                        int(low.llama_n_ubatch(address)), taken.untouched_bytes)
         paged.contexts[address] = self.contexts[address] = entry
         paged.pager.warm_up()
 
@@ -393,11 +395,10 @@ class _Hooks:
         _at_once(partial(self.contexts.pop, address, None), partial(paged.contexts.pop, address, None),
                  partial(self._wrapping.pristine("llama_free"), address), tap.close)
 
-    def _wait_for_other_arenas(self, paged: Model) -> None:
-        """What this process uses is measured to size an arena: others that are still being made present would be missed."""
-        if not paged.pager.is_open:
-            for other in list(self.models.values()):
-                other.pager.wait_present()
+    def _wait_for_arenas(self) -> None:
+        """What this process uses is measured around a new context: an arena that becomes present meanwhile would be taken for it."""
+        for model in list(self.models.values()):
+            model.pager.wait_present()
 
     def _make_context(self, paged: Model, params: Any) -> tuple[_native.Tap, Any]:
         ours = type(params).from_buffer_copy(params)
@@ -500,7 +501,8 @@ class _Hooks:
         if failure is not None:
             raise pager.failure_error(failure)
         # More tokens than one are computed with a number of threads of their own, which is left alone.
-        adaptation = entry.adaptation if getattr(args[-1], "n_tokens", None) == 1 else None
+        n_tokens = getattr(args[-1], "n_tokens", None)
+        adaptation = entry.adaptation if n_tokens == 1 else None
         compute = partial(self._call, name, ctx, *args)
         entry.tap.watch()
         result = int(adaptation.compute(compute) if adaptation else compute())
@@ -510,7 +512,7 @@ class _Hooks:
             raise interruption
         if entry.afterwards:
             raise EngineError("This model was closed by a signal handler while it computed.")
-        pager.note_use()
+        entry.note_use(n_tokens or 1)
         failure = failure or watch.find_change()
         if failure is not None:
             raise pager.failure_error(failure)

@@ -190,9 +190,9 @@ def test_what_look_ahead_learns_is_counted(zoo_model: Model) -> None:
     layout = read_layout(zoo_model("qwen3moe"))
     pager, before = Pager(layout, Options()), probe.process_memory()
 
-    def counted(look_ahead: bool | str) -> sizing._Taken:
+    def counted(look_ahead: bool | str) -> sizing.Taken:
         options = Options(look_ahead=look_ahead)  # type: ignore[arg-type]
-        return sizing._taken(pager, sizing.Request(parse_budget("50%"), options), before)
+        return sizing.measure_context(pager, sizing.Request(parse_budget("50%"), options), before)
 
     off, on, auto = counted(False), counted(True), counted("auto")
     n_numbers = sum(layer.slices[0].ne[0] for layer in layout.layers)

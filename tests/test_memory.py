@@ -32,6 +32,29 @@ print(json.dumps({"peak_rss_bytes": peak * 1024, "arena_bytes": stats.arena_byte
                   "resident_bytes": stats.resident_bytes, "evictions": stats.evictions}))
 """
 
+SEVERAL = """
+import json, sys
+from pathlib import Path
+from gguf_pager import Llama
+path, n_before, budgets = sys.argv[1], int(sys.argv[2]), [int(budget) for budget in sys.argv[3:]]
+
+def compute(llm):
+    first = int(llm.metadata["gguf_pager.trace.first_token"])
+    llm.reset()
+    llm.eval([first + i for i in range(520)])
+
+llms = []
+for i, budget in enumerate(budgets):
+    llms.append(Llama(path, budget=budget, n_ctx=700, n_threads=2, n_threads_batch=2, verbose=False))
+    if i < n_before:
+        compute(llms[i])
+for llm in llms:
+    compute(llm)
+peak = int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
+print(json.dumps({"peak_rss_bytes": peak * 1024, "n_arenas": len({id(llm.pager) for llm in llms})}))
+"""
+"""Contexts, of as many models as there are different budgets; the first `n_before` compute before the next is opened."""
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -46,8 +69,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, cap: Cap, n_ubatch: int = 512) -> dict[str, int]:
+    return run_script(cap, SCRIPT, model, BUDGET_BYTES, n_ubatch)
+
+
+def run_script(cap: Cap, script: str, model: Path, *arguments: int) -> dict[str, int]:
     drop_from_page_cache([model])
-    command = cap.command([sys.executable, "-c", SCRIPT, str(model), str(BUDGET_BYTES), str(n_ubatch)])
+    command = cap.command([sys.executable, "-c", script, str(model), *map(str, arguments)])
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
@@ -61,6 +88,17 @@ def test_process_stays_under_its_budget(model: Path, n_ubatch: int) -> None:
     assert result["evictions"] > 0 and result["left_alone"] == 0
     assert result["resident_bytes"] <= result["arena_bytes"] < BUDGET_BYTES
     assert result["peak_rss_bytes"] > 0.75 * BUDGET_BYTES, "the budget is used, not wasted"
+
+
+@pytest.mark.parametrize(("budgets", "n_before"), (
+    ((420_000_000,) * 2, 0), ((420_000_000,) * 2, 1), ((640_000_000,) * 4, 0), ((640_000_000,) * 4, 2),
+    ((BUDGET_BYTES, 650_000_000), 0), ((BUDGET_BYTES, 650_000_000), 1),
+))
+def test_several_contexts_stay_under_their_budget(model: Path, budgets: tuple[int, ...], n_before: int) -> None:
+    """Each takes 112 MB, and touches most of that with its first batch: not a byte of it was resident when the next was sized."""
+    result = run_script(Cap("none", None), SEVERAL, model, n_before, *budgets)
+    assert result["n_arenas"] == len(set(budgets))
+    assert 0.85 * budgets[-1] < result["peak_rss_bytes"] <= budgets[-1] * TOLERANCE
 
 
 def test_process_lives_under_a_cap_of_its_budget(model: Path) -> None:

@@ -133,7 +133,7 @@ def check_cache(pager: Pager, request: Request, n_cells: int, kept: Residency, n
     if request.options.overcommit and request.budget.kind != "auto":
         return
     cache = budget.least_cache_bytes(pager.layout, n_cells, *number_bytes)
-    dense = 0 if kept.method in ("lock", "copy") else pager.layout.dense_bytes
+    dense = untouched_dense_bytes(pager, kept)
     arena = 0 if pager.is_open else budget.least_arena_bytes(pager.needs)
     memory = probe.memory()
     if cache + arena + dense > memory.available_bytes:
@@ -177,7 +177,7 @@ def _share_bytes(needs: Sequence[ClassNeed], share: float | None) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Taken:
+class Taken:
     """What a process that has just made a context has taken.
 
     `untouched_bytes` are those that the context has allocated or will, and that are not resident yet; `context_bytes` all of it.
@@ -188,28 +188,33 @@ class _Taken:
     context_bytes: int
 
 
-def _taken(pager: Pager, request: Request, before: probe.ProcessMemory) -> _Taken:
+def measure_context(pager: Pager, request: Request, before: probe.ProcessMemory) -> Taken:
+    """Return what was taken since `before`, when a context was yet to be made and no arena was on its way into memory."""
     now = probe.process_memory()
     allocated, touched = now.allocated_bytes - before.allocated_bytes, now.resident_bytes - before.resident_bytes
     later = request.output_rows * pager.layout.n_vocab * 4
     if request.options.look_ahead:
         later += budget.look_ahead_bytes(pager.layout)
-    return _Taken(now.resident_bytes, max(0, allocated - touched) + later, max(0, allocated) + later)
+    return Taken(now.resident_bytes, max(0, allocated - touched) + later, max(0, allocated) + later)
+
+
+def untouched_dense_bytes(pager: Pager, kept: Residency) -> int:
+    """Return how much of the dense weights becomes resident with the first tokens only."""
+    return 0 if kept.method in ("lock", "copy") else pager.layout.dense_bytes
 
 
 def _arena_bytes(
-    pager: Pager, needs: Sequence[ClassNeed], request: Request, kept: Residency, taken: _Taken
+    pager: Pager, needs: Sequence[ClassNeed], request: Request, kept: Residency, taken: Taken, promised_bytes: int
 ) -> tuple[int, int]:
     """Return what the budget leaves for the arena, and all that it does not leave.
 
-    What the context has allocated but not touched yet counts as used: it will be.
+    What this context and others have allocated but not touched yet counts as used: it will be.
 
     Raises:
         BudgetError: a share that is too small for any context, or the machine has no room for that.
     """
     full, least = budget.full_arena_bytes(needs), budget.least_arena_bytes(needs)
-    not_yet_resident = 0 if kept.method in ("lock", "copy") else pager.layout.dense_bytes
-    other = taken.untouched_bytes + not_yet_resident + budget.WORK_BYTES
+    other = taken.untouched_bytes + promised_bytes + untouched_dense_bytes(pager, kept) + budget.WORK_BYTES
     if request.budget.kind == "bytes":
         used = taken.resident_bytes + other
         return min(full, max(0, int(request.budget.value or 0) - used)), used
@@ -230,21 +235,17 @@ def _arena_bytes(
     return min(full, max(least, spare - other)), 0
 
 
-def _make_room(pager: Pager, needs: Sequence[ClassNeed], request: Request, before: probe.ProcessMemory) -> tuple[int, ...]:
+def _make_room(pager: Pager, needs: Sequence[ClassNeed], request: Request, taken: Taken, promised_bytes: int) -> None:
     """Give back as many slots of an open arena as a further context needs memory; of a budget in bytes alone.
-
-    Returns the slots that are left.
 
     Raises:
         BudgetError: too few would be left.
     """
     if request.budget.kind != "bytes":
-        return pager.n_slots
-    pager.wait_present()
-    taken = _taken(pager, request, before)
-    excess = taken.resident_bytes + taken.untouched_bytes - int(request.budget.value or 0)
+        return
+    excess = taken.resident_bytes + taken.untouched_bytes + promised_bytes - int(request.budget.value or 0)
     if excess <= 0:
-        return pager.n_slots
+        return
     slots = list(pager.n_slots)
     for index in sorted(range(len(needs)), key=lambda i: -needs[i].expert_bytes):
         n_gone = min(max(0, slots[index] - needs[index].n_least), math.ceil(excess / needs[index].stride_bytes))
@@ -255,23 +256,22 @@ def _make_room(pager: Pager, needs: Sequence[ClassNeed], request: Request, befor
     if excess > 0:
         raise _too_small(int(request.budget.value or 0), int(request.budget.value or 0) + excess, taken.context_bytes)
     pager.shrink(slots)
-    return pager.n_slots
 
 
-def open_or_shrink(pager: Pager, request: Request, kept: Residency, before: probe.ProcessMemory) -> None:
+def open_or_shrink(pager: Pager, request: Request, kept: Residency, taken: Taken, promised_bytes: int) -> None:
     """Open the arena with the first context; for a further one give back what it needs.
 
-    `before` is the process before the context was made.
+    `taken` was measured once the context was there. `promised_bytes`: what others of this process, which were there before it,
+    are still to touch.
 
     Raises:
         BudgetError: not even one token's experts fit beside what else there is.
     """
     needs = pager.needs
     if pager.is_open:
-        _make_room(pager, needs, request, before)
+        _make_room(pager, needs, request, taken, promised_bytes)
         return
-    taken = _taken(pager, request, before)
-    arena, used = _arena_bytes(pager, needs, request, kept, taken)
+    arena, used = _arena_bytes(pager, needs, request, kept, taken, promised_bytes)
     least = budget.least_arena_bytes(needs)
     if arena < least:
         raise _too_small(int(request.budget.value or 0), used + least, taken.context_bytes)

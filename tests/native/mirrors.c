@@ -86,9 +86,9 @@ static void slow_down(const char *const *paths, unsigned delay_us) {
 
 static void reads_are_divided(model_shape shape) {
     begin(shape);
-    slow_down(m.paths, 2000);     /* long enough that a busy machine is not what is measured */
+    slow_down(m.paths, 10000);    /* long enough that a busy machine is not what is measured */
     for (uint32_t i = 0; i < shape.n_mirrors; i++) {
-        slow_down(m.mirror_paths[i], 2000);
+        slow_down(m.mirror_paths[i], 10000);
     }
     use_all(4);
     for (uint32_t i = 0; i <= shape.n_mirrors; i++) {
