@@ -1,21 +1,15 @@
 /* Every copy of the model has its own fetch, with its own reads in flight: disks are busy at the same time. A read, that is
- * a slice, goes to one of them when it is submitted. Dividing evenly would make a slow disk the measure of all, so what
- * counts is when each would be done (gp_copies_choose), by the bytes it gave in the time it had something to do.
+ * a slice, goes to one of them when it is submitted (pace.h).
  *
  * Invariants
  *   1. Of each copy the reads begin in the order in which they were submitted: first slices of all experts first.
- *   2. waiting_bytes is the sum of the copy's reads that were submitted and not noted yet.
+ *   2. A pace's waiting_bytes is the sum of the copy's reads that were submitted and not noted yet.
  *   3. The lock guards the paces and what the files were. It is held for arithmetic only: never across a read, never together with another lock.
  */
 #include "reads/copies.h"
 
 #include <errno.h>
 #include <stdlib.h>
-
-/* After so many reads what is known counts half. A disk that is passed over is forgotten in one to a dozen such spans, and
- * tried again with one read: it may have been busy with something else. That read is what a slow disk costs, some
- * milliseconds in seconds of reading. */
-enum { SPAN_READS = 4096 };
 
 typedef struct {
     gp_fetch        *fetch;
@@ -30,31 +24,9 @@ struct gp_copies {
     uint32_t        n_copies, n_files;
     pthread_mutex_t lock;
     gp_pace         paces[GP_MAX_COPIES];   /* lock */
-    uint32_t        n_noted;                /* lock; in this span */
+    uint32_t        n_noted;                /* lock; reads, of all */
     copy            copies[GP_MAX_COPIES];
 };
-
-/* ---- choosing ---------------------------------------------------------------------------------------------------- */
-
-uint32_t gp_copies_choose(const gp_pace *paces, uint32_t n_copies, uint64_t bytes) {
-    uint32_t best = 0;
-    double soonest_ns = -1;
-    for (uint32_t i = 0; i < n_copies; i++) {
-        const gp_pace *pace = &paces[i];
-        if (pace->n_done == 0) {
-            if (pace->waiting_bytes == 0) {
-                return i;
-            }
-            continue;
-        }
-        const double ns = (double) (pace->waiting_bytes + bytes) * (double) pace->busy_ns / (double) pace->done_bytes;
-        if (soonest_ns < 0 || ns < soonest_ns) {
-            best = i;
-            soonest_ns = ns;
-        }
-    }
-    return best;
-}
 
 void gp_copies_submit(gp_copies *copies, gp_read *const *reads, uint32_t n_reads) {
     gp_read *first[GP_MAX_COPIES] = { NULL }, *last[GP_MAX_COPIES];
@@ -62,12 +34,8 @@ void gp_copies_submit(gp_copies *copies, gp_read *const *reads, uint32_t n_reads
     pthread_mutex_lock(&copies->lock);
     for (uint32_t i = 0; i < n_reads; i++) {
         gp_read *read = reads[i];
-        const uint32_t chosen = gp_copies_choose(copies->paces, copies->n_copies, read->bytes);
-        gp_pace *pace = &copies->paces[chosen];
-        if (pace->waiting_bytes == 0) {
-            pace->marked_ns = now_ns;
-        }
-        pace->waiting_bytes += read->bytes;
+        const uint32_t chosen = gp_pace_choose(copies->paces, copies->n_copies, read->bytes);
+        gp_pace_begin(&copies->paces[chosen], read->bytes, now_ns);
         read->fd = copies->copies[chosen].fds[read->file];
         read->file += chosen * copies->n_files;
         read->next = NULL;
@@ -116,23 +84,11 @@ void gp_copies_want(gp_copies *copies, gp_read **reads, uint32_t n_reads) {
 void gp_copies_note(gp_copies *copies, const gp_read *read, int error) {
     const uint32_t index = read->file / copies->n_files;
     const uint64_t now_ns = copies->os->now_ns();
-    gp_pace *pace = &copies->paces[index];
     pthread_mutex_lock(&copies->lock);
-    if (now_ns > pace->marked_ns) {     /* another thread may have been later with an earlier time */
-        pace->busy_ns += now_ns - pace->marked_ns;
-        pace->marked_ns = now_ns;
-    }
-    pace->waiting_bytes -= read->bytes;
-    if (error == 0) {                   /* a disk that fails at once, or was spared a read, is not fast */
-        pace->done_bytes += read->bytes;
-        pace->n_done++;
-    }
-    if (++copies->n_noted == SPAN_READS) {
-        copies->n_noted = 0;
+    gp_pace_end(&copies->paces[index], read->bytes, error == 0, now_ns);
+    if (++copies->n_noted % GP_PACE_SPAN_READS == 0) {
         for (uint32_t i = 0; i < copies->n_copies; i++) {
-            copies->paces[i].n_done /= 2;
-            copies->paces[i].done_bytes /= 2;
-            copies->paces[i].busy_ns /= 2;
+            gp_pace_forget_half(&copies->paces[i]);
         }
     }
     pthread_mutex_unlock(&copies->lock);

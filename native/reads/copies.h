@@ -4,17 +4,9 @@
 
 #include "gguf_pager.h"
 #include "reads/fetch.h"
+#include "reads/pace.h"
 
 typedef struct gp_copies gp_copies;
-
-/* How one copy's disk gets on. What was done counts half as much now and then, so it is about the last while. */
-typedef struct {
-    uint64_t waiting_bytes;     /* submitted, not come yet */
-    uint64_t n_done;            /* reads that have come; 0: nothing is known */
-    uint64_t done_bytes;        /* theirs */
-    uint64_t busy_ns;           /* the time they took, in which anything was waited for */
-    uint64_t marked_ns;         /* up to where that time is counted */
-} gp_pace;
 
 /* Opens the files of every copy. */
 int  gp_copies_open(gp_copies **out, const gp_os *os, const gp_config *config, gp_open_failure *failure);
@@ -50,10 +42,5 @@ bool gp_copies_are_in_background(const gp_copies *copies);
 
 /* Of all copies, as gp_fetch_arrived_bytes has it. */
 uint64_t gp_copies_arrived_bytes(const gp_copies *copies);
-
-/* The copy to read so many bytes from: that which will have them soonest as it got on of late, with all that it has to do
- * before. One of which nothing is known is tried with one read at a time; until something is known the rest is read from
- * the first, the model's own. */
-uint32_t gp_copies_choose(const gp_pace *paces, uint32_t n_copies, uint64_t bytes);
 
 #endif

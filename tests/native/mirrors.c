@@ -1,5 +1,5 @@
-/* Copies of the model on other disks: reads are divided by what each disk gives, every byte is right whichever it came
- * from, and a copy that fails or changes is named. */
+/* Copies of the model on other disks: every byte is right whichever it came from, and a copy that fails or changes is named. How
+ * reads are divided is in pace.c. */
 #include <errno.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -28,30 +28,6 @@ static void end(void) {
     model_end(&m);
 }
 
-/* ---- which copy -------------------------------------------------------------------------------------------------- */
-
-enum { SECOND = 1000000000 };
-
-static const gp_pace unknown, tried = { .waiting_bytes = 100 };
-
-static gp_pace pace_of(uint64_t bytes_per_s, uint64_t waiting_bytes) {
-    return (gp_pace) { .waiting_bytes = waiting_bytes, .n_done = 1, .done_bytes = bytes_per_s, .busy_ns = SECOND };
-}
-
-static void soonest_is_chosen(void) {
-#define CHOICE(bytes, ...) gp_copies_choose((gp_pace[]) { __VA_ARGS__ }, sizeof (gp_pace[]) { __VA_ARGS__ } / sizeof (gp_pace), bytes)
-    CHECK(CHOICE(100, pace_of(1000, 0)) == 0, "there is but one");
-    CHECK(CHOICE(100, pace_of(1000, 200), pace_of(1000, 100)) == 1, "of equals the one with less to do");
-    CHECK(CHOICE(100, pace_of(1000, 0), pace_of(1000, 0)) == 0, "of idle equals the model's own");
-    CHECK(CHOICE(100, pace_of(4000, 200), pace_of(1000, 0)) == 0, "a fast disk with work to do is sooner done than a slow one");
-    CHECK(CHOICE(100, pace_of(4000, 400), pace_of(1000, 0)) == 1, "until it has too much of it");
-    CHECK(CHOICE(100, pace_of(1000, 100), pace_of(1000, 100), pace_of(3000, 100)) == 2, "of three it is the same");
-    CHECK(CHOICE(100, pace_of(4000, 0), unknown) == 1, "a disk of which nothing is known is tried");
-    CHECK(CHOICE(100, pace_of(4000, 900), tried) == 0, "with one read at a time");
-    CHECK(CHOICE(100, tried, pace_of(10, 900)) == 1, "be it the model's own");
-    CHECK(CHOICE(100, tried, tried) == 0, "before anything is known the model's own does the rest");
-}
-
 static void use_all(uint32_t n_rounds) {
     for (uint32_t round = 0; round < n_rounds; round++) {
         for (uint32_t l = 0; l < m.shape.n_layers; l++) {
@@ -78,32 +54,12 @@ static double percent_of(uint32_t copy) {
     return 100.0 * (double) bytes_read[copy] / (double) sum;
 }
 
-static void slow_down(const char *const *paths, unsigned delay_us) {
-    for (uint32_t f = 0; f < m.shape.n_files; f++) {
-        fake_file_slow_down(paths[f], delay_us);
-    }
-}
-
-static void reads_are_divided(model_shape shape) {
+static void every_copy_is_read(model_shape shape) {
     begin(shape);
-    slow_down(m.paths, 10000);    /* long enough that a busy machine is not what is measured */
-    for (uint32_t i = 0; i < shape.n_mirrors; i++) {
-        slow_down(m.mirror_paths[i], 10000);
-    }
     use_all(4);
     for (uint32_t i = 0; i <= shape.n_mirrors; i++) {
-        CHECK(percent_of(i) > 12, "every copy gives its part");
+        CHECK(percent_of(i) > 0, "every copy gives something");
     }
-    end();
-}
-
-static void slow_disk_is_spared(bool is_mirror_slow) {
-    begin((model_shape) { .n_mirrors = 1, .n_files = 2, .piece_bytes = 64 << 10 });
-    slow_down(m.paths, is_mirror_slow ? 100 : 10000);
-    slow_down(m.mirror_paths[0], is_mirror_slow ? 10000 : 100);
-    use_all(4);
-    CHECK(percent_of(is_mirror_slow) < 20, "a slow disk gets little to do");
-    CHECK(percent_of(is_mirror_slow) > 0, "but was tried");
     end();
 }
 
@@ -353,11 +309,8 @@ static void fork_closes_what_it_inherited(void) {
 
 int main(void) {
     check_begin();
-    soonest_is_chosen();
-    reads_are_divided((model_shape) { .n_mirrors = 1, .piece_bytes = 64 << 10 });
-    reads_are_divided((model_shape) { .n_mirrors = 2, .n_files = 2, .offset_align = 512, .memory_align = 512 });
-    slow_disk_is_spared(true);
-    slow_disk_is_spared(false);
+    every_copy_is_read((model_shape) { .n_mirrors = 1, .piece_bytes = 64 << 10 });
+    every_copy_is_read((model_shape) { .n_mirrors = 2, .n_files = 2, .offset_align = 512, .memory_align = 512 });
     copies_are_read_each_in_its_way(false);
     copies_are_read_each_in_its_way(true);
     error_of_a_mirror_names_its_file();
