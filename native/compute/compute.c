@@ -65,8 +65,8 @@ struct gp_compute {
     gp_failure    *failure;
     slice         *slices;
     layer         *layers;
-    gp_matrices   *matrices;    /* kinds of them */
-    uint32_t       n_slices, n_layers, n_matrices;
+    uint32_t       n_slices, n_layers;
+    gp_kernels     kernels;
     gp_kinds       kinds;       /* of feed-forwards */
     gp_batch       batch;
     gp_crew        crew;
@@ -321,48 +321,6 @@ static void add_first(layer *l, slice *s, ggml_tensor *node) {
     l->whole.run.first_slices[at] = s->index;
 }
 
-static bool is_part(const gp_nodes *nodes, const ggml_tensor *tensor) {
-    bool is_part = false;
-    for (uint32_t i = 0; i < nodes->shape.n_first; i++) {
-        is_part |= nodes->first[i] == tensor;
-    }
-    for (uint32_t i = 0; i < nodes->shape.n_steps; i++) {
-        is_part |= nodes->steps[i] == tensor;
-    }
-    return is_part;
-}
-
-/* Whether a node that is no part of a feed-forward takes in what is left out there. A view computes nothing: who takes it does. */
-static bool looks_at(const gp_compute *c, const gp_nodes *nodes, const ggml_tensor *node) {
-    if (node->op == c->ggml->op_view || node->op == c->ggml->op_reshape) {
-        return false;
-    }
-    for (uint32_t i = 0; i < GGML_SOURCES && node->src[i]; i++) {
-        const ggml_tensor *source = node->src[i];
-        if (is_part(nodes, source->view_src ? source->view_src : source)) {
-            return true;
-        }
-    }
-    return false;
-}
-
-/* Whether what lies between is for the last matrix alone. */
-static bool is_private(const gp_compute *c, const gp_nodes *nodes) {
-    for (uint32_t i = 0; i < c->n_between; i++) {
-        if (!is_part(nodes, c->between[i]) && looks_at(c, nodes, c->between[i])) {
-            return false;
-        }
-    }
-    bool is_plain = c->n_between < BETWEEN;
-    for (uint32_t i = 0; i < nodes->shape.n_first; i++) {
-        is_plain &= !c->ggml->flag_compute || nodes->first[i]->flags == c->ggml->flag_compute;  /* or it is a result of the graph */
-    }
-    for (uint32_t i = 0; i < nodes->shape.n_steps; i++) {
-        is_plain &= !c->ggml->flag_compute || nodes->steps[i]->flags == c->ggml->flag_compute;
-    }
-    return is_plain;
-}
-
 /* All nodes of a feed-forward are known, and are computed alone until here. */
 static void become_whole(gp_compute *c, layer *l, uint32_t most_rows) {
     const gp_nodes *nodes = &l->nodes;
@@ -413,7 +371,9 @@ static void end_collecting(gp_compute *c, slice *s, ggml_tensor *node, uint32_t 
     l->whole.run.last_slice = s->index;
     l->last = s;
     c->has_closed = true;
-    if (!gp_trace(&l->nodes, c->ggml, INT64_MAX) || !is_private(c, &l->nodes)) {
+    const bool is_private = c->n_between < BETWEEN && gp_trace(&l->nodes, c->ggml, INT64_MAX)
+        && gp_nodes_are_private(&l->nodes, c->ggml, c->between, c->n_between);
+    if (!is_private) {
         return;
     }
     l->kind = gp_kind_find(&c->kinds, &l->nodes.shape);
@@ -429,7 +389,7 @@ static void collect(gp_compute *c, slice *s, ggml_tensor *node, const ggml_tenso
     if (c->whole == &c->layers[s->layer]) {
         return;     /* its nodes are known, and still to be computed */
     }
-    const bool goes_on = l && l == &c->layers[s->layer] && l->nodes.ids == ids && !is_part(&l->nodes, node);
+    const bool goes_on = l && l == &c->layers[s->layer] && l->nodes.ids == ids && !gp_nodes_have(&l->nodes, node);
     if (goes_on && (l->nodes.shape.n_first == GP_FIRST || node->src[1] != l->nodes.first[0]->src[1])) {
         end_collecting(c, s, node, most_rows);
         return;
@@ -492,7 +452,7 @@ void gp_compute_note(gp_compute *c, ggml_tensor *node) {
     if (c->collecting && c->n_between < BETWEEN) {
         c->between[c->n_between++] = node;
     }
-    if (c->whole && looks_at(c, &c->whole->nodes, node)) {
+    if (c->whole && gp_nodes_feed(&c->whole->nodes, c->ggml, node)) {
         c->whole->kind->is_same = GP_OTHER_BITS;
         become_alone(c, c->whole);
         c->whole = NULL;
@@ -522,13 +482,7 @@ void gp_compute_reset(gp_compute *c, bool is_idle) {
 /* ---- counting ----------------------------------------------------------------------------------------------------- */
 
 void gp_compute_count_kinds(const gp_compute *c, uint32_t *n_same, uint32_t *n_other) {
-    *n_same = *n_other = 0;
-    for (uint32_t i = 0; i < c->n_matrices; i++) {
-        const gp_matrices *m = &c->matrices[i];
-        const bool is_other = m->few == GP_BY_NOBODY || m->many == GP_BY_NOBODY;
-        *n_other += is_other;
-        *n_same += !is_other && m->few != GP_UNTRIED_KERNEL;
-    }
+    gp_kernels_count(&c->kernels, n_same, n_other);
 }
 
 void gp_compute_count_ffns(const gp_compute *c, uint32_t *n_same, uint32_t *n_other) {
@@ -537,27 +491,10 @@ void gp_compute_count_ffns(const gp_compute *c, uint32_t *n_same, uint32_t *n_ot
 
 /* ---- opening and closing ------------------------------------------------------------------------------------------ */
 
-/* NULL: ggml has no functions for it that are known here. */
-static gp_matrices *find_matrices(gp_compute *c, const gp_slice_spec *spec) {
-    for (uint32_t i = 0; i < c->n_matrices; i++) {
-        const gp_matrix *m = &c->matrices[i].matrix;
-        if (m->type == spec->type && m->n_columns == spec->ne[0] && m->n_rows == spec->ne[1]) {
-            return &c->matrices[i];
-        }
-    }
-    gp_matrices *new = &c->matrices[c->n_matrices];
-    if (!c->ggml->graphs.compute || !gp_matrix_find(&new->matrix, c->ggml, spec->type, spec->ne[0], spec->ne[1])) {
-        return NULL;
-    }
-    c->n_matrices++;
-    return new;
-}
-
 static int open_slices(gp_compute *c) {
     c->slices = calloc(c->n_slices, sizeof *c->slices);
-    c->matrices = calloc(c->n_slices, sizeof *c->matrices);
     c->layers = calloc(c->n_layers, sizeof *c->layers);
-    if (!c->slices || !c->matrices || !c->layers) {
+    if (!c->slices || !c->layers || gp_kernels_open(&c->kernels, c->n_slices) != 0) {
         return -ENOMEM;
     }
     slice *s = c->slices;
@@ -567,7 +504,7 @@ static int open_slices(gp_compute *c) {
         for (uint32_t i = 0; i < spec->n_slices; i++, s++) {
             s->layer = l;
             s->index = i;
-            s->kind = find_matrices(c, &spec->slices[i]);
+            s->kind = gp_kernels_find(&c->kernels, c->ggml, &spec->slices[i]);
             widest = spec->slices[i].ne[1] > widest ? spec->slices[i].ne[1] : widest;
         }
     }
@@ -579,7 +516,7 @@ static void detach(gp_compute *c) {
     gp_foretell_close(c->foretell);
     gp_batch_close(&c->batch);
     free(c->slices);
-    free(c->matrices);
+    gp_kernels_close(&c->kernels);
     free(c->layers);
     gp_samples_close(&c->samples);
     *c = (gp_compute) { .ggml = c->ggml, .most_ids = c->most_ids, .bytes = c->bytes };

@@ -74,15 +74,11 @@ static size_t converted_bytes(const gp_run *run) {
         + (takes_another_input(run) ? round_up(n * run->first_kinds[1]->matrix.input_bytes) : 0);
 }
 
-static gp_kernel kernel_for(const gp_matrices *kind, uint32_t n_rows) {
-    return n_rows < GP_MANY_ROWS ? kind->few : kind->many;
-}
-
 /* ggml's own operation takes inputs that lie one after the other. */
 static bool is_gathered(const gp_run *run, uint32_t n_rows) {
     bool is_gathered = false;
     for (uint32_t i = 0; i < run->n_first; i++) {
-        is_gathered |= kernel_for(run->first_kinds[i], n_rows) == GP_BY_GGML;
+        is_gathered |= gp_kernel_for(run->first_kinds[i], n_rows) == GP_BY_GGML;
     }
     return is_gathered;
 }
@@ -191,7 +187,7 @@ static uint32_t begin_of(uint32_t n_rows, uint32_t n, uint32_t i) {
 }
 
 static uint32_t n_pieces(const gp_crew *c, const gp_matrices *kind, uint32_t n_rows) {
-    return kernel_for(kind, n_rows) == GP_BY_DOT
+    return gp_kernel_for(kind, n_rows) == GP_BY_DOT
         ? divide_up(kind->matrix.n_rows, DOT_ROWS) : divide_up(kind->matrix.n_rows, c->ggml_rows) * n_slices_of_rows(n_rows);
 }
 
@@ -225,7 +221,7 @@ static void multiply_first(gp_crew *c, uint32_t worker, uint32_t share, uint32_t
     const size_t width = (size_t) kind->matrix.n_rows, bytes = kind->matrix.input_bytes;
     const char *gathered = matrix > 0 && s->second_inputs ? s->second_inputs : s->inputs;
     float *results = s->between.first[matrix];
-    if (kernel_for(kind, s->n_rows) == GP_BY_DOT) {
+    if (gp_kernel_for(kind, s->n_rows) == GP_BY_DOT) {
         const gp_matrix_part part = part_of(kind, data, node, DOT_ROWS, piece);
         for (uint32_t i = 0; i < s->n_rows; i++) {
             gp_matrix_dot(&kind->matrix, &part, gathered ? gathered + i * bytes : converted_input(c, matrix, &s->rows[i]),
@@ -247,7 +243,7 @@ static void multiply_last(gp_crew *c, uint32_t worker, uint32_t share, uint32_t 
     ggml_tensor *node = c->run->last;
     const char *data = gp_batch_matrix(c->batch, share, c->run->last_slice, node);
     const size_t bytes = kind->matrix.input_bytes;
-    if (kernel_for(kind, s->n_rows) == GP_BY_DOT) {
+    if (gp_kernel_for(kind, s->n_rows) == GP_BY_DOT) {
         const gp_matrix_part part = part_of(kind, data, node, DOT_ROWS, piece);
         for (uint32_t i = 0; i < s->n_rows; i++) {
             gp_matrix_dot(&kind->matrix, &part, s->last_inputs + i * bytes, gp_row_in(node, &s->rows[i]));

@@ -6,22 +6,10 @@
 #include <stdatomic.h>
 
 #include "compute/batch.h"
-#include "compute/matrix.h"
+#include "compute/kernels.h"
 #include "compute/scratch.h"
 #include "compute/shape.h"
 #include "compute/workers.h"
-
-/* From so many rows per expert on ggml may have other kernels than vec_dot, with other bits (ggml-cpu/tiled of llama-cpp-python
- * 0.3.36: 8 rows). */
-enum { GP_MANY_ROWS = 8 };
-
-typedef enum { GP_UNTRIED_KERNEL, GP_BY_DOT, GP_BY_GGML, GP_BY_NOBODY } gp_kernel;
-
-/* Matrices of a kind, and what gives them ggml's bits: of experts with few rows, and with many. */
-typedef struct {
-    gp_matrix matrix;
-    gp_kernel few, many;
-} gp_matrices;
 
 /* What is computed in one node's time: a MUL_MAT_ID, or all of a feed-forward, whose last one it is. */
 typedef struct {

@@ -101,6 +101,41 @@ bool gp_trace(gp_nodes *nodes, const gp_ggml *ggml, int64_t most_width) {
         && input == (nodes->shape.n_steps > 0 ? nodes->steps[nodes->shape.n_steps - 1] : nodes->first[0]);
 }
 
+bool gp_nodes_have(const gp_nodes *nodes, const ggml_tensor *tensor) {
+    return find(nodes->first, nodes->shape.n_first, tensor) >= 0 || find(nodes->steps, nodes->shape.n_steps, tensor) >= 0;
+}
+
+bool gp_nodes_feed(const gp_nodes *nodes, const gp_ggml *ggml, const ggml_tensor *node) {
+    if (node->op == ggml->op_view || node->op == ggml->op_reshape) {
+        return false;
+    }
+    for (uint32_t i = 0; i < GGML_SOURCES && node->src[i]; i++) {
+        const ggml_tensor *source = node->src[i];
+        if (gp_nodes_have(nodes, source->view_src ? source->view_src : source)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Whether nothing but computing it is asked of any of these: a result of the graph has a flag. */
+static bool are_plain(ggml_tensor *const *tensors, uint32_t n, const gp_ggml *ggml) {
+    bool are_plain = true;
+    for (uint32_t i = 0; i < n; i++) {
+        are_plain &= !ggml->flag_compute || tensors[i]->flags == ggml->flag_compute;
+    }
+    return are_plain;
+}
+
+bool gp_nodes_are_private(const gp_nodes *nodes, const gp_ggml *ggml, ggml_tensor *const *between, uint32_t n_between) {
+    for (uint32_t i = 0; i < n_between; i++) {
+        if (!gp_nodes_have(nodes, between[i]) && gp_nodes_feed(nodes, ggml, between[i])) {
+            return false;
+        }
+    }
+    return are_plain(nodes->first, nodes->shape.n_first, ggml) && are_plain(nodes->steps, nodes->shape.n_steps, ggml);
+}
+
 bool gp_is_same_shape(const gp_shape *a, const gp_shape *b) {
     return memcmp(a, b, sizeof *a) == 0;
 }

@@ -50,6 +50,13 @@ typedef struct {
  * those that use them. Rows are floats, at most so many. */
 bool gp_trace(gp_nodes *nodes, const gp_ggml *ggml, int64_t most_width);
 
+/* Whether it is a first matrix or a step. */
+bool gp_nodes_have(const gp_nodes *nodes, const ggml_tensor *tensor);
+/* Whether a node that is none of these takes in one of them. A view computes nothing: who takes it does. */
+bool gp_nodes_feed(const gp_nodes *nodes, const gp_ggml *ggml, const ggml_tensor *node);
+/* Whether first matrices and steps are for the last matrix alone. `between`: all nodes of the graph that come between. */
+bool gp_nodes_are_private(const gp_nodes *nodes, const gp_ggml *ggml, ggml_tensor *const *between, uint32_t n_between);
+
 typedef enum { GP_UNTRIED, GP_SAME_BITS, GP_OTHER_BITS } gp_verdict;
 
 /* Whether feed-forwards of a shape have the same bits when they are computed our way. */
