@@ -83,8 +83,8 @@ class Context:
         self.model.pager.note_use()
 
     def promised_bytes(self) -> int:
-        """Return how much of its memory it is still to touch: buffers are as large as the largest batch, and used from the
-        beginning of each row."""
+        """Return how much of its memory it is still to touch: its buffers are laid out for n_ubatch tokens, and fewer touch their
+        part."""
         return self.untouched_bytes * (self.n_ubatch - self.most_tokens) // self.n_ubatch
 
     def close(self) -> None:

@@ -287,10 +287,12 @@ included (native/compute/router.c)."""
 
 
 def look_ahead_bytes(layout: Layout) -> int:
-    """Return what a context keeps to foretell what each layer's router will choose: a line of four floats per number of its input."""
-    widest = max(layer.slices[0].ne[0] for layer in layout.layers)
-    per_layer = sum(layer.slices[0].ne[0] * 4 * _FLOAT_BYTES + _ROUTER_COPY_BYTES for layer in layout.layers)
-    return _ROUTER_BYTES + _LOOK_ROWS * widest * _FLOAT_BYTES + per_layer
+    """Return what a context keeps to foretell what each layer's router will choose: a line of four floats per number of its input,
+    which is wider than that of experts that get a projection of it."""
+    width = layout.values.get(f"{layout.architecture}.embedding_length")
+    widths = [max(layer.slices[0].ne[0], width if isinstance(width, int) else 0) for layer in layout.layers]
+    per_layer = sum(width * 4 * _FLOAT_BYTES + _ROUTER_COPY_BYTES for width in widths)
+    return _ROUTER_BYTES + _LOOK_ROWS * max(widths) * _FLOAT_BYTES + per_layer
 
 
 _LEAST_BATCH_ROWS, _STEPS, _FLOAT_BYTES = 64, 3, 4

@@ -18,7 +18,8 @@
 
 typedef struct {
     gp_router router;
-    gp_norm   norm;         /* in front of its experts */
+    gp_norm   norm;         /* in front of its experts, or of its router alone */
+    bool      is_apart;     /* what the router takes in is not what the experts do: they get a projection of it, say */
     gp_drift  drift;        /* to the next layer */
     gp_margin margin;       /* of its router's choices, when they are foretold */
 } layer;
@@ -35,8 +36,8 @@ typedef struct {
     int32_t  expert;
 } doubt;
 
-/* How many are looked at beyond those that a router uses; doubts of a batch, at most. */
-enum { MORE_RANKS = 3, MOST_DOUBTS = 8 * GP_LOOK_ROWS };
+/* How many are looked at beyond those that a router uses; doubts of a batch, at most; steps of a projection. */
+enum { MORE_RANKS = 3, MOST_DOUBTS = 8 * GP_LOOK_ROWS, MOST_STEPS = 6 };
 
 struct gp_foretell {
     gp_pager  *pager;
@@ -71,6 +72,30 @@ static void note(gp_foretell *f, uint32_t layer_index) {
     }
 }
 
+/* Whether a tensor was computed from another one alone and in few steps, as by a projection, and not by experts. */
+static bool is_made_of(const gp_ggml *ggml, const ggml_tensor *made, const ggml_tensor *of, uint32_t most_steps) {
+    if (made == of) {
+        return true;
+    }
+    bool is = false;
+    for (uint32_t i = 0; i < 2 && most_steps > 0 && made->op != ggml->op_mul_mat_id; i++) {
+        is |= made->src[i] && is_made_of(ggml, made->src[i], of, most_steps - 1);
+    }
+    return is;
+}
+
+/* What goes before a layer's experts, or before its router alone. */
+static void find_norm(gp_foretell *f, layer *l, const ggml_tensor *input, const ggml_tensor *ids) {
+    const gp_ggml *ggml = f->routers.ggml;
+    l->norm = gp_norm_before(ggml, input);
+    const bool is_other = !l->norm.is_known || l->norm.n_embd != l->router.n_embd;
+    const ggml_tensor *own = is_other ? gp_router_input(&l->router, ggml, ids) : NULL;
+    if (own && is_made_of(ggml, input, own, MOST_STEPS)) {
+        l->norm = gp_norm_before(ggml, own);
+        l->is_apart = true;
+    }
+}
+
 void gp_foretell_see(gp_foretell *f, uint32_t layer_index, const ggml_tensor *node, const ggml_tensor *ids) {
     layer *l = &f->layers[layer_index];
     if (l->router.state != GP_ROUTER_UNSEEN) {
@@ -78,7 +103,7 @@ void gp_foretell_see(gp_foretell *f, uint32_t layer_index, const ggml_tensor *no
     }
     gp_router_learn(&l->router, &f->routers, ids);
     if (l->router.state != GP_ROUTER_UNSEEN) {
-        l->norm = gp_norm_before(f->routers.ggml, node->src[1]);
+        find_norm(f, l, node->src[1], ids);
         if (layer_index > 0) {
             note(f, layer_index - 1);
         }
@@ -97,15 +122,33 @@ static bool has_room(gp_foretell *f, int64_t width) {
     return f->kept != NULL;
 }
 
+/* Tokens' inputs of a layer, a row each. */
+typedef struct {
+    const char *data;       /* NULL: they are not to be had */
+    size_t      row_bytes;
+} inputs;
+
+static inputs inputs_of(const gp_foretell *f, const layer *l, const ggml_tensor *node, const ggml_tensor *ids) {
+    if (!l->is_apart) {
+        return (inputs) { node->src[1]->data, node->src[1]->nb[2] };
+    }
+    const ggml_tensor *own = gp_router_input(&l->router, f->routers.ggml, ids);
+    return own ? (inputs) { own->data, own->nb[1] } : (inputs) { NULL, 0 };
+}
+
+static void undo_norm(const layer *l, const inputs *in, uint32_t token, float *normalised) {
+    gp_norm_undo(&l->norm, (const float *) (const void *) (in->data + token * in->row_bytes), normalised);
+}
+
 /* From what is kept of the layer before, and the same tokens' inputs of this one. */
-static void learn(gp_foretell *f, uint32_t layer_index, const ggml_tensor *input) {
+static void learn(gp_foretell *f, uint32_t layer_index, const inputs *in) {
     layer *before = &f->layers[layer_index - 1];
     const int64_t n = f->layers[layer_index].norm.n_embd;
     if (!before->drift.here && !gp_drift_open(&before->drift, n)) {
         return;
     }
     for (uint32_t token = 0; token < f->n_passed; token++) {
-        gp_norm_undo(&f->layers[layer_index].norm, gp_row_in(input, &(gp_row) { 0, token }), f->guessed);
+        undo_norm(&f->layers[layer_index], in, token, f->guessed);
         gp_drift_learn(&before->drift, n, f->kept + token * (size_t) f->width, f->guessed);
     }
 }
@@ -127,15 +170,15 @@ static void settle_doubts(gp_foretell *f, uint32_t layer_index, const ggml_tenso
 
 void gp_foretell_keep(gp_foretell *f, uint32_t layer_index, const ggml_tensor *node, const ggml_tensor *ids) {
     const layer *l = &f->layers[layer_index];
-    const ggml_tensor *input = node->src[1];
-    const uint32_t n_tokens = (uint32_t) input->ne[2];
+    const uint32_t n_tokens = (uint32_t) ids->ne[1];
+    const inputs in = inputs_of(f, l, node, ids);
     f->n_kept = 0;
-    if (!l->norm.is_known || n_tokens > GP_LOOK_ROWS || !has_room(f, l->norm.n_embd)) {
+    if (!l->norm.is_known || !in.data || n_tokens > GP_LOOK_ROWS || !has_room(f, l->norm.n_embd)) {
         return;
     }
     if (f->n_passed == n_tokens && layer_index > 0 && f->kept_layer == layer_index - 1
         && f->layers[layer_index - 1].norm.n_embd == l->norm.n_embd) {
-        learn(f, layer_index, input);
+        learn(f, layer_index, &in);
         settle_doubts(f, layer_index, ids);
     }
     f->n_passed = f->n_doubts = 0;
@@ -143,7 +186,7 @@ void gp_foretell_keep(gp_foretell *f, uint32_t layer_index, const ggml_tensor *n
         return;
     }
     for (; f->n_kept < n_tokens; f->n_kept++) {
-        gp_norm_undo(&l->norm, gp_row_in(input, &(gp_row) { 0, f->n_kept }), f->kept + f->n_kept * (size_t) f->width);
+        undo_norm(l, &in, f->n_kept, f->kept + f->n_kept * (size_t) f->width);
     }
     f->kept_layer = layer_index;
     f->n_passed = f->n_kept;

@@ -157,6 +157,28 @@ static const ggml_tensor *scores_of(const gp_ggml *ggml, const ggml_tensor *ids)
     return scores && scores->type == ggml->type_f32 && scores->nb[0] == sizeof(float) ? scores : NULL;
 }
 
+static bool is_row_per_token(const gp_ggml *ggml, const ggml_tensor *tensor, int64_t n_embd, int64_t n_tokens) {
+    return tensor->type == ggml->type_f32 && tensor->nb[0] == sizeof(float) && tensor->ne[0] == n_embd && tensor->ne[1] == n_tokens
+        && tensor->ne[2] == 1 && tensor->ne[3] == 1;
+}
+
+/* The first that comes on the way from the ids, sources in their order. */
+static bool find_path(const gp_ggml *ggml, gp_router *r, const ggml_tensor *at, int64_t n_tokens) {
+    if (r->n_path > 0 && is_row_per_token(ggml, at, r->n_embd, n_tokens) && gp_norm_before(ggml, at).is_known) {
+        return true;
+    }
+    for (uint8_t i = 0; i < GGML_SOURCES && r->n_path < GP_ROUTER_DEPTH && !is_norm(ggml, at); i++) {
+        if (at->src[i] && at->src[i] != at) {
+            r->path[r->n_path++] = i;
+            if (find_path(ggml, r, at->src[i], n_tokens)) {
+                return true;
+            }
+            r->n_path--;
+        }
+    }
+    return false;
+}
+
 static bool copy_all(copying *c, const ggml_tensor *ids) {
     gp_router *r = c->router;
     r->nodes = calloc(GP_ROUTER_NODES, sizeof *r->nodes);
@@ -174,6 +196,7 @@ static bool copy_all(copying *c, const ggml_tensor *ids) {
     r->n_embd = r->input.ne[0];
     r->n_used = (uint32_t) ids->ne[0];
     r->scores = scores_of(c->routers->ggml, r->ids);
+    (void) find_path(c->routers->ggml, r, ids, c->n_tokens);
     return true;
 }
 
@@ -201,6 +224,16 @@ void gp_router_close(gp_router *r, const gp_routers *routers) {
 const int32_t *gp_router_ask(gp_router *r, const gp_routers *routers, const float *normalised) {
     memcpy(r->input.data, normalised, (size_t) r->n_embd * sizeof *normalised);
     return routers->ggml->graphs.compute(routers->backend, r->graph) == 0 ? r->ids->data : NULL;
+}
+
+const ggml_tensor *gp_router_input(const gp_router *r, const gp_ggml *ggml, const ggml_tensor *ids) {
+    const ggml_tensor *at = ids;
+    for (uint32_t i = 0; at && i < r->n_path; i++) {
+        at = at->src[r->path[i]];
+    }
+    const bool is_there = at && r->n_path > 0 && is_row_per_token(ggml, at, r->n_embd, ids->ne[1])
+        && at->data && at->buffer && ggml->buffer_is_host(at->buffer);
+    return is_there ? at : NULL;
 }
 
 int gp_routers_open(gp_routers *routers, const gp_ggml *ggml) {

@@ -9,7 +9,7 @@
 #include "compute/ggml_tensor.h"
 #include "gguf_pager.h"
 
-enum { GP_ROUTER_NODES = 48 };
+enum { GP_ROUTER_NODES = 48, GP_ROUTER_DEPTH = 24 };
 
 typedef enum {
     GP_ROUTER_UNSEEN,       /* no graph with it has come by */
@@ -25,6 +25,8 @@ typedef struct {
     ggml_tensor    *nodes;                      /* n_nodes of them, sources before those that use them */
     uint32_t        n_nodes;
     const ggml_tensor *ids;                     /* the last of them, or a view of it: n_used numbers of experts */
+    uint8_t         path[GP_ROUTER_DEPTH];      /* from the ids to what it takes in: which source, n_path times; 0: there is none */
+    uint32_t        n_path;
     const ggml_tensor *scores;                  /* of all experts, which ids is the beginning of a ranking by; NULL: it is none */
     void           *graph;                      /* in its context */
     void           *context;
@@ -49,6 +51,10 @@ void gp_router_close(gp_router *router, const gp_routers *routers);
 /* Which experts it would choose, best first, for an input that was normalised, but not multiplied with a norm's weight yet: n_used of
  * them; where there are scores, all experts follow in their order. NULL: ggml could not. */
 const int32_t *gp_router_ask(gp_router *router, const gp_routers *routers, const float *normalised);
+
+/* What a router that is known takes in, in a graph with these ids: a row of n_embd floats per token, normalised and multiplied with the
+ * norm's weight. NULL: it is not to be had there. Whether llama.cpp still needs it, and has not given its memory to another node, is not known here. */
+const ggml_tensor *gp_router_input(const gp_router *router, const gp_ggml *ggml, const ggml_tensor *ids);
 
 /* The weight and the bias that a norm's result was multiplied with and added to on its way to a node that multiplies experts with it. */
 typedef struct {
