@@ -41,7 +41,7 @@ from gguf_pager.errors import EngineError
 from gguf_pager.loading import Loader
 from gguf_pager.memory import budget, probe, residency
 from gguf_pager.memory.residency import are_in_place
-from gguf_pager.memory.sizing import Request, Taken, check_cache, measure_context, open_or_shrink, suitable_ubatch
+from gguf_pager.memory.sizing import Request, check_cache, measure_context, open_or_shrink, suitable_ubatch
 from gguf_pager.model import engine
 from gguf_pager.threads import Threads
 from gguf_pager.turns import take_all
@@ -349,11 +349,12 @@ class _Hooks:
         request = _constructing.get() or paged.request
         asked = _most_tokens(params)
         suitable = suitable_ubatch(paged.pager.layout, asked, 1 if params.kv_unified else max(1, params.n_seq_max))
-        is_cut = suitable != asked
+        is_cut, was_open = suitable != asked, paged.pager.is_open
         if is_cut:
             params.n_ubatch = suitable
-        self._wait_for_arenas()
-        was_open = paged.pager.is_open
+        is_sized = not was_open or request.budget.kind == "bytes"
+        if is_sized:
+            self._wait_for_arenas()
         check_cache(paged.pager, request, int(params.n_ctx or low.llama_model_n_ctx_train(paged.address)),
                     paged.residency, (number_bytes(params.type_k), number_bytes(params.type_v)))
         params.op_offload = False  # a GPU build would copy host experts to the device for large batches
@@ -370,14 +371,16 @@ class _Hooks:
             open_or_shrink(paged.pager, request, paged.residency, taken, promised_bytes)
             if not was_open:
                 _check_opened(paged)
-            self._add_context(paged, params, tap, int(context), is_cut, taken)
+            # Beside an arena that becomes present it is not known how much of a context was touched.
+            untouched_bytes = taken.untouched_bytes if is_sized else taken.context_bytes
+            self._add_context(paged, params, tap, int(context), is_cut, untouched_bytes)
             paged.pager.note_batches(asked if is_cut else n_ubatch, n_ubatch)
         except BaseException:
             self._drop_context(paged, tap, int(context))
             raise
         return context
 
-    def _add_context(self, paged: Model, params: Any, tap: _native.Tap, address: int, is_cut: bool, taken: Taken) -> None:
+    def _add_context(self, paged: Model, params: Any, tap: _native.Tap, address: int, is_cut: bool, untouched_bytes: int) -> None:
         self._forgetting(address)
         paged.taps.append(tap)
         attach(tap, paged.pager)
@@ -386,7 +389,7 @@ class _Hooks:
         keep = (params, params.cb_eval, params.abort_callback)
         memory = int(low.llama_get_memory(address) or 0)
         entry = Context(paged, address, memory, tap, os.getpid(), is_cut, kept, keep, self._adaptation(paged, params, address),
-                        int(low.llama_n_ubatch(address)), taken.untouched_bytes)
+                        int(low.llama_n_ubatch(address)), untouched_bytes)
         paged.contexts[address] = self.contexts[address] = entry
         paged.pager.warm_up()
 
