@@ -16,6 +16,7 @@ from gguf_pager import _native
 from gguf_pager.contention import Adaptation
 from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.fingerprint import Watch
+from gguf_pager.memory import budget
 from gguf_pager.memory.residency import Residency
 from gguf_pager.memory.sizing import Request, untouched_dense_bytes
 from gguf_pager.model import engine
@@ -45,9 +46,12 @@ class Model:
 
     def promised_bytes(self) -> int:
         """Return how much this model and its contexts will make resident that is not yet."""
-        has_dense = self.has_computed or not self.pager.is_open
-        dense_bytes = 0 if has_dense else untouched_dense_bytes(self.pager, self.residency)
-        return dense_bytes + sum(context.promised_bytes() for context in list(self.contexts.values()))
+        contexts = list(self.contexts.values())
+        n_most = max((context.n_ubatch for context in contexts), default=0)
+        work_bytes = budget.shared_work_bytes(n_most)  # free between two batches, and given back where memory is measured
+        if self.pager.is_open and not self.has_computed:
+            work_bytes = budget.WORK_BYTES + untouched_dense_bytes(self.pager, self.residency)
+        return work_bytes + sum(context.promised_bytes() for context in contexts)
 
 
 @dataclass(slots=True, eq=False)

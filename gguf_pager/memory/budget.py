@@ -16,6 +16,17 @@ WORK_BYTES = 24 << 20
 Python objects of a completion. With 24 MiB a process of 2.1 GB ended 42 MB below its budget
 after a prompt of 512 tokens (benchmarks/LOG.md, 2026-11-22); with 48 MiB one of 0.3 GB 64 MB below (tests/test_memory.py's script)."""
 
+_WORK_TOKENS = 512
+
+
+def shared_work_bytes(n_ubatch: int) -> int:
+    """Return what a process takes again, of WORK_BYTES, whenever it computes batches of so many tokens; nobody has it between two.
+
+    10 to 11 MB were seen with 512 tokens, none with 256 or fewer (benchmarks/LOG.md, 2026-11-30).
+    """
+    return WORK_BYTES * min(n_ubatch, _WORK_TOKENS) // _WORK_TOKENS
+
+
 AUTO_RESERVE_SHARE, AUTO_RESERVE_BYTES, AUTO_RESERVE_SMALL_SHARE = 0.08, 768 << 20, 0.125
 """What `auto` leaves to the rest of the machine, or of the container that is the machine: the larger of the first two; but of a small
 one no more than an eighth, or there would be nothing left of a container of 512 MiB."""

@@ -238,15 +238,12 @@ def _arena_bytes(
 def _make_room(pager: Pager, needs: Sequence[ClassNeed], request: Request, taken: Taken, promised_bytes: int) -> None:
     """Give back as many slots of an open arena as a further context needs memory; of a budget in bytes alone.
 
-    What the others work in is counted once more: between two batches it is free memory, which was given back to be measured.
-
     Raises:
         BudgetError: too few would be left.
     """
     if request.budget.kind != "bytes":
         return
-    excess = (taken.resident_bytes + taken.untouched_bytes + promised_bytes + budget.WORK_BYTES
-              - int(request.budget.value or 0))
+    excess = taken.resident_bytes + taken.untouched_bytes + promised_bytes - int(request.budget.value or 0)
     if excess <= 0:
         return
     slots = list(pager.n_slots)
