@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -49,6 +50,25 @@ def test_seats_at_once_give_what_llama_gives(zoo_model: Zoo) -> None:
     with batching(path) as batcher:
         ours = Seat(batcher).create_completion(prompt, **wanted)["choices"][0]
     assert ours == text
+
+
+@pytest.mark.parametrize("given", [{}, {"logprobs": 2}, {"stop": ["no such text"]}])
+def test_answer_that_the_server_ends_has_the_text_of_its_tokens(small: Path, given: dict[str, Any]) -> None:
+    """It had tokens to count, and no text, where it was to come in one piece."""
+    prompt, found = [5, 6, 7], list[dict[str, Any]]()
+    with batching(small, n_ctx=2048) as batcher:
+        whole = Seat(batcher).create_completion(prompt, max_tokens=300, temperature=0.0, seed=1, logit_bias={0: -100.0, 2: -100.0})
+        ours = Seat(batcher)
+        asking = threading.Thread(target=lambda: found.append(ours.create_completion(
+            prompt, max_tokens=2000, temperature=0.0, seed=1, logit_bias={0: -100.0, 2: -100.0}, **given)))
+        asking.start()
+        while ours.n_tokens_given < 5:
+            time.sleep(0.001)
+        batcher.close()
+        asking.join()
+    choice, n_tokens = found[0]["choices"][0], found[0]["usage"]["completion_tokens"]
+    assert 5 <= n_tokens < 2000 and choice["finish_reason"] == "length"
+    assert choice["text"] and (whole["choices"][0]["text"].startswith(choice["text"]) or n_tokens > 300)
 
 
 # ---- logprobs ---------------------------------------------------------------------------------------------------------------

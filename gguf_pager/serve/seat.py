@@ -88,7 +88,7 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
 
     def __init__(self, batcher: Batcher) -> None:
         self.answers: list[Answer] = []  # first, because a Llama is closed when it is forgotten
-        self._is_given_up = False
+        self._is_given_up = self._is_cut = False
         self._batcher = batcher
         self._stack = contextlib.ExitStack()
         for name in _SHARED:
@@ -156,10 +156,20 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
         self._n_most = given.get("max_tokens") or 0
         if self._n_likeliest is not None and given.get("echo"):
             raise RequestError("echo and logprobs cannot be had together.", "echo")
-        if self._n_likeliest is not None and not given.get("stream"):
-            return _join(self, self.create_completion(prompt, **{**given, "stream": True}))
+        if not given.get("stream"):
+            return self._in_one_piece(prompt, given)
         found = super().create_completion(prompt, **given)
         return found if self._n_likeliest is None else self._with_whole_characters(found)
+
+    def _in_one_piece(self, prompt: str | list[int], given: dict[str, Any]) -> dict[str, Any]:
+        if self._n_likeliest is not None:
+            return _join(self, self.create_completion(prompt, **{**given, "stream": True}))
+        # Of an answer that ends before its end stock gives the text only where a criterion has stopped it.
+        criteria = llama_cpp.StoppingCriteriaList([*(given.get("stopping_criteria") or ()), lambda ids, row: self._is_cut])
+        found: dict[str, Any] = super().create_completion(prompt, **{**given, "stopping_criteria": criteria})
+        if self._is_cut:
+            found["choices"][0]["finish_reason"] = "length"
+        return found
 
     def _with_whole_characters(self, chunks: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Put characters together whose bytes come in several tokens: for logprobs stock decodes each token alone, and drops them."""
@@ -209,6 +219,7 @@ class Seat(llama_cpp.Llama):  # type: ignore[misc]  # llama_cpp is not typed
                 yield token.id
                 ids[self.n_tokens] = token.id
                 self.n_tokens += 1
+            self._is_cut = True  # who reads stops at an answer's own end: the batcher has ended this one
         finally:
             self._batcher.give_up(answer)
 
