@@ -27,7 +27,7 @@ _PAUSE_S = 0.1
 
 _TASKS, _STAT = "/proc/self/task", "/proc/stat"
 
-_FLASH_ATTENTION_DISABLED = 0
+FLASH_ATTENTION_DISABLED = 0
 """LLAMA_FLASH_ATTN_TYPE_DISABLED in llama.h."""
 
 _IDLE, _IOWAIT, _N_FIELDS = 3, 4, 8
@@ -40,7 +40,7 @@ def depends_on_threads(params: Any) -> bool:
     With flash attention they do, from 512 positions on: every thread takes its share of the positions, and then the
     shares are added up (`use_split_kv_path` in ggml-cpu/ops.cpp).
     """
-    return int(params.flash_attn_type) != _FLASH_ATTENTION_DISABLED
+    return int(params.flash_attn_type) != FLASH_ATTENTION_DISABLED
 
 
 class Counts:

@@ -13,13 +13,14 @@ from typing import Any
 from llama_cpp import llama_cpp as low
 
 from gguf_pager import _native
-from gguf_pager.contention import Adaptation
+from gguf_pager.contention import FLASH_ATTENTION_DISABLED, Adaptation
 from gguf_pager.errors import BudgetError, EngineError
 from gguf_pager.fingerprint import Watch
 from gguf_pager.memory import budget
 from gguf_pager.memory.residency import Residency
-from gguf_pager.memory.sizing import Request, untouched_dense_bytes
+from gguf_pager.memory.sizing import Request, Untouched, untouched_dense_bytes
 from gguf_pager.model import engine
+from gguf_pager.model.layout import Layout
 from gguf_pager.pager import Pager
 from gguf_pager.threads import Threads
 
@@ -47,11 +48,11 @@ class Model:
     def promised_bytes(self) -> int:
         """Return how much this model and its contexts will make resident that is not yet."""
         contexts = list(self.contexts.values())
-        n_most = max((context.n_ubatch for context in contexts), default=0)
+        n_most = max((context.untouched.n_ubatch for context in contexts), default=0)
         work_bytes = budget.shared_work_bytes(n_most)  # free between two batches, and given back where memory is measured
         if self.pager.is_open and not self.has_computed:
             work_bytes = budget.WORK_BYTES + untouched_dense_bytes(self.pager, self.residency)
-        return work_bytes + sum(context.promised_bytes() for context in contexts)
+        return work_bytes + sum(context.untouched.count_bytes() for context in contexts)
 
 
 @dataclass(slots=True, eq=False)
@@ -68,11 +69,7 @@ class Context:
     keep: tuple[Any, ...]
     """The user's own callbacks, which must live as long as the context."""
     adaptation: Adaptation | None
-    n_ubatch: int
-    untouched_bytes: int
-    """What it had allocated, and not touched, when it was made."""
-    most_tokens: int = 0
-    """That it has computed at once, up to n_ubatch."""
+    untouched: Untouched
     mutex: _native.Mutex = field(default_factory=_native.Mutex)
     """Held while it computes: llama.cpp's contexts know no threads."""
     afterwards: deque[Callable[[], None]] = field(default_factory=deque)
@@ -80,14 +77,9 @@ class Context:
 
     def note_use(self, n_tokens: int) -> None:
         """Take note that a batch of so many tokens was computed."""
-        self.most_tokens = max(self.most_tokens, min(n_tokens, self.n_ubatch))
+        self.untouched.note(n_tokens, lambda: int(low.llama_memory_seq_pos_max(self.memory, 0)) + 1)
         self.model.has_computed = True
         self.model.pager.note_use()
-
-    def promised_bytes(self) -> int:
-        """Return how much of its memory it is still to touch: its buffers are laid out for n_ubatch tokens, and fewer touch their
-        part."""
-        return self.untouched_bytes * (self.n_ubatch - self.most_tokens) // self.n_ubatch
 
     def close(self) -> None:
         """End what belongs to a context that is gone."""
@@ -110,6 +102,18 @@ class Context:
         """Raise EngineError if this thread is computing with the context right now, in a callback of its own."""
         if self.mutex.is_mine():
             raise EngineError(f"A context cannot {what} from inside a callback of its own llama_decode: do it afterwards.")
+
+
+def count_cells(params: Any, n_ctx: int) -> int:
+    """Return how many tokens a token of a context of these llama_context_params looks at, at most."""
+    return n_ctx if params.kv_unified else n_ctx // max(1, int(params.n_seq_max))
+
+
+def count_scores(layout: Layout, params: Any, n_ctx: int, n_ubatch: int) -> int:
+    """Return how many scores of attention such a context has at once, where it keeps them."""
+    if int(params.flash_attn_type) != FLASH_ATTENTION_DISABLED:
+        return 0
+    return budget.count_scores(layout, count_cells(params, n_ctx), n_ubatch)
 
 
 # ---- models that may be shared ----

@@ -31,6 +31,8 @@ from gguf_pager.contexts import (
     Model,
     address_of,
     attach,
+    count_cells,
+    count_scores,
     handle_of,
     key_of,
     no_tables,
@@ -41,7 +43,15 @@ from gguf_pager.errors import EngineError
 from gguf_pager.loading import Loader
 from gguf_pager.memory import budget, probe, residency
 from gguf_pager.memory.residency import are_in_place
-from gguf_pager.memory.sizing import Request, check_cache, measure_context, open_or_shrink, suitable_ubatch
+from gguf_pager.memory.sizing import (
+    Request,
+    Untouched,
+    check_cache,
+    make_room_for_cache,
+    measure_context,
+    open_or_shrink,
+    suitable_ubatch,
+)
 from gguf_pager.model import engine
 from gguf_pager.threads import Threads
 from gguf_pager.turns import take_all
@@ -355,32 +365,33 @@ class _Hooks:
         is_sized = not was_open or request.budget.kind == "bytes"
         if is_sized:
             self._wait_for_arenas()
-        check_cache(paged.pager, request, int(params.n_ctx or low.llama_model_n_ctx_train(paged.address)),
-                    paged.residency, (number_bytes(params.type_k), number_bytes(params.type_v)))
         params.op_offload = False  # a GPU build would copy host experts to the device for large batches
         probe.give_back_free_memory()  # of a closed model
+        self._check_cache(paged, params, request)
         before = probe.process_memory()
         tap, context = self._make_context(paged, params)
         if not context:
             return context
         try:
             n_ubatch = int(low.llama_n_ubatch(context))  # not params.n_ubatch: 0 means n_batch there, and n_ctx is the most
-            request.count_outputs(int(low.llama_n_ctx(context)), int(low.llama_n_batch(context)))
-            taken = measure_context(paged.pager, request, before)
-            promised_bytes = sum(model.promised_bytes() for model in list(self.models.values()))
-            open_or_shrink(paged.pager, request, paged.residency, taken, promised_bytes)
+            n_ctx = int(low.llama_n_ctx(context))
+            request.count_outputs(n_ctx, int(low.llama_n_batch(context)))
+            taken = measure_context(paged.pager, request, before, n_ubatch, count_scores(paged.pager.layout, params, n_ctx, n_ubatch))
+            open_or_shrink(paged.pager, request, paged.residency, taken, self._promised_bytes())
             if not was_open:
                 _check_opened(paged)
             # Beside an arena that becomes present it is not known how much of a context was touched.
-            untouched_bytes = taken.untouched_bytes if is_sized else taken.context_bytes
-            self._add_context(paged, params, tap, int(context), is_cut, untouched_bytes)
+            buffer_bytes = (taken.untouched_bytes if is_sized else taken.context_bytes) - taken.score_bytes - taken.output_bytes
+            untouched = Untouched(buffer_bytes, taken.score_bytes, taken.output_bytes, n_ubatch, count_cells(params, n_ctx))
+            self._add_context(paged, params, tap, int(context), is_cut, untouched)
             paged.pager.note_batches(asked if is_cut else n_ubatch, n_ubatch)
         except BaseException:
             self._drop_context(paged, tap, int(context))
             raise
         return context
 
-    def _add_context(self, paged: Model, params: Any, tap: _native.Tap, address: int, is_cut: bool, untouched_bytes: int) -> None:
+    def _add_context(self, paged: Model, params: Any, tap: _native.Tap, address: int, is_cut: bool,
+                     untouched: Untouched) -> None:
         self._forgetting(address)
         paged.taps.append(tap)
         attach(tap, paged.pager)
@@ -389,7 +400,7 @@ class _Hooks:
         keep = (params, params.cb_eval, params.abort_callback)
         memory = int(low.llama_get_memory(address) or 0)
         entry = Context(paged, address, memory, tap, os.getpid(), is_cut, kept, keep, self._adaptation(paged, params, address),
-                        int(low.llama_n_ubatch(address)), untouched_bytes)
+                        untouched)
         paged.contexts[address] = self.contexts[address] = entry
         paged.pager.warm_up()
 
@@ -397,6 +408,16 @@ class _Hooks:
         """Free a context that nobody else has seen yet."""
         _at_once(partial(self.contexts.pop, address, None), partial(paged.contexts.pop, address, None),
                  partial(self._wrapping.pristine("llama_free"), address), tap.close)
+
+    def _check_cache(self, paged: Model, params: Any, request: Request) -> None:
+        """Refuse, or make room for, a context's cache before llama.cpp fills it."""
+        pager, n_cells = paged.pager, int(params.n_ctx or low.llama_model_n_ctx_train(paged.address))
+        cache_bytes = budget.least_cache_bytes(pager.layout, n_cells, number_bytes(params.type_k), number_bytes(params.type_v))
+        check_cache(pager, request, n_cells, cache_bytes, paged.residency)
+        make_room_for_cache(pager, request, cache_bytes, paged.residency, self._promised_bytes())
+
+    def _promised_bytes(self) -> int:
+        return sum(model.promised_bytes() for model in list(self.models.values()))
 
     def _wait_for_arenas(self) -> None:
         """What this process uses is measured around a new context: an arena that becomes present meanwhile would be taken for it."""

@@ -16,6 +16,9 @@ WORK_BYTES = 24 << 20
 Python objects of a completion. With 24 MiB a process of 2.1 GB ended 42 MB below its budget
 after a prompt of 512 tokens (benchmarks/LOG.md, 2026-11-22); with 48 MiB one of 0.3 GB 64 MB below (tests/test_memory.py's script)."""
 
+WORK_BUFFER_BYTES = 16 << 20
+"""How much of WORK_BYTES is for ggml's work buffer of the first context."""
+
 _WORK_TOKENS = 512
 
 
@@ -244,6 +247,26 @@ def least_cache_bytes(layout: Layout, n_cells: int, key_bytes: float, value_byte
         return 0
     per_head = lengths[0] * key_bytes + (0 if known("attention.key_length_mla") else lengths[1] * value_bytes)
     return int(sum(heads) * per_head) * (min(n_cells, window) if window else n_cells)
+
+
+def count_scores(layout: Layout, n_cells: int, n_ubatch: int) -> int:
+    """Return how many scores of attention llama.cpp has at once of a batch of `n_ubatch` tokens, without flash attention, of which each
+    looks at `n_cells`; 0 where the file does not say how many heads there are."""
+    heads = layout.values.get(f"{layout.architecture}.attention.head_count")
+    heads = max(heads, default=0) if isinstance(heads, list) else heads
+    return heads * n_cells * n_ubatch if isinstance(heads, int) else 0
+
+
+SCORE_BYTES, CONVERTED_BYTES = 4, 2
+"""Of a score in a context's buffers, and once more in 16 bits where it is multiplied with the values: in ggml's work buffer
+(ggml_graph_plan of llama-cpp-python 0.3.36), which a context keeps and allocates with its first batch only."""
+
+
+def converted_bytes(layout: Layout, n_ubatch: int) -> int:
+    """Return what ggml's work buffer takes for the inputs of a layer's other matrices, converted to the type they are multiplied in."""
+    numbers = [layout.values.get(f"{layout.architecture}.{name}") for name in ("embedding_length", "feed_forward_length")]
+    widths = [max(number, default=0) if isinstance(number, list) else number for number in numbers]
+    return max((width for width in widths if isinstance(width, int)), default=0) * n_ubatch * CONVERTED_BYTES
 
 
 _OTHER_CACHES = ("ssm.state_size", "ssm.conv_kernel", "wkv.head_size", "kda.head_dim", "shortconv.l_cache", "full_attention_interval",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gguf_pager.errors import BudgetError, EngineError
@@ -122,17 +122,35 @@ def check_room(pager: Pager, request: Request) -> None:
     _check_room(pager.needs, request, wanted, dense + budget.WORK_BYTES)
 
 
-def check_cache(pager: Pager, request: Request, n_cells: int, kept: Residency, number_bytes: tuple[float, float]) -> None:
-    """Refuse a context whose cache there is no room for: llama.cpp fills all of it with zeros when it makes one.
+def make_room_for_cache(pager: Pager, request: Request, cache: int, kept: Residency, promised_bytes: int) -> None:
+    """Give back, before a context is made, what its cache takes of a budget in bytes; or refuse it.
 
-    `n_cells` is of all sequences, `number_bytes` of a number in a key and in a value.
+    llama.cpp fills all of a cache with zeros when it makes one: afterwards the budget would have been exceeded. `promised_bytes`: as in
+    `open_or_shrink`.
+
+    Raises:
+        BudgetError: too few slots would be left.
+    """
+    if request.budget.kind != "bytes":
+        return
+    wanted, resident = int(request.budget.value or 0), probe.process_memory().resident_bytes
+    if pager.is_open:
+        _make_room(pager, pager.needs, request, Taken(resident, cache, cache), promised_bytes)
+        return
+    least = (resident + cache + promised_bytes + untouched_dense_bytes(pager, kept) + budget.WORK_BYTES
+             + budget.least_arena_bytes(pager.needs))
+    if least > wanted:
+        raise _too_small(wanted, least, cache)
+
+
+def check_cache(pager: Pager, request: Request, n_cells: int, cache: int, kept: Residency) -> None:
+    """Refuse a context of `n_cells` tokens, of all sequences, whose cache of so many bytes this machine has no room for.
 
     Raises:
         BudgetError: with what there is, and a way out.
     """
     if request.options.overcommit and request.budget.kind != "auto":
         return
-    cache = budget.least_cache_bytes(pager.layout, n_cells, *number_bytes)
     dense = untouched_dense_bytes(pager, kept)
     arena = 0 if pager.is_open else budget.least_arena_bytes(pager.needs)
     memory = probe.memory()
@@ -180,22 +198,59 @@ def _share_bytes(needs: Sequence[ClassNeed], share: float | None) -> int:
 class Taken:
     """What a process that has just made a context has taken.
 
-    `untouched_bytes` are those that the context has allocated or will, and that are not resident yet; `context_bytes` all of it.
+    `untouched_bytes` are those that the context has allocated or will, and that are not resident yet; `context_bytes` all of it. Of the
+    former `score_bytes` are for scores of attention, `output_bytes` for rows of logits of all tokens.
     """
 
     resident_bytes: int
     untouched_bytes: int
     context_bytes: int
+    score_bytes: int = 0
+    output_bytes: int = 0
 
 
-def measure_context(pager: Pager, request: Request, before: probe.ProcessMemory) -> Taken:
-    """Return what was taken since `before`, when a context was yet to be made and no arena was on its way into memory."""
+@dataclass(slots=True)
+class Untouched:
+    """What a context has allocated and not touched, as it computes batches: buffers are laid out for `n_ubatch` tokens, those of scores
+    for as many that look at `n_cells` others, and fewer touch their part. Of rows of logits it is not known."""
+
+    buffer_bytes: int
+    score_bytes: int
+    output_bytes: int
+    n_ubatch: int
+    n_cells: int
+    most_tokens: int = 0
+    most_scores: int = 0
+
+    def note(self, n_tokens: int, count_cells: Callable[[], int]) -> None:
+        """Take note that a batch was computed; `count_cells` says how many its last token looks at."""
+        n_tokens = min(n_tokens, self.n_ubatch)
+        self.most_tokens = max(self.most_tokens, n_tokens)
+        if self.score_bytes and n_tokens * self.n_cells > self.most_scores:
+            self.most_scores = max(self.most_scores, n_tokens * min(count_cells(), self.n_cells))
+
+    def count_bytes(self) -> int:
+        """Return how much that still is."""
+        n_scores = self.n_ubatch * self.n_cells
+        return (self.buffer_bytes * (self.n_ubatch - self.most_tokens) // self.n_ubatch
+                + self.score_bytes * (n_scores - self.most_scores) // n_scores + self.output_bytes)
+
+
+def measure_context(pager: Pager, request: Request, before: probe.ProcessMemory, n_ubatch: int = 0, n_scores: int = 0) -> Taken:
+    """Return what was taken since `before`, when a context was yet to be made and no arena was on its way into memory.
+
+    `n_scores`: see `budget.count_scores`.
+    """
     now = probe.process_memory()
     allocated, touched = now.allocated_bytes - before.allocated_bytes, now.resident_bytes - before.resident_bytes
-    later = request.output_rows * pager.layout.n_vocab * 4
+    outputs = request.output_rows * pager.layout.n_vocab * 4
+    work = budget.converted_bytes(pager.layout, n_ubatch) + n_scores * budget.CONVERTED_BYTES
+    later = outputs + (work if pager.is_open else max(0, work - budget.WORK_BUFFER_BYTES))
     if request.options.look_ahead:
         later += budget.look_ahead_bytes(pager.layout)
-    return Taken(now.resident_bytes, max(0, allocated - touched) + later, max(0, allocated) + later)
+    untouched = max(0, allocated - touched) + later
+    scores = min(untouched - later, n_scores * budget.SCORE_BYTES) + min(later - outputs, n_scores * budget.CONVERTED_BYTES)
+    return Taken(now.resident_bytes, untouched, max(0, allocated) + later, scores, outputs if request.has_all_outputs else 0)
 
 
 def untouched_dense_bytes(pager: Pager, kept: Residency) -> int:
