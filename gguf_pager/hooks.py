@@ -105,6 +105,8 @@ class _Hooks:
         self.installed: list[Request] = []
         self.models: dict[int, Model] = {}
         self.contexts: dict[int, Context] = {}
+        self._stock: dict[int, Untouched] = {}
+        """Contexts of models that are not paged, as far as they were made while this is on: their memory counts, too."""
         self._add_places()
 
     def _add_places(self) -> None:
@@ -225,6 +227,7 @@ class _Hooks:
 
     def _forgetting(self, address: Any) -> Any:
         """Forget who had the address of a model or context that llama.cpp has just made: he was freed behind our back."""
+        self._stock.pop(int(address or 0), None)
         model, context = self.models.get(int(address or 0)), self._forget_context(int(address or 0))
         if context is not None:
             context.close()
@@ -350,10 +353,20 @@ class _Hooks:
         params = _with_sequences(params, _constructing.get())
         paged = self.models.get(handle_of(model))
         if paged is None:
-            if self._request() is None:
-                return self._forgetting(self._call(name, model, params))
-            return self._forgetting(Deferral().call(self._call, name, model, params, undo=self._undo_context))
+            return self._make_stock(name, model, params)
         return self._opening.call(self._make_paged, paged, type(params).from_buffer_copy(params))
+
+    def _make_stock(self, name: str, model: Any, params: Any) -> Any:
+        before = probe.process_memory()
+        if self._request() is None:
+            made = self._forgetting(self._call(name, model, params))
+        else:
+            made = self._forgetting(Deferral().call(self._call, name, model, params, undo=self._undo_context))
+        now = probe.process_memory()
+        untouched = now.allocated_bytes - before.allocated_bytes - (now.resident_bytes - before.resident_bytes)
+        if made:
+            self._stock[handle_of(made)] = Untouched(max(0, untouched), 0, 0, int(low.llama_n_ubatch(made)), 1)
+        return made
 
     def _make_paged(self, paged: Model, params: Any) -> Any:
         request = _constructing.get() or paged.request
@@ -417,7 +430,8 @@ class _Hooks:
         make_room_for_cache(pager, request, cache_bytes, paged.residency, self._promised_bytes())
 
     def _promised_bytes(self) -> int:
-        return sum(model.promised_bytes() for model in list(self.models.values()))
+        return (sum(model.promised_bytes() for model in list(self.models.values()))
+                + sum(untouched.count_bytes() for untouched in list(self._stock.values())))
 
     def _wait_for_arenas(self) -> None:
         """What this process uses is measured around a new context: an arena that becomes present meanwhile would be taken for it."""
@@ -477,6 +491,7 @@ class _Hooks:
         """Free a context and its tap; while another thread decodes with it, once that has come to the end."""
         entry = self.contexts.get(handle_of(ctx))
         if entry is None:
+            self._stock.pop(handle_of(ctx), None)
             self._call("llama_free", ctx)
             return
         if entry.is_in_a_handler():
@@ -508,6 +523,8 @@ class _Hooks:
     def _compute(self, name: str, ctx: Any, *args: Any) -> int:
         entry = self.contexts.get(handle_of(ctx))
         if entry is None:
+            if (untouched := self._stock.get(handle_of(ctx))) is not None:
+                untouched.note(getattr(args[-1], "n_tokens", 1), lambda: 1)
             return int(self._call(name, ctx, *args))
         entry.refuse_fork()
         entry.refuse_callback("compute")

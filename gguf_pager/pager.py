@@ -95,6 +95,9 @@ class Options:
             raise PagerError(f"lock_dense {self.lock_dense!r} does not exist: choose 'auto', 'lock', 'copy' or 'off'.")
         if self.look_ahead != "auto" and not isinstance(self.look_ahead, bool):
             raise PagerError(f"look_ahead {self.look_ahead!r} does not exist: choose 'auto', True or False.")
+        for name in ("read_ahead", "profile", "adapt_threads", "overcommit"):
+            if not isinstance(getattr(self, name), bool):
+                raise PagerError(f"{name} must be True or False, not {getattr(self, name)!r}.")
         if self.n_readers is not None and not (type(self.n_readers) is int and 1 <= self.n_readers <= 256):
             raise PagerError(f"n_readers must lie between 1 and 256, not {self.n_readers!r}.")
         if self.piece_bytes is not None and not (

@@ -128,6 +128,10 @@ def _folder(settings: _Settings) -> Path | None:
     return folder / "chat" if folder is not None else None
 
 
+def _messages(n: int) -> str:
+    return f"{n} message{'s' * (n != 1)} of yours"
+
+
 class _Talk:
     """One conversation at the terminal, or the one that takes its place."""
 
@@ -156,7 +160,7 @@ class _Talk:
 
         n_turns = self.conversation.n_turns
         if n_turns:
-            _say(f"Going on after {n_turns} message{'s' * (n_turns > 1)} of yours; /new begins another conversation, /help tells more.")
+            _say(f"Going on after {_messages(n_turns)}; /new begins another conversation, /help tells more.")
         else:
             _say("Ask something. /help tells what else there is.")
         while (text := _read_message()) is not None:
@@ -211,7 +215,7 @@ class _Talk:
     def _load(self, name: str) -> None:
         self.conversation = self._kept.load(self._named(name))
         self._keep()
-        _say(f"Going on with {name!r}, after {self.conversation.n_turns} messages of yours.")
+        _say(f"Going on with {name!r}, after {_messages(self.conversation.n_turns)}.")
 
     def _named(self, name: str) -> Path:
         if self._folder is None:
