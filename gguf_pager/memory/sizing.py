@@ -125,8 +125,8 @@ def check_room(pager: Pager, request: Request) -> None:
 def make_room_for_cache(pager: Pager, request: Request, cache: int, kept: Residency, promised_bytes: int) -> None:
     """Give back, before a context is made, what its cache takes of a budget in bytes; or refuse it.
 
-    llama.cpp fills all of a cache with zeros when it makes one: afterwards the budget would have been exceeded. `promised_bytes`: as in
-    `open_or_shrink`.
+    llama.cpp fills all of a cache with zeros when it makes one: afterwards the budget would have been exceeded. Where it is not, what is
+    missing is better known afterwards. `promised_bytes`: as in `open_or_shrink`.
 
     Raises:
         BudgetError: too few slots would be left.
@@ -135,12 +135,17 @@ def make_room_for_cache(pager: Pager, request: Request, cache: int, kept: Reside
         return
     wanted, resident = int(request.budget.value or 0), probe.process_memory().resident_bytes
     if pager.is_open:
-        _make_room(pager, pager.needs, request, Taken(resident, cache, cache), promised_bytes)
-        return
-    least = (resident + cache + promised_bytes + untouched_dense_bytes(pager, kept) + budget.WORK_BYTES
-             + budget.least_arena_bytes(pager.needs))
-    if least > wanted:
-        raise _too_small(wanted, least, cache)
+        n_slots = _slots_without(pager, resident + cache + promised_bytes - wanted)
+        if n_slots is not None:
+            pager.shrink(n_slots)
+            return
+        has_room = resident <= wanted
+    else:
+        has_room = wanted >= (resident + promised_bytes + untouched_dense_bytes(pager, kept) + budget.WORK_BYTES
+                              + budget.least_arena_bytes(pager.needs))
+    if has_room and resident + cache > wanted:  # without a context of that size it would do
+        raise BudgetError(f"A budget of {format_bytes(wanted)} has no room for this context: its cache takes {format_bytes(cache)} or more. "
+                          "Lower n_ctx, or raise the budget.")
 
 
 def check_cache(pager: Pager, request: Request, n_cells: int, cache: int, kept: Residency) -> None:
@@ -290,7 +295,19 @@ def _arena_bytes(
     return min(full, max(least, spare - other)), 0
 
 
-def _make_room(pager: Pager, needs: Sequence[ClassNeed], request: Request, taken: Taken, promised_bytes: int) -> None:
+def _slots_without(pager: Pager, excess: int) -> list[int] | None:
+    """Return the slots that are left of an open arena if so many bytes are given back; None: too few would be."""
+    needs, slots = pager.needs, list(pager.n_slots)
+    for index in sorted(range(len(needs)), key=lambda i: -needs[i].expert_bytes):
+        if excess <= 0:
+            break
+        n_gone = min(max(0, slots[index] - needs[index].n_least), math.ceil(excess / needs[index].stride_bytes))
+        slots[index] -= n_gone
+        excess -= n_gone * needs[index].stride_bytes
+    return slots if excess <= 0 else None
+
+
+def _make_room(pager: Pager, request: Request, taken: Taken, promised_bytes: int) -> None:
     """Give back as many slots of an open arena as a further context needs memory; of a budget in bytes alone.
 
     Raises:
@@ -298,19 +315,13 @@ def _make_room(pager: Pager, needs: Sequence[ClassNeed], request: Request, taken
     """
     if request.budget.kind != "bytes":
         return
-    excess = taken.resident_bytes + taken.untouched_bytes + promised_bytes - int(request.budget.value or 0)
-    if excess <= 0:
-        return
-    slots = list(pager.n_slots)
-    for index in sorted(range(len(needs)), key=lambda i: -needs[i].expert_bytes):
-        n_gone = min(max(0, slots[index] - needs[index].n_least), math.ceil(excess / needs[index].stride_bytes))
-        slots[index] -= n_gone
-        excess -= n_gone * needs[index].stride_bytes
-        if excess <= 0:
-            break
-    if excess > 0:
-        raise _too_small(int(request.budget.value or 0), int(request.budget.value or 0) + excess, taken.context_bytes)
-    pager.shrink(slots)
+    wanted = int(request.budget.value or 0)
+    excess = taken.resident_bytes + taken.untouched_bytes + promised_bytes - wanted
+    n_slots = _slots_without(pager, excess)
+    if n_slots is None:
+        spare = sum(max(0, n - need.n_least) * need.stride_bytes for n, need in zip(pager.n_slots, pager.needs, strict=True))
+        raise _too_small(wanted, wanted + excess - spare, taken.context_bytes)
+    pager.shrink(n_slots)
 
 
 def open_or_shrink(pager: Pager, request: Request, kept: Residency, taken: Taken, promised_bytes: int) -> None:
@@ -324,7 +335,7 @@ def open_or_shrink(pager: Pager, request: Request, kept: Residency, taken: Taken
     """
     needs = pager.needs
     if pager.is_open:
-        _make_room(pager, needs, request, taken, promised_bytes)
+        _make_room(pager, request, taken, promised_bytes)
         return
     arena, used = _arena_bytes(pager, needs, request, kept, taken, promised_bytes)
     least = budget.least_arena_bytes(needs)
