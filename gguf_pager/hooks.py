@@ -227,7 +227,6 @@ class _Hooks:
 
     def _forgetting(self, address: Any) -> Any:
         """Forget who had the address of a model or context that llama.cpp has just made: he was freed behind our back."""
-        self._stock.pop(int(address or 0), None)
         model, context = self.models.get(int(address or 0)), self._forget_context(int(address or 0))
         if context is not None:
             context.close()
@@ -353,15 +352,12 @@ class _Hooks:
         params = _with_sequences(params, _constructing.get())
         paged = self.models.get(handle_of(model))
         if paged is None:
-            return self._make_stock(name, model, params)
+            return self._forgetting(Deferral().call(self._make_stock, name, model, params, undo=self._undo_context))
         return self._opening.call(self._make_paged, paged, type(params).from_buffer_copy(params))
 
     def _make_stock(self, name: str, model: Any, params: Any) -> Any:
         before = probe.process_memory()
-        if self._request() is None:
-            made = self._forgetting(self._call(name, model, params))
-        else:
-            made = self._forgetting(Deferral().call(self._call, name, model, params, undo=self._undo_context))
+        made = self._call(name, model, params)
         now = probe.process_memory()
         untouched = now.allocated_bytes - before.allocated_bytes - (now.resident_bytes - before.resident_bytes)
         if made:
@@ -406,6 +402,7 @@ class _Hooks:
     def _add_context(self, paged: Model, params: Any, tap: _native.Tap, address: int, is_cut: bool,
                      untouched: Untouched) -> None:
         self._forgetting(address)
+        self._stock.pop(address, None)
         paged.taps.append(tap)
         attach(tap, paged.pager)
         kept = Threads(address)
@@ -462,6 +459,7 @@ class _Hooks:
     def _undo_context(self, made: Any) -> None:
         """Free a context that nobody else has seen, and that is None where llama.cpp has made none."""
         if made:
+            self._stock.pop(handle_of(made), None)
             self._call("llama_free", made)
 
     def _adaptation(self, paged: Model, params: Any, context: Any) -> Adaptation | None:

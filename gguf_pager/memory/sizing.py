@@ -79,15 +79,17 @@ def _way_out(is_the_contexts: bool, otherwise: str) -> str:
     return f"{said[0].upper()}{said[1:]}."
 
 
-def _too_small(wanted: int, least: int, context_bytes: int) -> BudgetError:
-    """Say what a budget in bytes must be. Of `least`, `context_bytes` are the context's, which can be made smaller."""
+def _too_small(wanted: int, least: int, context_bytes: int, promised_bytes: int) -> BudgetError:
+    """Say what a budget in bytes must be. Of `least`, `context_bytes` are the context's, which can be made smaller; `promised_bytes`, if
+    any, are others', which the budget is for as well."""
     is_the_contexts = least - context_bytes <= wanted
     least = _with_drift(least)
     whose = f", of which this context takes {format_bytes(context_bytes)}" if is_the_contexts else ""
     way_out = _way_out(is_the_contexts, "raise it, or say budget='min'")
+    beside = ", with what else is open in this process" if promised_bytes else ""
     return BudgetError(
         f"A budget of {format_bytes(wanted)} is too small: this model needs at least "
-        f"{format_bytes(least)} ({least} bytes){whose}. {way_out}"
+        f"{format_bytes(least)} ({least} bytes){beside}{whose}. {way_out}"
     )
 
 
@@ -320,7 +322,7 @@ def _make_room(pager: Pager, request: Request, taken: Taken, promised_bytes: int
     n_slots = _slots_without(pager, excess)
     if n_slots is None:
         spare = sum(max(0, n - need.n_least) * need.stride_bytes for n, need in zip(pager.n_slots, pager.needs, strict=True))
-        raise _too_small(wanted, wanted + excess - spare, taken.context_bytes)
+        raise _too_small(wanted, wanted + excess - spare, taken.context_bytes, promised_bytes)
     pager.shrink(n_slots)
 
 
@@ -340,7 +342,7 @@ def open_or_shrink(pager: Pager, request: Request, kept: Residency, taken: Taken
     arena, used = _arena_bytes(pager, needs, request, kept, taken, promised_bytes)
     least = budget.least_arena_bytes(needs)
     if arena < least:
-        raise _too_small(int(request.budget.value or 0), used + least, taken.context_bytes)
+        raise _too_small(int(request.budget.value or 0), used + least, taken.context_bytes, promised_bytes)
     if request.budget.kind == "min":
         pager.open(tuple(need.n_least for need in needs))
     else:
