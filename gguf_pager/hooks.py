@@ -105,8 +105,6 @@ class _Hooks:
         self.installed: list[Request] = []
         self.models: dict[int, Model] = {}
         self.contexts: dict[int, Context] = {}
-        self._stock: dict[int, Untouched] = {}
-        """Contexts of models that are not paged, as far as they were made while this is on: their memory counts, too."""
         self._add_places()
 
     def _add_places(self) -> None:
@@ -352,17 +350,10 @@ class _Hooks:
         params = _with_sequences(params, _constructing.get())
         paged = self.models.get(handle_of(model))
         if paged is None:
-            return self._forgetting(Deferral().call(self._make_stock, name, model, params, undo=self._undo_context))
+            if self._request() is None:
+                return self._forgetting(self._call(name, model, params))
+            return self._forgetting(Deferral().call(self._call, name, model, params, undo=self._undo_context))
         return self._opening.call(self._make_paged, paged, type(params).from_buffer_copy(params))
-
-    def _make_stock(self, name: str, model: Any, params: Any) -> Any:
-        before = probe.process_memory()
-        made = self._call(name, model, params)
-        now = probe.process_memory()
-        untouched = now.allocated_bytes - before.allocated_bytes - (now.resident_bytes - before.resident_bytes)
-        if made:
-            self._stock[handle_of(made)] = Untouched(max(0, untouched), 0, 0, int(low.llama_n_ubatch(made)), 1)
-        return made
 
     def _make_paged(self, paged: Model, params: Any) -> Any:
         request = _constructing.get() or paged.request
@@ -402,7 +393,6 @@ class _Hooks:
     def _add_context(self, paged: Model, params: Any, tap: _native.Tap, address: int, is_cut: bool,
                      untouched: Untouched) -> None:
         self._forgetting(address)
-        self._stock.pop(address, None)
         paged.taps.append(tap)
         attach(tap, paged.pager)
         kept = Threads(address)
@@ -427,8 +417,7 @@ class _Hooks:
         make_room_for_cache(pager, request, cache_bytes, paged.residency, self._promised_bytes())
 
     def _promised_bytes(self) -> int:
-        return (sum(model.promised_bytes() for model in list(self.models.values()))
-                + sum(untouched.count_bytes() for untouched in list(self._stock.values())))
+        return sum(model.promised_bytes() for model in list(self.models.values()))
 
     def _wait_for_arenas(self) -> None:
         """What this process uses is measured around a new context: an arena that becomes present meanwhile would be taken for it."""
@@ -459,7 +448,6 @@ class _Hooks:
     def _undo_context(self, made: Any) -> None:
         """Free a context that nobody else has seen, and that is None where llama.cpp has made none."""
         if made:
-            self._stock.pop(handle_of(made), None)
             self._call("llama_free", made)
 
     def _adaptation(self, paged: Model, params: Any, context: Any) -> Adaptation | None:
@@ -489,7 +477,6 @@ class _Hooks:
         """Free a context and its tap; while another thread decodes with it, once that has come to the end."""
         entry = self.contexts.get(handle_of(ctx))
         if entry is None:
-            self._stock.pop(handle_of(ctx), None)
             self._call("llama_free", ctx)
             return
         if entry.is_in_a_handler():
@@ -521,8 +508,6 @@ class _Hooks:
     def _compute(self, name: str, ctx: Any, *args: Any) -> int:
         entry = self.contexts.get(handle_of(ctx))
         if entry is None:
-            if (untouched := self._stock.get(handle_of(ctx))) is not None:
-                untouched.note(getattr(args[-1], "n_tokens", 1), lambda: 1)
             return int(self._call(name, ctx, *args))
         entry.refuse_fork()
         entry.refuse_callback("compute")

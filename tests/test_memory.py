@@ -134,32 +134,6 @@ def test_cache_of_a_further_context_never_exceeds_the_budget(model: Path, n_furt
     assert result["is_refused"] == is_refused and result["peak_rss_bytes"] <= 640_000_000 * TOLERANCE
 
 
-DENSE = """
-import json, sys
-from pathlib import Path
-import gguf_pager, llama_cpp
-path, dense_path, budget, is_ours = sys.argv[1], sys.argv[3], int(sys.argv[2]), sys.argv[4] == "ours"
-given = dict(n_threads=2, n_threads_batch=2, verbose=False)
-with gguf_pager.install(budget=budget):
-    dense = (gguf_pager.Llama if is_ours else llama_cpp.Llama)(dense_path, n_ctx=4096, n_batch=1024, n_ubatch=1024, **given)
-llm = gguf_pager.Llama(path, budget=budget, n_ctx=700, **given)
-first = int(llm.metadata["gguf_pager.trace.first_token"])
-llm.eval([first + i for i in range(690)])
-for at in range(4):
-    dense.eval([5 + i % 20 for i in range(1023)])
-peak = int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
-print(json.dumps({"peak_rss_bytes": peak * 1024, "is_paged": getattr(dense, "pager", None) is not None}))
-"""
-
-
-@pytest.mark.parametrize("whose", ("ours", "stock"))
-def test_context_of_a_model_that_is_not_paged_counts(model: Path, dense_model: Path, whose: str) -> None:
-    """One for embeddings beside one that talks: what it had allocated and not touched was in nobody's account."""
-    budget = 600_000_000
-    result = run_script(Cap("none", None), DENSE, model, budget, dense_model, whose)
-    assert not result["is_paged"] and result["peak_rss_bytes"] <= budget * TOLERANCE
-
-
 def test_process_lives_under_a_cap_of_its_budget(model: Path) -> None:
     with memory_cap(BUDGET_BYTES) as cap:
         if cap.method == "none":
