@@ -370,6 +370,7 @@ def test_unknown_argument_is_refused_with_a_suggestion(zoo_model: Model, name: s
 
 
 @pytest.mark.parametrize("option", (
+    {"read_ahead": -1}, {"profile": "x.json"}, {"adapt_threads": "no"}, {"overcommit": 1},
     {"policy": "best"}, {"policy": ""}, {"io": "fast"}, {"lock_dense": "yes"}, {"n_readers": 0}, {"n_readers": 257},
     {"n_readers": -1}, {"piece_bytes": 0}, {"piece_bytes": 4095}, {"piece_bytes": 5000}, {"piece_bytes": -4096},
     {"piece_bytes": 1 << 31}, {"piece_bytes": 1 << 70}, {"piece_bytes": "4096"}, {"n_readers": 2.5}, {"n_readers": True},
